@@ -1,0 +1,558 @@
+"""params.yaml as typed sections; each class below documents one section, each field one key."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from neft_core.errors import NeftError
+
+NO_FILE = "data/none"
+"""An empty file in every workspace: DVC needs a path to watch, and some sources have none."""
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+def _refuse(message: str) -> PydanticCustomError:
+    """An error whose text is shown as it is (braces in pydantic's templates need doubling)."""
+    return PydanticCustomError("neft", message.replace("{", "{{").replace("}", "}}"))  # type: ignore[arg-type]
+
+
+class Section(BaseModel):
+    """A mapping of params.yaml: unknown keys are refused, values keep their YAML type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                    hint = f"did you mean '{near[0]}'?" if near else "known here: "
+                    known = "" if near else ", ".join(cls.model_fields)
+                    raise _refuse(f"unknown key '{key}'; {hint}{known}")
+        return data
+
+
+class Pretraining(Section):
+    """How the built model is pre-trained on the corpora's pre-training splits."""
+
+    epochs: int = Field(ge=1)
+    """Passes over the pre-training rows."""
+    batch_size: int = Field(ge=1)
+    """Sequences in a step."""
+    lr: float = Field(gt=0, le=1)
+    """Peak learning rate of AdamW; warmed up over 5 % of the steps, then linear decay."""
+    seed: int = Field(default=1, ge=0)
+    """Seed of the initial weights and of the order of rows."""
+
+
+class BuiltModel(Section):
+    """A small Llama with its own byte-level BPE tokenizer, pre-trained in stage `base`."""
+
+    kind: Literal["built"]
+    """Where the base model comes from."""
+    path: Literal["data/none"] = NO_FILE
+    """No local file."""
+    vocabulary: int = Field(ge=300, le=200_000)
+    """Tokens of the tokenizer, the 256 bytes included."""
+    hidden: int = Field(ge=8)
+    """Hidden size."""
+    intermediate: int = Field(ge=8)
+    """Intermediate size of the MLP: the neurons of each up and down projection."""
+    layers: int = Field(ge=1)
+    """Decoder layers."""
+    heads: int = Field(ge=1)
+    """Attention heads; divides `hidden`."""
+    context: int = Field(default=256, ge=16)
+    """Longest sequence, in tokens."""
+    pretraining: Pretraining
+    """How it is pre-trained."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "BuiltModel":
+        if self.hidden % (2 * self.heads):
+            raise _refuse(
+                f"heads: got {self.heads} with hidden {self.hidden}; hidden / heads must be even"
+            )
+        return self
+
+
+class LocalModel(Section):
+    """A directory in the Hub's layout: config.json, tokenizer files, *.safetensors."""
+
+    kind: Literal["local"]
+    """Where the base model comes from."""
+    path: str = Field(min_length=1)
+    """The directory, relative to the workspace or absolute."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class HubModel(Section):
+    """A model on the Hugging Face Hub."""
+
+    kind: Literal["hub"]
+    """Where the base model comes from."""
+    path: Literal["data/none"] = NO_FILE
+    """No local file."""
+    id: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")
+    """Repository id, such as `meta-llama/Llama-2-7b-chat-hf`."""
+    revision: str = "main"
+    """Branch, tag or commit; pin a commit to reproduce."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+Model = Annotated[BuiltModel | LocalModel | HubModel, Field(discriminator="kind")]
+
+
+class GeneratedSource(Section):
+    """The rule-based parallel corpus of this package."""
+
+    kind: Literal["generated"]
+    """Where the rows come from."""
+    path: Literal["data/none"] = NO_FILE
+    """No local file."""
+    languages: list[str] = Field(min_length=2, max_length=2)
+    """Source and target: two of en, fr, zh, hi."""
+    pretrain: int = Field(default=0, ge=0)
+    """Rows of simple constructions for the built model."""
+    train: int = Field(ge=1)
+    """Rows to train on, of constructions that `pretrain` never shows."""
+    dev: int = Field(ge=1)
+    """Rows whose loss chooses the best checkpoint."""
+    test: int = Field(ge=1)
+    """Rows that are generated and scored."""
+    seed: int = Field(default=1, ge=0)
+    """Seed of the meanings; the same for every language pair, so that pairs are parallel."""
+
+    @field_validator("languages")
+    @classmethod
+    def _two_known(cls, value: list[str]) -> list[str]:
+        for code in value:
+            if code not in ("en", "fr", "zh", "hi"):
+                raise _refuse(f"got '{code}'; allowed are en, fr, zh, hi")
+        if value[0] == value[1]:
+            raise _refuse(f"got '{value[0]}' twice; source and target must differ")
+        return value
+
+
+class Splits(Section):
+    """Names of the parts of a source: files in its folder, or splits of a Hub data set."""
+
+    train: str
+    """Rows to train on; when alone, dev and test are split off it by seed."""
+    dev: str | None = None
+    """Rows whose loss chooses the best checkpoint."""
+    test: str | None = None
+    """Rows that are generated and scored."""
+    pretrain: str | None = None
+    """Rows for the built model."""
+
+
+class Rows(Section):
+    """What local and Hub sources share: which columns, how many rows."""
+
+    splits: Splits
+    """File names or split names."""
+    columns: dict[str, str | int] = Field(default_factory=dict)
+    """Our column to theirs (`source`, `target`, `references`, `messages`); a dot reaches into
+    nested columns, a number counts the columns of a file without header."""
+    train: int | None = Field(default=None, ge=1)
+    """At most so many training rows (a seeded sample; a larger one contains a smaller one)."""
+    dev: int | None = Field(default=None, ge=1)
+    """At most so many dev rows; how many to split off where there is no dev part."""
+    test: int | None = Field(default=None, ge=1)
+    """At most so many test rows; how many to split off where there is no test part."""
+    pretrain: int | None = Field(default=None, ge=1)
+    """At most so many pre-training rows."""
+    seed: int = Field(default=1, ge=0)
+    """Seed of the sample and of the split."""
+
+    @model_validator(mode="after")
+    def _sizes_of_missing_splits(self) -> "Rows":
+        for name in ("dev", "test"):
+            if getattr(self.splits, name) is None and getattr(self, name) is None:
+                raise _refuse(
+                    f"{name}: missing; give splits.{name}, or how many rows to split off"
+                )
+        return self
+
+
+class LocalSource(Rows):
+    """Local jsonl, json (lines), csv, tsv, txt (tab-separated) or parquet files."""
+
+    kind: Literal["local"]
+    """Where the rows come from."""
+    path: str = Field(min_length=1)
+    """The folder that holds the files, relative to the workspace or absolute."""
+
+
+class HubSource(Rows):
+    """A data set on the Hugging Face Hub."""
+
+    kind: Literal["hub"]
+    """Where the rows come from."""
+    path: str = NO_FILE
+    """`data/none`, or a local directory in the Hub's layout that DVC watches; then `id` repeats it."""
+    id: str = Field(min_length=1)
+    """Repository id, or a local directory in the Hub's layout."""
+    revision: str = "main"
+    """Branch, tag or commit; pin a commit to reproduce."""
+    config: str | None = None
+    """Name of the data set's configuration."""
+
+
+Source = Annotated[GeneratedSource | LocalSource | HubSource, Field(discriminator="kind")]
+
+
+class Translation(Section):
+    """How a sentence pair becomes a training text."""
+
+    task: Literal["translation"]
+    """Kind of task."""
+    source_language: str = Field(min_length=2)
+    """English name of the source language."""
+    target_language: str = Field(min_length=2)
+    """English name of the target language; chooses the BLEU tokenizer."""
+    prompt: str = "Translate the following text from {source_language} to {target_language}.\n{source}\n"
+    """Text before the target, with `{source}`; or `chat`: the model's chat template."""
+    max_tokens: int = Field(ge=8)
+    """Longest training text in tokens; longer rows are dropped and counted."""
+
+
+class Instruction(Section):
+    """How a conversation becomes a training text; the assistant's turns are trained."""
+
+    task: Literal["instruction"]
+    """Kind of task."""
+    prompt: Literal["chat", "plain"] = "chat"
+    """The model's chat template, or the plain form of `neft_core/tasks.py`."""
+    target_language: str = "English"
+    """Language of the answers; chooses the BLEU tokenizer."""
+    max_tokens: int = Field(ge=8)
+    """Longest training text in tokens; longer rows are dropped and counted."""
+
+
+class Task(Section):
+    """A data set and the form in which the model sees it."""
+
+    source: Source
+    """Where the rows come from (stage `corpus`)."""
+    format: Annotated[Translation | Instruction, Field(discriminator="task")]
+    """How rows become token sequences (stage `prepare`)."""
+
+    @model_validator(mode="after")
+    def _generated_translates(self) -> "Task":
+        if isinstance(self.source, GeneratedSource) and self.format.task != "translation":
+            raise _refuse("source: kind 'generated' makes sentence pairs; format.task must be translation")
+        return self
+
+
+class Compute(Section):
+    """Where and in which precision models run."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of frozen weights; `auto`: float32 on CPU, bfloat16 on GPU. What trains is float32."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Accelerate's autocast; `auto`: none on CPU, bf16 on GPU."""
+    threads: int = Field(default=2, ge=1)
+    """CPU threads; another number can change the last bits of a sum."""
+
+
+class Optimisation(Section):
+    """What every training has: steps of AdamW with linear decay."""
+
+    lr: float = Field(gt=0, le=1)
+    """Learning rate at the first step; decays linearly to zero."""
+    batch_size: int = Field(ge=1)
+    """Rows in a micro-batch."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches in a step."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """The gradient of what trains is clipped to this norm."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled decay of what trains, towards zero."""
+    gradient_checkpointing: bool = False
+    """Trade a second forward pass for memory."""
+    checkpoint_every: int = Field(default=200, ge=1)
+    """Steps between checkpoints to resume from."""
+
+
+class Warmup(Optimisation):
+    """The limited-step full fine-tune that gives the tuned model."""
+
+    steps: int = Field(ge=1)
+    """K: optimiser steps."""
+    seed: int = Field(default=1, ge=0)
+    """Seed of the order of rows."""
+
+
+class Scoring(Section):
+    """Which neurons are candidates."""
+
+    layout: Literal["mlp", "mlp+gate"] = "mlp"
+    """`mlp`: rows of up, columns of down (the paper's); `mlp+gate` adds rows of gate."""
+
+
+class Training(Optimisation):
+    """Defaults of every run."""
+
+    epochs: float = Field(gt=0)
+    """Passes over the training rows; a fraction is allowed."""
+    evaluate_every: int | None = Field(default=None, ge=1)
+    """Steps between dev losses; null: at the end of each epoch. The last step always has one."""
+    patience: int | None = Field(default=None, ge=1)
+    """Dev losses in a row without improvement before training stops; null: never."""
+
+
+class Full(Section):
+    """Every parameter trains."""
+
+    name: Literal["full"]
+    """Name of the method."""
+
+
+class InOut(Section):
+    """up_proj and down_proj of every MLP train."""
+
+    name: Literal["in_out"]
+    """Name of the method."""
+
+
+class Embed(Section):
+    """The input embedding trains (with the head, where it is tied)."""
+
+    name: Literal["embed"]
+    """Name of the method."""
+
+
+class Lora(Section):
+    """LoRA on every linear module of each layer, the head excepted."""
+
+    name: Literal["lora"]
+    """Name of the method."""
+    rank: int = Field(ge=1)
+    """Rank r of the two factors."""
+    alpha: float | None = Field(default=None, gt=0)
+    """Scale is alpha / rank; null: 2 * rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the first factor."""
+
+
+class Neft(Section):
+    """The selected neurons train."""
+
+    name: Literal["neft"]
+    """Name of the method."""
+    policy: Literal["lowest", "random"] = "lowest"
+    """`lowest` similarity (the paper's), or `random` as a control."""
+    percent: float | None = Field(default=None, gt=0, le=100)
+    """Budget: share of all the model's parameters, in percent."""
+    neurons: int | None = Field(default=None, ge=1)
+    """Budget: number of neurons."""
+    share: float | None = Field(default=None, gt=0, le=1)
+    """Budget: share of the candidates."""
+    seed: int = Field(default=1, ge=0)
+    """Seed of policy `random`."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "Neft":
+        given = [k for k in ("percent", "neurons", "share") if getattr(self, k) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise _refuse(f"budget: got {found}; give exactly one of percent, neurons, share")
+        return self
+
+
+Method = Annotated[Full | InOut | Embed | Lora | Neft, Field(discriminator="name")]
+
+
+class Run(Section):
+    """One method with its budget on one task; every seed of it is trained in one process."""
+
+    task: str
+    """A key of `tasks`."""
+    method: Method
+    """What trains."""
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[1], min_length=1)
+    """Seeds of the order of rows and of new parameters."""
+    lr: float | None = Field(default=None, gt=0, le=1)
+    """Learning rate; null: `training.lr`."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows; null: `training.epochs`."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: list[int]) -> list[int]:
+        if len(set(value)) != len(value):
+            raise _refuse(f"got {value}; each seed once")
+        return value
+
+
+class Evaluation(Section):
+    """Generation and scoring of the test split."""
+
+    batch_size: int = Field(ge=1)
+    """Rows generated at once."""
+    max_new_tokens: int = Field(ge=1)
+    """Longest hypothesis in tokens."""
+    bootstrap: int = Field(default=1000, ge=100)
+    """Samples of the paired bootstrap against the full fine-tune and the base."""
+
+
+class Tracking(Section):
+    """Where MLflow keeps the runs; MLFLOW_TRACKING_URI chooses the server."""
+
+    experiment: str = Field(default="neft", min_length=1)
+    """Name of the MLflow experiment."""
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    FILE: ClassVar[str] = "params.yaml"
+
+    model: Model
+    """The base model."""
+    tasks: dict[str, Task] = Field(min_length=1)
+    """Data sets by name."""
+    compute: Compute = Compute()
+    """Device and precision."""
+    warmup: Warmup
+    """The limited-step full fine-tune."""
+    scoring: Scoring = Scoring()
+    """Candidates."""
+    training: Training
+    """Defaults of every run."""
+    runs: dict[str, Run] = Field(min_length=1)
+    """What to train and compare, by name."""
+    evaluation: Evaluation
+    """Generation and scoring."""
+    tracking: Tracking = Tracking()
+    """MLflow."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Params":
+        for section in ("tasks", "runs"):
+            for name in getattr(self, section):
+                if not NAME.fullmatch(name):
+                    raise _refuse(
+                        f"{section}: got the name '{name}'; "
+                        "names are lower-case letters, digits, '.', '_', '-'"
+                    )
+        for name, run in self.runs.items():
+            if run.task not in self.tasks:
+                near = difflib.get_close_matches(run.task, self.tasks, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(self.tasks)}"
+                raise _refuse(f"runs.{name}.task: got '{run.task}'; {hint}")
+        if isinstance(self.model, BuiltModel):
+            for name, task in self.tasks.items():
+                if task.format.max_tokens > self.model.context:
+                    raise _refuse(
+                        f"tasks.{name}.format.max_tokens: got {task.format.max_tokens}; "
+                        f"at most model.context, {self.model.context}"
+                    )
+            if not any(_has_pretraining(task.source) for task in self.tasks.values()):
+                raise _refuse(
+                    "model: kind 'built' needs a task with pre-training rows; "
+                    "set source.pretrain or splits.pretrain of one task"
+                )
+        return self
+
+
+def _has_pretraining(source: Section) -> bool:
+    if isinstance(source, GeneratedSource):
+        return source.pretrain > 0
+    return isinstance(source, Rows) and source.splits.pretrain is not None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML 1.2 mapping by the safe loader.
+
+    Raises:
+        NeftError: the file is missing, is not UTF-8 YAML, or holds no mapping.
+    """
+    try:
+        data = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NeftError(f"{path}: not found; run 'neft init DIR' to make a workspace") from None
+    except (YAMLError, UnicodeDecodeError) as fault:
+        line = getattr(getattr(fault, "problem_mark", None), "line", None)
+        at = "" if line is None else f"line {line + 1}: "
+        what = getattr(fault, "problem", None) or "not UTF-8 text"
+        raise NeftError(f"{path}: {at}{what}; mend the YAML") from None
+    if not isinstance(data, dict):
+        raise NeftError(f"{path}: holds no mapping; see the README for its sections")
+    return data
+
+
+def parse_params(data: dict[str, Any], where: str) -> Params:
+    """Check a params mapping whole.
+
+    Args:
+        data: what the YAML file holds.
+        where: the file's name, for messages.
+
+    Raises:
+        NeftError: one line for each fault, naming file, key, value and what is allowed.
+    """
+    try:
+        return Params.model_validate(data)
+    except ValidationError as fault:
+        lines = []
+        for error in fault.errors(include_url=False):
+            lines.append(f"{where}: {_describe(error, data)}")
+        raise NeftError("\n".join(dict.fromkeys(lines))) from None
+
+
+def load_params(path: Path) -> Params:
+    """Read and check a params file (see `read_yaml`, `parse_params`)."""
+    return parse_params(read_yaml(path), path.name)
+
+
+def _describe(error: Any, data: Any) -> str:
+    """`runs.neft.method.percent: got 140; at most 100` of one pydantic error."""
+    keys: list[str] = []
+    last = len(error["loc"]) - 1
+    for position, part in enumerate(error["loc"]):
+        # The tag of a discriminated union stands in the location, but not in the file.
+        if isinstance(data, dict) and part not in data and position != last:
+            continue
+        if isinstance(data, dict) and part not in data and error["type"] != "missing":
+            continue
+        keys.append(str(part))
+        if isinstance(data, dict):
+            data = data.get(part)
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+    where = ".".join(keys)
+    kind, context, message = error["type"], error.get("ctx", {}), error["msg"]
+    if kind == "neft":
+        # A message that names its own key continues the path ("budget: got none").
+        joint = "." if where and re.match(r"[a-z_.]+: ", message) else ": "
+        return f"{where}{joint}{message}" if where else message
+    if kind == "missing":
+        return f"{where}: missing; it is required"
+    if kind.startswith("union_tag"):
+        tag = str(context.get("discriminator", "")).strip("'")
+        allowed = str(context.get("expected_tags", "")).replace("'", "")
+        if kind == "union_tag_not_found":
+            return f"{where}.{tag}: missing; it is required"
+        return f"{where}.{tag}: got '{context.get('tag')}'; allowed are {allowed}"
+    bounds = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    limits = [f"{text} {context[key]}" for key, text in bounds.items() if key in context]
+    if kind == "literal_error":
+        limits = [f"allowed are {context['expected']}".replace("'", "").replace(" or ", ", ")]
+    allowed = limits[0] if limits else message[0].lower() + message[1:]
+    return f"{where}: got {data!r}; {allowed}"

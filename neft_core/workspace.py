@@ -1,0 +1,136 @@
+"""A workspace: a directory with dvc.yaml and params.yaml, and where each stage's files lie in it."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from neft_core.config import NO_FILE, Params, load_params
+from neft_core.errors import NeftError
+
+PIPELINE = Path(__file__).parent / "pipeline.yaml"
+"""The pipeline definition; every workspace's dvc.yaml is this file."""
+
+IGNORED = "/work/\n/.neft/\n/mlflow.db\n/mlruns/\n"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths of a workspace; stages hand each other these files and nothing else."""
+
+    root: Path
+
+    @property
+    def params_file(self) -> Path:
+        """params.yaml."""
+        return self.root / Params.FILE
+
+    def params(self) -> Params:
+        """The checked params."""
+        return load_params(self.params_file)
+
+    def path(self, *parts: str) -> Path:
+        """A stage's file: `work/` and the parts, as dvc.yaml names it."""
+        return self.root.joinpath("work", *parts)
+
+    def state(self, *parts: str) -> Path:
+        """Files that are nobody's output: checkpoints to resume from, live metrics, locks."""
+        return self.root.joinpath(".neft", *parts)
+
+    def input(self, path: str) -> Path:
+        """A user's path: relative to the workspace, or absolute."""
+        return self.root / Path(path).expanduser()
+
+
+def find_workspace(start: Path | None = None) -> Workspace:
+    """The workspace that holds a directory (default: the current one).
+
+    Raises:
+        NeftError: no parent directory has both dvc.yaml and params.yaml.
+    """
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "dvc.yaml").is_file() and (folder / Params.FILE).is_file():
+            return Workspace(folder)
+    raise NeftError(
+        f"{here}: no workspace here (dvc.yaml and params.yaml); run 'neft init DIR' to make one"
+    )
+
+
+@contextlib.contextmanager
+def hold(lock: Path, what: str) -> Iterator[None]:
+    """Hold a lock file while the block runs; it is free again however the process ends.
+
+    Raises:
+        NeftError: another process holds it; the message names that process.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            owner = handle.read().strip() or "another process"
+            raise NeftError(
+                f"{what}: process {owner} is at work on it; wait for it, or stop it first"
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+def init_workspace(folder: Path, params: str, *, cache: Path | None = None) -> Workspace:
+    """Make a directory a workspace, as a DVC repository of its own.
+
+    What is there already is kept: dvc.yaml is written anew, params.yaml only where there is none.
+
+    Args:
+        folder: the directory; made where missing.
+        params: text of its params.yaml.
+        cache: a DVC cache directory to share.
+
+    Raises:
+        NeftError: the directory can't be written, or dvc fails.
+    """
+    try:
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        (folder / NO_FILE).touch()
+        shutil.copyfile(PIPELINE, folder / "dvc.yaml")
+        if not (folder / Params.FILE).exists():
+            (folder / Params.FILE).write_text(params, encoding="utf-8")
+        ignore = folder / ".gitignore"
+        if not ignore.exists():
+            ignore.write_text(IGNORED, encoding="utf-8")
+    except OSError as fault:
+        raise NeftError(f"{folder}: {fault.strerror}; choose a directory you can write") from None
+    init_dvc(folder, cache=cache)
+    return Workspace(folder.resolve())
+
+
+def init_dvc(folder: Path, *, cache: Path | None = None) -> None:
+    """Make a directory a DVC repository without telemetry, unless it is one.
+
+    Raises:
+        NeftError: dvc fails; its last line is shown.
+    """
+    dvc = [sys.executable, "-m", "dvc"]
+    commands = []
+    if not (folder / ".dvc").is_dir():
+        # In the middle of somebody's git repository `--subdir` would tie the two together.
+        git = [] if (folder / ".git").exists() else ["--no-scm"]
+        commands.append([*dvc, "init", "-q", *git])
+    for key in ("core.analytics", "core.check_update"):
+        commands.append([*dvc, "config", "--local", key, "false"])
+    if cache:
+        commands.append([*dvc, "cache", "dir", "--local", "-q", str(cache.resolve())])
+    for command in commands:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise NeftError(f"{folder}: 'dvc {' '.join(command[3:])}' failed: {last}")
