@@ -13,7 +13,8 @@ from pathlib import Path
 from neft_core.config import NO_FILE, Params, load_params
 from neft_core.errors import NeftError
 
-PIPELINE = Path(__file__).parent / "pipeline.yaml"
+PACKAGE = Path(__file__).parent
+PIPELINE = PACKAGE / "pipeline.yaml"
 """The pipeline definition; every workspace's dvc.yaml is this file."""
 
 IGNORED = "/work/\n/.neft/\n/mlflow.db\n/mlruns/\n"
@@ -111,6 +112,32 @@ def init_workspace(folder: Path, params: str, *, cache: Path | None = None) -> W
         raise NeftError(f"{folder}: {fault.strerror}; choose a directory you can write") from None
     init_dvc(folder, cache=cache)
     return Workspace(folder.resolve())
+
+
+def init_from(folder: Path, template: Path | None, cache: Path | None) -> Workspace:
+    """Make a workspace of a template: a folder with params.yaml and, mostly, a README.
+
+    Args:
+        folder: the directory; made where missing.
+        template: a folder, or the name of one that comes with the package; None: the default.
+        cache: a DVC cache directory to share.
+
+    Raises:
+        NeftError: there is no such template, or the directory can't be written.
+    """
+    if template is None:
+        return init_workspace(folder, (PACKAGE / Params.FILE).read_text("utf-8"), cache=cache)
+    packaged = PACKAGE / "templates"
+    source = next(
+        (p for p in (template, packaged / template.name) if (p / Params.FILE).is_file()), None
+    )
+    if source is None:
+        known = ", ".join(sorted(p.parent.name for p in packaged.glob(f"*/{Params.FILE}")))
+        raise NeftError(f"{template}: no template (a folder with params.yaml); there are {known}")
+    ws = init_workspace(folder, (source / Params.FILE).read_text("utf-8"), cache=cache)
+    if (source / "README.md").is_file() and not (folder / "README.md").exists():
+        shutil.copyfile(source / "README.md", folder / "README.md")
+    return ws
 
 
 def init_dvc(folder: Path, *, cache: Path | None = None) -> None:

@@ -1,0 +1,182 @@
+"""The command line: `neft run | stage | init | track | generate`."""
+
+import argparse
+import errno
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from neft_core import __version__
+from neft_core.errors import NeftError
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 for success, 2 for a user's mistake, 1 for a defect, 130 for Ctrl-C."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    command: Command = options.command
+    try:
+        command(options)
+    except NeftError as fault:
+        return _say(str(fault), 2)
+    except OSError as fault:
+        if fault.errno == errno.ENOSPC:
+            where = fault.filename or Path.cwd()
+            return _say(f"{where}: no space left on the disk; free some and run again", 2)
+        traceback.print_exc()
+        return 1
+    except KeyboardInterrupt:
+        return _say("interrupted; what is finished is kept, run again to go on", 130)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _say(message: str, code: int) -> int:
+    for line in message.splitlines():
+        print(f"neft: {line}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="neft",
+        description="Neuron-level fine-tuning of language models: find the neurons that a task "
+        "moves, train only those, and compare with full fine-tuning and LoRA.",
+    )
+    parser.add_argument("--version", action="version", version=f"neft {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run what is not up to date, then show the results")
+    run.add_argument("--params", type=Path, metavar="FILE", help="another params file")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change params.yaml first, such as runs.neft.lr=1e-3 (repeatable)",
+    )
+    run.add_argument("--dry-run", action="store_true", help="check params, tell what would run")
+    run.add_argument("--force", action="store_true", help="run every stage anew")
+    run.set_defaults(command=_run)
+
+    stage = commands.add_parser("stage", help="run one stage here and now (what dvc.yaml calls)")
+    stage.add_argument("name", help="corpus, base, prepare, warmup, score, select, train, ...")
+    stage.add_argument("item", nargs="?", help="the task or run")
+    stage.set_defaults(command=_stage)
+
+    init = commands.add_parser("init", help="make a workspace")
+    init.add_argument("dir", type=Path, help="directory; made where missing")
+    init.add_argument(
+        "--from", dest="template", type=Path, metavar="TEMPLATE", help="a folder with params.yaml"
+    )
+    init.add_argument("--cache", type=Path, metavar="DIR", help="a DVC cache to share")
+    init.set_defaults(command=_init)
+
+    track = commands.add_parser("track", help="bring MLflow up to date with the runs here")
+    track.set_defaults(command=_track)
+
+    generate = commands.add_parser("generate", help="base and fine-tuned model side by side")
+    generate.add_argument("--run", required=True, metavar="NAME", help="a run of params.yaml")
+    generate.add_argument("--seed", type=int, help="which seed of it (default: its first)")
+    generate.add_argument("--prompt", metavar="TEXT", help="source text; default: test sentences")
+    generate.add_argument("--count", type=int, default=5, help="test sentences to show")
+    generate.set_defaults(command=_generate)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    from neft_core import overrides
+
+    if options.dry_run:
+        from neft_core.preview import describe
+
+        print(describe(*overrides.preview(options.params, options.set)))
+        return
+    ws = overrides.apply(options.params, options.set)
+    from flows.pipeline import run_pipeline
+
+    run_pipeline(ws, force=options.force)
+
+
+def _stage(options: argparse.Namespace) -> None:
+    from neft_core.stages import STAGES
+    from neft_core.workspace import find_workspace, hold
+
+    ws = find_workspace()
+    if options.name not in STAGES:
+        raise NeftError(f"stage '{options.name}': unknown; one of {', '.join(STAGES)}")
+    params = ws.params()
+    items = ITEMS.get(options.name, "")
+    known = list(getattr(params, items)) if items else []
+    if options.item not in (known or [None]):
+        wants = f"one of {', '.join(known)}" if known else "no item"
+        raise NeftError(f"stage {options.name}: got item {options.item!r}; it takes {wants}")
+    name = "-".join(filter(None, (options.name, options.item)))
+    _exit_with_owner()
+    with hold(ws.state("locks", name), f"stage {name}"):
+        STAGES[options.name](ws, *([options.item] if options.item else []))
+
+
+ITEMS = {
+    "corpus": "tasks",
+    "prepare": "tasks",
+    "warmup": "tasks",
+    "score": "tasks",
+    "baseline": "tasks",
+    "select": "runs",
+    "train": "runs",
+    "evaluate": "runs",
+}
+"""Section of params that a stage's items come from; the other stages take none."""
+
+
+def _exit_with_owner() -> None:
+    """Leave when the `neft run` that wants this stage is gone: nobody would read the result."""
+    owner = os.environ.get("NEFT_OWNER_PID")
+    if not owner:
+        return
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            try:
+                os.kill(int(owner), 0)
+            except ProcessLookupError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _init(options: argparse.Namespace) -> None:
+    from neft_core.workspace import init_from
+
+    ws = init_from(options.dir, options.template, options.cache)
+    print(f"workspace {ws.root} is ready; next: cd {options.dir} && neft run")
+
+
+def _track(options: argparse.Namespace) -> None:
+    from neft_core.tracking import sync
+    from neft_core.workspace import find_workspace
+
+    sync(find_workspace())
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from neft_core.samples import show
+    from neft_core.workspace import find_workspace
+
+    show(find_workspace(), options.run, options.seed, options.prompt, options.count)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Hypotheses of a model for a split, by batched greedy generation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from neft_core.progress import Progress
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    label: str,
+) -> list[str]:
+    """Continue prompts greedily.
+
+    Prompts of similar length share a batch, padded on the left; the order of the result is that
+    of the prompts. A continuation ends at the end-of-sequence token.
+
+    Args:
+        model: a causal language model, on its device.
+        tokenizer: its tokenizer.
+        prompts: token ids of each prompt, without padding.
+        batch_size: prompts generated at once.
+        max_new_tokens: longest continuation, in tokens.
+        label: for progress.
+
+    Returns:
+        The continuations as text, without special tokens, stripped.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    texts = [""] * len(prompts)
+    with Progress(label, len(prompts), "sentence") as progress:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            width = max(len(prompts[i]) for i in chosen)
+            ids = torch.full((len(chosen), width), pad, dtype=torch.int64)
+            attention = torch.zeros_like(ids)
+            for row, i in enumerate(chosen):
+                ids[row, width - len(prompts[i]) :] = torch.as_tensor(prompts[i])
+                attention[row, width - len(prompts[i]) :] = 1
+            output = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=attention.to(device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=pad,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            decoded = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            for i, text in zip(chosen, decoded, strict=True):
+                texts[i] = text.strip()
+            progress.advance(len(chosen))
+    return texts
+
+
+def first_line(text: str) -> str:
+    """A translation is one line: what a model that doesn't stop adds below it isn't scored."""
+    return text.split("\n", 1)[0].strip()

@@ -1,0 +1,102 @@
+"""Files written whole or not at all, with the same bytes for the same content."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neft_core.errors import NeftError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, a file or a folder, that takes its place at the end.
+
+    When the block fails, the temporary is removed and `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.[0-9]*"):
+        # A killed process left it; the stage's lock rules out a living one.
+        _remove(left)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON with sorted keys, all or nothing."""
+    with replacing(path) as temporary:
+        text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        NeftError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise NeftError(f"{path}: missing or damaged; run 'neft run' to make it again") from None
+
+
+def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, all or nothing.
+
+    The header is sorted: the library writes metadata in another order each time, so that equal
+    content would have different hashes.
+    """
+    from safetensors.torch import save
+
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    blob = save(whole, dict(metadata))
+    size = int.from_bytes(blob[:8], "little")
+    header = json.dumps(json.loads(blob[8 : 8 + size]), sort_keys=True, separators=(",", ":"))
+    text = header.encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        handle.write(memoryview(blob)[8 + size :])
+
+
+def load_tensors(path: Path, remedy: str) -> "tuple[dict[str, Tensor], dict[str, str]]":
+    """Tensors and metadata of a safetensors file.
+
+    Args:
+        path: the file.
+        remedy: what the user can do when it can't be read.
+
+    Raises:
+        NeftError: the file is absent or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise NeftError(f"{path}: no such file; {remedy}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except SafetensorError as fault:
+        reason = str(fault).splitlines()[0]
+        raise NeftError(f"{path}: not a whole safetensors file ({reason}); {remedy}") from None

@@ -1,0 +1,297 @@
+"""Base models: found, checked and hashed, or built small; loaded with their tokenizers.
+
+The only module that imports transformers.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neft_core.errors import NeftError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+CARD = "base.json"
+"""The file of stage `base` that tells which model it is."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What stage `base` found out about the base model."""
+
+    kind: str
+    """`built`, `local` or `hub`."""
+    location: str
+    """Directory (relative to the workspace where it is inside), or Hub id."""
+    revision: str
+    """Commit of a Hub model, else empty."""
+    hash: str
+    """SHA-256 over the weight files and the configuration."""
+    model_type: str
+    """The architecture's name in transformers."""
+    parameters: int
+    """Parameters in the checkpoint; a tied head counts once."""
+    context: int
+    """Longest sequence in tokens; 0 where the configuration names none."""
+    trust_remote_code: bool
+    """Whether the model's own Python code may run."""
+
+    def save(self, folder: Path) -> None:
+        """Write the card."""
+        text = json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        (folder / CARD).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Base":
+        """Read the card that stage `base` wrote.
+
+        Raises:
+            NeftError: it is missing or damaged.
+        """
+        path = folder / CARD
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            raise NeftError(f"{path}: missing or damaged; run 'neft run'") from None
+
+    def directory(self, root: Path) -> Path:
+        """The checkpoint directory on this machine.
+
+        Raises:
+            NeftError: a Hub model isn't in the local cache and can't be fetched.
+        """
+        if self.kind == "hub":
+            return fetch(self.location, self.revision)
+        return root / self.location
+
+
+def fetch(name: str, revision: str) -> Path:
+    """Directory of a Hub model, downloaded where it isn't in the local cache.
+
+    Raises:
+        NeftError: it can't be reached, or there is no such model or revision.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja"]
+    where = f"model '{name}'"
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise NeftError(f"{where}: access is gated; accept its licence and run 'hf auth login'") from None
+    except RevisionNotFoundError:
+        raise NeftError(f"{where}: has no revision '{revision}'; see its page on the Hub") from None
+    except RepositoryNotFoundError:
+        raise NeftError(f"{where}: not on the Hub, or private; check model.id") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
+        raise NeftError(
+            f"{where}: the Hub can't be reached and the local cache lacks it; connect once, "
+            "or set model.kind: local and model.path to a directory"
+        ) from None
+
+
+def inspect(directory: Path, *, trust_remote_code: bool = False) -> tuple[str, int, int, str]:
+    """Check a checkpoint directory in the Hub's layout without building the model.
+
+    Every value of every tensor is read once.
+
+    Args:
+        directory: config.json, tokenizer files and *.safetensors.
+        trust_remote_code: allow a model whose code comes with it.
+
+    Returns:
+        Model type, number of parameters, longest sequence (0 if unknown), hash.
+
+    Raises:
+        NeftError: no directory, no or only pickled weights, not a causal language model, a file
+            that isn't whole, a value that is not finite.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    if not directory.is_dir():
+        raise NeftError(f"{directory}: no such directory; set model.path to a model's directory")
+    config_file = directory / "config.json"
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise NeftError(f"{config_file}: missing or no JSON; a model in the Hub's layout has it") from None
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for p in directory.glob("*.bin")) or sorted(
+            p.name for p in directory.glob("*.pt*")
+        )
+        found = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
+        raise NeftError(f"{directory}: {found}; *.safetensors are needed, pickle is never loaded")
+    _refuse_other_architectures(directory, config, trust_remote_code)
+    digest = hashlib.sha256(config_file.read_bytes())
+    parameters = 0
+    for path in files:
+        with path.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    tensor = tensors.get_tensor(name)
+                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                        raise NeftError(
+                            f"{path}: {name} holds a value that is not finite; get a sound copy"
+                        )
+                    parameters += tensor.numel()
+        except SafetensorError as fault:
+            raise NeftError(f"{path}: not a whole safetensors file ({fault}); copy it again") from None
+    context = int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
+    return str(config["model_type"]), parameters, context, digest.hexdigest()
+
+
+def _refuse_other_architectures(directory: Path, config: dict[str, Any], trust: bool) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    if "AutoModelForCausalLM" in config.get("auto_map", {}):
+        if not trust:
+            raise NeftError(
+                f"{directory}: needs Python code of its own; "
+                "set model.trust_remote_code: true if you trust its authors"
+            )
+        return
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    named = config.get("architectures") or ([known] if known else [])
+    if known is None or known not in named:
+        found = ", ".join(named) or f"model_type '{kind}'"
+        raise NeftError(f"{directory}: not a causal language model ({found}); choose one that is")
+
+
+def load_model(directory: Path, dtype: "torch.dtype", *, trust_remote_code: bool = False) -> Any:
+    """A causal language model from a directory, on the CPU.
+
+    Raises:
+        NeftError: transformers refuses the checkpoint; its reason is shown.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _quiet()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as fault:
+        reason = str(fault).strip().splitlines()[0]
+        raise NeftError(f"{directory}: can't be loaded ({reason}); check the directory") from None
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """A model's tokenizer, with a padding token.
+
+    Raises:
+        NeftError: the directory holds no usable tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    _quiet()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as fault:
+        reason = str(fault).strip().splitlines()[0]
+        raise NeftError(f"{directory}: no usable tokenizer ({reason}); add its files") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def build_tokenizer(texts: Iterable[str], vocabulary: int, context: int) -> Any:
+    """A byte-level BPE tokenizer with <pad>, <s> and </s>, learned from texts.
+
+    Args:
+        texts: what it learns from.
+        vocabulary: tokens at most, special ones and the 256 bytes included.
+        context: longest sequence of the model, in tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=context,
+    )
+
+
+def build_llama(
+    vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int, context: int, seed: int
+) -> "nn.Module":
+    """A small Llama with tied embeddings and random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def save_checkpoint(model: Any, folder: Path, keep_float32: Iterable[str] = (), dtype: Any = None) -> None:
+    """Write a checkpoint in the Hub's layout.
+
+    Args:
+        model: a transformers model.
+        folder: an existing directory.
+        keep_float32: modules whose weights keep their precision.
+        dtype: what the other weights are cast to; None leaves them.
+    """
+    kept = {f"{name}.weight" for name in keep_float32}
+    state = {
+        name: tensor if dtype is None or name in kept else tensor.to(dtype)
+        for name, tensor in model.state_dict().items()
+    }
+    model.save_pretrained(str(folder), state_dict=state, max_shard_size="5GB")
+

@@ -1,0 +1,131 @@
+"""`--params` and `--set`: which params a run uses.
+
+`--set` changes the workspace's params.yaml (comments stay), as `dvc exp run -S` does: the file is
+what DVC hashes, so whatever ran is what it says. `--params FILE` with a file that is no
+workspace's own runs in a workspace of its own under `.neft/workspaces`, which shares the cache.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from neft_core.config import NO_FILE, Params, parse_params, read_yaml
+from neft_core.errors import NeftError
+from neft_core.files import replacing
+from neft_core.workspace import Workspace, find_workspace, init_workspace
+
+
+def preview(file: Path | None, settings: Sequence[str]) -> tuple[Params, Workspace | None]:
+    """Checked params with overrides, nothing written, and the workspace they belong to."""
+    ws = _owner(file)
+    path = file or (ws or find_workspace()).params_file
+    text, _ = _changed(path, settings)
+    return parse_params(_mapping(text), path.name), ws
+
+
+def apply(file: Path | None, settings: Sequence[str]) -> Workspace:
+    """The workspace to run, its params.yaml changed as asked for.
+
+    Raises:
+        NeftError: the outcome isn't valid; the file is then left as it was.
+    """
+    ws = _owner(file)
+    if ws is None:
+        assert file is not None
+        ws = _private_workspace(file)
+    text, changes = _changed(ws.params_file, settings)
+    parse_params(_mapping(text), Params.FILE)
+    if changes:
+        with replacing(ws.params_file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        for change in changes:
+            print(f"{ws.params_file.name}: {change}")
+    return ws
+
+
+def _owner(file: Path | None) -> Workspace | None:
+    """The workspace whose own params.yaml is meant; None for any other file."""
+    if file is None:
+        return find_workspace()
+    read_yaml(file)
+    path = file.resolve()
+    own = path.name == Params.FILE and (path.parent / "dvc.yaml").is_file()
+    return Workspace(path.parent) if own else None
+
+
+def _private_workspace(file: Path) -> Workspace:
+    host = find_workspace()
+    name = file.resolve().parent.name if file.name == Params.FILE else file.stem
+    parse_params(read_yaml(file), file.name)
+    folder = host.state("workspaces", name)
+    ws = init_workspace(folder, "", cache=host.root / ".dvc" / "cache")
+    document = _round_trip().load(file.read_text(encoding="utf-8"))
+    _absolute(document, file.resolve().parent)
+    with replacing(ws.params_file) as temporary, temporary.open("w", encoding="utf-8") as handle:
+        _round_trip().dump(document, handle)
+    print(f"{file}: runs in its own workspace, {folder}")
+    return ws
+
+
+def _absolute(node: Any, folder: Path) -> None:
+    """Paths of local files keep their meaning where the params file moves to."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "path" and isinstance(value, str) and value != NO_FILE:
+                node[key] = str(folder / Path(value).expanduser())
+            else:
+                _absolute(value, folder)
+
+
+def _changed(path: Path, settings: Sequence[str]) -> tuple[str, list[str]]:
+    """A params file's text with settings applied, and what they changed."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if not settings:
+        read_yaml(path)
+        return text, []
+    yaml = _round_trip()
+    read_yaml(path)
+    document = yaml.load(text)
+    changes = []
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise NeftError(f"--set {setting}: got no value; write --set key.path=value")
+        try:
+            wanted = YAML(typ="safe").load(value)
+        except YAMLError:
+            raise NeftError(f"--set {setting}: the value is no YAML; quote it") from None
+        *parents, last = key.split(".")
+        node = document
+        for parent in parents:
+            if not isinstance(node, dict) or parent not in node:
+                known = ", ".join(map(str, node)) if isinstance(node, dict) else "no keys"
+                raise NeftError(f"--set {setting}: no '{parent}' there; known: {known}")
+            node = node[parent]
+        if not isinstance(node, dict):
+            raise NeftError(f"--set {setting}: {'.'.join(parents)} holds no keys")
+        before = node.get(last)
+        if before != wanted or last not in node:
+            node[last] = wanted
+            changes.append(f"{key}: {before!r} is now {wanted!r}")
+    buffer = io.StringIO()
+    yaml.dump(document, buffer)
+    return buffer.getvalue(), changes
+
+
+def _round_trip() -> YAML:
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    return yaml
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    data = YAML(typ="safe").load(text)
+    assert isinstance(data, dict)
+    return data

@@ -1,0 +1,62 @@
+"""`neft run --dry-run`: what the params ask for, and what would run."""
+
+from neft_core import config
+from neft_core.config import Params
+from neft_core.workspace import PIPELINE, Workspace
+
+
+def describe(params: Params, ws: Workspace | None) -> str:
+    """Model, tasks and runs in words, then the stages; of a workspace, which are out of date."""
+    lines = [f"model: {_model(params.model)}"]
+    for name, task in params.tasks.items():
+        lines.append(f"task {name}: {task.format.task} from {_source(task.source)}")
+    step = params.warmup.batch_size * params.warmup.accumulation
+    lines.append(
+        f"warm-up: {params.warmup.steps} steps of {step} rows at lr {params.warmup.lr:g}; "
+        f"layout {params.scoring.layout}"
+    )
+    for name, run in params.runs.items():
+        options = {k: v for k, v in run.method.model_dump().items() if v is not None and k != "name"}
+        words = " ".join(f"{key}={value}" for key, value in options.items())
+        lines.append(
+            f"run {name}: {' '.join(filter(None, (run.method.name, words)))} on {run.task}, "
+            f"lr {run.lr or params.training.lr:g}, {run.epochs or params.training.epochs:g} epochs, "
+            f"seeds {', '.join(map(str, run.seeds))}"
+        )
+    stages = _stages(params)
+    lines.append(f"params are valid; {len(stages)} stages")
+    if ws is None:
+        lines += [f"  {stage}" for stage in stages]
+        return "\n".join(lines)
+    from neft_core.graph import Graph
+
+    return "\n".join(lines + [f"  {line}" for line in Graph(ws).outlook()])
+
+
+def _model(model: config.BuiltModel | config.LocalModel | config.HubModel) -> str:
+    if isinstance(model, config.BuiltModel):
+        return (
+            f"built, {model.layers} layers, hidden {model.hidden}, "
+            f"intermediate {model.intermediate}, vocabulary {model.vocabulary}"
+        )
+    if isinstance(model, config.HubModel):
+        return f"{model.id} at revision {model.revision}, from the Hub"
+    return f"directory {model.path}"
+
+
+def _source(source: config.GeneratedSource | config.LocalSource | config.HubSource) -> str:
+    rows = f"{source.train:,} training rows" if source.train else "all training rows"
+    if isinstance(source, config.GeneratedSource):
+        return f"the generated corpus {'-'.join(source.languages)}, {rows}"
+    place = f"Hub data set {source.id}" if isinstance(source, config.HubSource) else source.path
+    return f"{place}, {rows}"
+
+
+def _stages(params: Params) -> list[str]:
+    """Stage names as dvc.yaml's foreach expands them."""
+    names = []
+    for name, stage in config.read_yaml(PIPELINE)["stages"].items():
+        section = stage.get("foreach", "").removeprefix("${").removesuffix("}")
+        items = list(getattr(params, section)) if section else []
+        names += [f"{name}@{item}" for item in items] or [name]
+    return names
