@@ -136,7 +136,10 @@ def family(model_type: str) -> Family:
 
 
 def candidates(
-    shapes: Mapping[str, tuple[int, ...]], model_type: str, layout: str = "mlp"
+    shapes: Mapping[str, tuple[int, ...]],
+    model_type: str,
+    layout: str = "mlp",
+    where: str = "model",
 ) -> list[Group]:
     """The neurons that may be selected, by layer and within it gate, up, down.
 
@@ -147,6 +150,7 @@ def candidates(
         shapes: name and stored shape of every weight of the checkpoint.
         model_type: the `model_type` of the model's config.
         layout: which neurons are candidates, a key of `LAYOUTS`.
+        where: what messages call the model, such as its directory.
 
     Returns:
         One group per module, with the names as the checkpoint has them.
@@ -168,12 +172,12 @@ def candidates(
             "use 'mlp'"
         )
     groups: list[Group] = []
-    for layer in _layers(shapes, known, model_type):
-        found = [_group(shapes, layer, known, known.parts[role]) for role in roles]
+    for layer in _layers(shapes, known, model_type, where):
+        found = [_group(shapes, layer, known, known.parts[role], where) for role in roles]
         if len({(group.count, group.length) for group in found}) != 1:
             sizes = ", ".join(f"{g.module} {shapes[g.module + '.weight']}" for g in found)
             raise NeftError(
-                f"model: the weights of an MLP do not fit each other: {sizes}; "
+                f"{where}: the weights of an MLP do not fit each other: {sizes}; "
                 "use a checkpoint that is not quantised"
             )
         groups.extend(_joined(found))
@@ -189,7 +193,9 @@ def count_parameters(shapes: Mapping[str, tuple[int, ...]], tied: bool = False) 
     )
 
 
-def _layers(shapes: Mapping[str, tuple[int, ...]], known: Family, model_type: str) -> list[str]:
+def _layers(
+    shapes: Mapping[str, tuple[int, ...]], known: Family, model_type: str, where: str
+) -> list[str]:
     """The layers' names, such as `model.layers.0`, by number."""
     suffixes = "|".join(re.escape(part.suffix) for part in known.parts.values())
     pattern = re.compile(rf"((?:.+\.)?{known.layers})\.(\d+)\.(?:{suffixes})\.weight")
@@ -202,31 +208,35 @@ def _layers(shapes: Mapping[str, tuple[int, ...]], known: Family, model_type: st
     if not stacks:
         up = known.parts["up"].suffix
         raise NeftError(
-            f"model: none of {len(shapes)} weights is named '{known.layers}.N.{up}.weight'; "
+            f"{where}: none of {len(shapes)} weights is named '{known.layers}.N.{up}.weight'; "
             f"check that this is a {model_type!r} model"
         )
     if len(stacks) > 1:
         raise NeftError(
-            f"model: found several stacks of layers ({', '.join(sorted(stacks))}); "
+            f"{where}: found several stacks of layers ({', '.join(sorted(stacks))}); "
             "give a model with one"
         )
     (stack,) = stacks
     return [f"{stack}.{number}" for number in sorted(numbers)]
 
 
-def _group(shapes: Mapping[str, tuple[int, ...]], layer: str, known: Family, part: Part) -> Group:
+def _group(
+    shapes: Mapping[str, tuple[int, ...]], layer: str, known: Family, part: Part, where: str
+) -> Group:
     """The neurons of one role in one layer."""
     module = f"{layer}.{part.suffix}"
     shape = shapes.get(f"{module}.weight")
     if shape is None:
-        raise NeftError(f"model: {layer} has no {part.suffix}.weight; the checkpoint is incomplete")
+        raise NeftError(
+            f"{where}: {layer} has no {part.suffix}.weight; the checkpoint is incomplete"
+        )
     if len(shape) != 2:
-        raise NeftError(f"model: {module}.weight has shape {shape}; a matrix is needed")
+        raise NeftError(f"{where}: {module}.weight has shape {shape}; a matrix is needed")
     logical = shape[::-1] if known.transposed else shape
     count = logical[part.axis] // part.of
     if count * part.of != logical[part.axis]:
         raise NeftError(
-            f"model: {module}.weight has {logical[part.axis]} rows; "
+            f"{where}: {module}.weight has {logical[part.axis]} rows; "
             f"{part.of} parts of equal size are needed"
         )
     length = logical[1 - part.axis]
