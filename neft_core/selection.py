@@ -1,0 +1,150 @@
+"""Which neurons are trained: a policy ranks all candidates, a budget cuts the ranking.
+
+Shapes: N candidates of all modules together, in the order of the scores' modules.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from neft_core.errors import NeftError
+from neft_core.masks import NeuronMask, NeuronScores
+
+
+def _lowest(scores: NeuronScores, seed: int) -> Tensor:  # noqa: ARG001
+    """The least similar first; equal ones by module, then by index."""
+    return _all(scores).sort(descending=True, stable=True).indices
+
+
+def _random(scores: NeuronScores, seed: int) -> Tensor:
+    """Any order, from the seed: the control."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(_all(scores)), generator=generator)
+
+
+POLICIES: dict[str, Callable[[NeuronScores, int], Tensor]] = {
+    "lowest": _lowest,
+    "random": _random,
+}
+"""How each policy ranks: scores and seed in, a permutation of the N candidates out."""
+
+
+def select(
+    scores: NeuronScores,
+    policy: str = "lowest",
+    *,
+    percent: float | None = None,
+    neurons: int | None = None,
+    share: float | None = None,
+    seed: int = 0,
+) -> NeuronMask:
+    """Select neurons: a prefix of one ranking over all modules, without a quota for any.
+
+    Args:
+        scores: what every candidate scored.
+        policy: the ranking, a key of `POLICIES`.
+        percent: the longest prefix whose parameters are at most this percent of all parameters
+            of the model, in (0, 100].
+        neurons: exactly this many neurons.
+        share: the longest prefix with at most this share of the candidates, in (0, 1].
+        seed: of the policy `random`; the others do not use it.
+
+    Returns:
+        The mask; the provenance of the scores with policy, budget and seed.
+
+    Raises:
+        NeftError: not exactly one budget, a budget that selects nothing or more than there is,
+            an unknown policy, or scores that are not numbers.
+
+    Source: Xu et al. 2024, section 4.2 and Table 2 for what percent means.
+    """
+    if policy not in POLICIES:
+        raise NeftError(f"policy: got {policy!r}; known: {', '.join(POLICIES)}")
+    _refuse_nan(scores)
+    given = {"percent": percent, "neurons": neurons, "share": share}
+    budgets = {name: value for name, value in given.items() if value is not None}
+    if len(budgets) != 1:
+        found = " and ".join(budgets) or "none"
+        raise NeftError(f"budget: got {found}; give one of percent, neurons, share")
+    ((name, value),) = budgets.items()
+    ranking = POLICIES[policy](scores, seed)
+    chosen = ranking[: _count(scores, ranking, name, value)]
+    made = {"policy": policy, name: f"{value:g}" if name != "neurons" else str(value)}
+    if policy == "random":
+        made["selection_seed"] = str(seed)
+    return NeuronMask(
+        _by_module(scores, chosen),
+        scores.groups,
+        scores.total_parameters,
+        {**scores.provenance, **made},
+    )
+
+
+def _count(scores: NeuronScores, ranking: Tensor, name: str, value: float) -> int:
+    """How many neurons of the ranking a budget pays for."""
+    lengths = torch.cat(
+        [
+            torch.full((len(scores.sensitivity[module]),), group.length)
+            for module, group in scores.groups.items()
+        ]
+    )
+    cost = lengths[ranking].cumsum(0)
+    candidates, parameters = len(cost), int(cost[-1])
+    whole = scores.total_parameters
+    layout = scores.provenance.get("layout", "mlp")
+    limits = {"percent": 100 * parameters / whole, "neurons": candidates, "share": 1.0}
+    # A budget may be a count that was divided before: the tolerance is far below one neuron.
+    if not 0 < value <= limits[name] * (1 + 1e-12):
+        most = limits[name] if name == "neurons" else _floor(limits[name])
+        raise NeftError(f"{name}: got {value:g}; at most {most:g} with layout {layout!r}")
+    if name == "neurons":
+        if value != int(value):
+            raise NeftError(f"neurons: got {value:g}; a whole number is needed")
+        return int(value)
+    if name == "share":
+        count = math.floor(value * candidates * (1 + 1e-12))
+        least = 1 / candidates
+    else:
+        affordable = math.floor(value * whole / 100 * (1 + 1e-12))
+        count = int(torch.searchsorted(cost, affordable, right=True))
+        least = 100 * int(cost[0]) / whole
+    if count == 0:
+        raise NeftError(f"{name}: got {value:g}, no neuron; at least {least:.3g} for one")
+    return count
+
+
+def _by_module(scores: NeuronScores, chosen: Tensor) -> dict[str, Tensor]:
+    """Sorted rows or columns of each module from positions among all candidates."""
+    indices: dict[str, Tensor] = {}
+    selected = torch.zeros(len(_all(scores)), dtype=torch.bool)
+    selected[chosen] = True
+    sizes = [len(scores.sensitivity[module]) for module in scores.groups]
+    for (module, group), mine in zip(scores.groups.items(), selected.split(sizes), strict=True):
+        rows = mine.nonzero().flatten() + group.start
+        if len(rows):
+            indices[module] = rows
+    return indices
+
+
+def _all(scores: NeuronScores) -> Tensor:
+    """Sensitivities of all candidates, [N], in the order of `groups`."""
+    return torch.cat([scores.sensitivity[module] for module in scores.groups])
+
+
+def _refuse_nan(scores: NeuronScores) -> None:
+    """A score that is not a number has no rank."""
+    for module, group in scores.groups.items():
+        bad = scores.sensitivity[module].isnan().nonzero()
+        if len(bad):
+            raise NeftError(
+                f"scores: {module} neuron {group.start + int(bad[0])} is not a number; "
+                "run 'neft stage score'"
+            )
+
+
+def _floor(value: float) -> float:
+    """Three digits, rounded down, so that the limit in a message is itself allowed."""
+    scale = 10.0 ** (2 - math.floor(math.log10(value)))
+    return math.floor(value * scale) / scale

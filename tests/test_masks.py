@@ -1,0 +1,182 @@
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from neft_core.errors import NeftError
+from neft_core.masks import Count, NeuronMask, NeuronScores
+from neft_core.neurons import Group
+
+UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
+GROUPS = {UP: Group(UP, 0, 0, 6, 4), DOWN: Group(DOWN, 1, 0, 6, 4)}
+MADE = {"base": "3f2a" * 16, "layout": "mlp", "model_type": "llama", "policy": "lowest"}
+
+
+def mask(up=(), down=(), **made) -> NeuronMask:
+    indices = {UP: torch.tensor(up, dtype=torch.int64), DOWN: torch.tensor(down, dtype=torch.int64)}
+    return NeuronMask(
+        {module: rows for module, rows in indices.items() if len(rows)},
+        GROUPS,
+        1000,
+        {**MADE, **made},
+    )
+
+
+def content(chosen: NeuronMask) -> dict[str, list[int]]:
+    return {module: rows.tolist() for module, rows in chosen.indices.items()}
+
+
+def test_counts():
+    chosen = mask(up=[0, 5], down=[3])
+    assert chosen.neurons == 3
+    assert chosen.parameters == 12
+    assert chosen.percent == pytest.approx(1.2)
+    assert chosen.axis == {UP: 0, DOWN: 1}
+    assert mask(down=[3]).by_module() == {UP: Count(0, 6), DOWN: Count(1, 6)}
+
+
+def test_set_operations():
+    a, b = mask([0, 2, 5], [1]), mask([2, 3], [])
+    assert content(a | b) == {UP: [0, 2, 3, 5], DOWN: [1]}
+    assert content(a & b) == {UP: [2]}
+    assert content(a - b) == {UP: [0, 5], DOWN: [1]}
+    assert content(b - a) == {UP: [3]}
+    assert content(a - a) == {}
+    assert (a | b).neurons == a.neurons + b.neurons - (a & b).neurons
+    assert a.overlap(b) == 0.25
+    assert b.overlap(a) == 0.5
+    assert a.overlap(a) == 1.0
+
+
+def test_a_combination_says_what_it_is_made_of():
+    made = (mask([0], data="fr") | mask([1], data="zh")).provenance
+    assert made["data"] == "(fr) | (zh)"
+    assert made["layout"] == "mlp"
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        (mask([0], base="91bc" * 16), "mask: base is 3f2a3f2a3f2a..., that of mask is 91bc"),
+        (mask([0], layout="mlp+gate"), "mask: layout is mlp, that of mask is mlp+gate"),
+        (replace(mask([0]), groups={UP: GROUPS[UP]}), "mask: its candidates differ from those of"),
+    ],
+)
+def test_masks_of_different_models_are_not_combined(other, text):
+    for combine in (NeuronMask.__or__, NeuronMask.__and__, NeuronMask.__sub__, NeuronMask.overlap):
+        with pytest.raises(NeftError, match=re.escape(text)):
+            combine(mask([1]), other)
+
+
+def test_overlap_of_nothing_is_refused():
+    with pytest.raises(NeftError, match="has no neurons"):
+        mask().overlap(mask([0]))
+
+
+def test_a_mask_survives_its_file(tmp_path):
+    path = tmp_path / "deep" / "m.safetensors"
+    chosen = mask([0, 5], [3])
+    chosen.save(path)
+    read = NeuronMask.load(path)
+    assert content(read) == content(chosen)
+    assert read.indices[UP].dtype == torch.int64
+    assert list(read.groups.items()) == list(GROUPS.items())
+    assert (read.total_parameters, read.provenance) == (1000, chosen.provenance)
+    assert read.source == str(path)
+    assert [file.name for file in path.parent.iterdir()] == ["m.safetensors"]
+
+
+def test_scores_survive_their_file_bit_by_bit(tmp_path):
+    values = torch.tensor([0.0, 1e-300, 1 / 3, 2.0, 1e-17, 0.5], dtype=torch.float64)
+    # the order of modules, which breaks ties, is not that of the alphabet
+    scores = NeuronScores({UP: values, DOWN: values / 3}, GROUPS, 7, MADE)
+    scores.save(tmp_path / "s.safetensors")
+    read = NeuronScores.load(tmp_path / "s.safetensors")
+    assert list(read.sensitivity) == list(read.groups) == [UP, DOWN]
+    assert read.groups == GROUPS
+    assert all(torch.equal(read.sensitivity[m], scores.sensitivity[m]) for m in GROUPS)
+    assert read.sensitivity[UP].dtype == torch.float64
+    assert (read.total_parameters, read.provenance) == (7, MADE)
+
+
+def test_a_mask_without_neurons_survives_its_file(tmp_path):
+    path = tmp_path / "none.safetensors"
+    NeuronMask({}, {}, 0).save(path)
+    read = NeuronMask.load(path)
+    assert (read.neurons, read.parameters, read.percent, read.by_module()) == (0, 0, 0.0, {})
+
+
+def test_equal_content_gives_equal_bytes_in_every_process(tmp_path):
+    code = (
+        "import sys; from neft_core.masks import NeuronMask;"
+        "NeuronMask({}, {}, 1, {str(i): 'x' for i in range(20)}).save(sys.argv[1])"
+    )
+    paths = [tmp_path / "1", tmp_path / "2"]
+    for path in paths:
+        subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    mask([0]).save(path)
+
+    def fails(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fails)
+    with pytest.raises(OSError, match="disk full"):
+        mask([1]).save(path)
+    assert content(NeuronMask.load(path)) == {UP: [0]}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_provenance_cannot_hide_the_file_s_own_keys(tmp_path):
+    with pytest.raises(ValueError, match="reserved key 'kind'"):
+        mask([0], kind="x").save(tmp_path / "m")
+
+
+def test_bad_files_are_named_with_the_remedy(tmp_path):
+    path = tmp_path / "m.safetensors"
+
+    def refuses(text: str, kind=NeuronMask) -> None:
+        with pytest.raises(NeftError, match=re.escape(f"{path}: {text}")) as caught:
+            kind.load(path)
+        assert "\n" not in str(caught.value)
+        assert "; run 'neft stage " in str(caught.value)
+
+    refuses("no such file; run 'neft stage select'")
+    mask([0, 1], [2]).save(path)
+    refuses("holds mask, scores expected; run 'neft stage score'", NeuronScores)
+    path.write_bytes(path.read_bytes()[:-3])
+    refuses("not a whole safetensors file (")
+    path.write_bytes(b"")
+    refuses("not a whole safetensors file (")
+    path.write_text("{}" * 40)
+    refuses("not a whole safetensors file (")
+    save_file({"a": torch.zeros(1)}, path)
+    refuses("holds other tensors, mask expected; run 'neft stage select'")
+
+
+def test_another_model_is_refused(tmp_path):
+    path = tmp_path / "en-fr.safetensors"
+    mask([0], [1]).save(path)
+    read = NeuronMask.load(path)
+    fits = {f"{UP}.weight": (6, 4), f"{DOWN}.weight": (4, 6)}
+    read.check()
+    read.check(base_hash=MADE["base"], shapes=fits)
+    text = f"{path}: made for base 3f2a3f2a3f2a..., this model is 91bc91bc91bc...; run 'neft stage"
+    with pytest.raises(NeftError, match=re.escape(text)):
+        read.check(base_hash="91bc" * 16)
+    for wrong, found in (
+        ({f"{UP}.weight": (6, 4)}, "4 weights in model.layers.0.mlp.down_proj, this model has no"),
+        ({**fits, f"{UP}.weight": (4, 6)}, "this model has shape (4, 6) there; run"),
+        ({f"{UP}.weight": (7, 4), f"{DOWN}.weight": (4, 7)}, "12 candidates in 2 modules, this"),
+        (fits | {k.replace("0", "1"): v for k, v in fits.items()}, "this model has 24 in 4; run"),
+    ):
+        with pytest.raises(NeftError, match=re.escape(found)):
+            read.check(shapes=wrong)

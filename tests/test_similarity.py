@@ -1,0 +1,234 @@
+import json
+import re
+from fractions import Fraction
+from math import sqrt
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from neft_core.errors import NeftError
+from neft_core.similarity import score, sensitivity
+
+
+def exact(w: list[float], v: list[float]) -> float:
+    """1 - cosine in rational arithmetic up to one final square root.
+
+    1 - c = (1 - c^2) / (1 + c), with c^2 rational.
+    """
+    a, b = [Fraction(x) for x in w], [Fraction(x) for x in v]
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    square = dot * dot / (sum(x * x for x in a) * sum(y * y for y in b))
+    cosine = sqrt(square) * (1 if dot > 0 else -1)
+    return float(1 - square) / (1 + cosine) if dot > 0 else 1 - cosine
+
+
+def test_hand_values():
+    base = torch.tensor([[1.0, 0], [1, 0], [1, 0], [3, 4], [2, 0], [0, 0], [0, 0], [1, 2]])
+    tuned = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [4, 3], [7, 0], [0, 0], [1, 5], [0, 0]])
+    want = [0, 1, 2, 1 - 24 / 25, 0, 0, 1, 1]
+    got = sensitivity(base, tuned)
+    assert got.dtype == torch.float64
+    assert got.tolist() == pytest.approx(want, abs=1e-15)
+    assert [got[i].item() for i in (0, 2, 4, 5, 6, 7)] == [0, 2, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-7, 1e-4, 1e-1, 1, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exact_at_every_size_of_change(size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(8, 33, generator=generator, dtype=dtype)
+    tuned = base + size * torch.randn(8, 33, generator=generator, dtype=dtype)
+    got = sensitivity(base, tuned).tolist()
+    want = [exact(w, v) for w, v in zip(base.tolist(), tuned.tolist(), strict=True)]
+    assert got == pytest.approx(want, rel=1e-11, abs=0)
+
+
+def test_the_library_s_cosine_loses_what_this_keeps():
+    # Why the formula: after a step of 1e-7 the float32 cosine ranks by rounding.
+    generator = torch.Generator().manual_seed(0)
+    base = 0.02 * torch.randn(400, 256, generator=generator)
+    tuned = base + 2e-6 * torch.randn(400, 256, generator=generator)
+    double = 1 - torch.cosine_similarity(base.double(), tuned.double(), dim=1)
+    single = 1 - torch.cosine_similarity(base, tuned, dim=1)
+
+    def top(values):
+        return set(values.argsort(descending=True)[:40].tolist())
+
+    assert top(sensitivity(base, tuned)) == top(double)
+    assert len(top(single) & top(double)) < 36
+
+
+def test_scale_changes_nothing():
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(5, 16, generator=generator)
+    tuned = base + 0.01 * torch.randn(5, 16, generator=generator)
+    same = sensitivity(base, tuned)
+    assert torch.equal(sensitivity(base * 2**-30, tuned * 2**-30), same)
+    assert torch.equal(sensitivity(base.flip(0), tuned.flip(0)).flip(0), same)
+    assert sensitivity(base, base * 4).max() < 1e-30
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 64, 1000, 40_000])
+def test_a_neuron_s_bits_do_not_depend_on_its_company(width):
+    generator = torch.Generator().manual_seed(2)
+    base = torch.randn(9, width, generator=generator)
+    tuned = base + 0.1 * torch.randn(9, width, generator=generator)
+    whole = sensitivity(base, tuned)
+    for step in (1, 2, 5):
+        parts = zip(base.split(step), tuned.split(step), strict=True)
+        assert torch.equal(torch.cat([sensitivity(w, v) for w, v in parts]), whole)
+    as_columns = sensitivity(base.t().contiguous().t(), tuned.t().contiguous().t())
+    assert torch.equal(as_columns, whole)
+
+
+def test_inputs_are_left_alone():
+    base, tuned = torch.ones(2, 3, dtype=torch.float64), torch.eye(2, 3, dtype=torch.float64)
+    before = base.clone(), tuned.clone()
+    sensitivity(base, tuned)
+    assert torch.equal(base, before[0])
+    assert torch.equal(tuned, before[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("other", [0.0, 1.0])
+def test_values_that_are_not_finite_are_refused(value, which, other):
+    pair = [torch.full((3, 2), other), torch.full((3, 2), other)]
+    pair[which][1, 0] = value
+    with pytest.raises(NeftError, match="sensitivity: neuron 1 has a value that is not finite"):
+        sensitivity(*pair)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(NeftError, match=re.escape("got shapes (2, 3) and (3, 2)")):
+        sensitivity(torch.zeros(2, 3), torch.zeros(3, 2))
+
+
+HIDDEN, INNER = 6, 10
+
+
+def llama_weights(layers=2, seed=0, prefix="model.") -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weights = {f"{prefix}embed_tokens.weight": torch.randn(7, HIDDEN, generator=generator)}
+    for n in range(layers):
+        for name, shape in {"up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}.items():
+            weights[f"{prefix}layers.{n}.mlp.{name}_proj.weight"] = torch.randn(
+                shape, generator=generator
+            )
+    return weights
+
+
+def write(directory, weights, model_type="llama", shards=1):
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+    weights = {name: weight.contiguous() for name, weight in weights.items()}
+    if shards == 1:
+        save_file(weights, directory / "model.safetensors")
+        return directory
+    names, files = list(weights), {}
+    for n in range(shards):
+        mine = {name: weights[name] for name in names[n::shards]}
+        save_file(mine, directory / f"model-{n}.safetensors")
+        files |= dict.fromkeys(mine, f"model-{n}.safetensors")
+    index = {"weight_map": files}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def tuned_from(weights, seed=9):
+    generator = torch.Generator().manual_seed(seed)
+    return {k: v + 1e-3 * torch.randn(v.shape, generator=generator) for k, v in weights.items()}
+
+
+@pytest.mark.parametrize("piece", [1, 13, 25, 1 << 20])
+def test_score_reads_rows_and_columns_in_pieces(tmp_path, piece):
+    base = llama_weights()
+    tuned = tuned_from(base)
+    calls = []
+    scores = score(
+        write(tmp_path / "base", base),
+        write(tmp_path / "tuned", tuned, shards=3),
+        provenance={"steps": "800"},
+        piece=piece,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    for module, values in scores.sensitivity.items():
+        w, v = base[f"{module}.weight"], tuned[f"{module}.weight"]
+        if "down" in module:
+            w, v = w.t(), v.t()
+        assert torch.equal(values, sensitivity(w, v))
+        assert (values > 0).all()
+    assert list(scores.sensitivity) == list(scores.groups)
+    assert len(scores.sensitivity) == 4
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert scores.provenance == {"steps": "800", "model_type": "llama", "layout": "mlp"}
+    assert scores.total_parameters == sum(weight.numel() for weight in base.values())
+
+
+def test_score_of_conv1d_and_of_names_without_prefix(tmp_path):
+    base = {
+        "h.0.mlp.c_fc.weight": torch.randn(HIDDEN, INNER),
+        "h.0.mlp.c_proj.weight": torch.randn(INNER, HIDDEN),
+    }
+    tuned = tuned_from(base)
+    prefixed = {f"transformer.{name}": weight for name, weight in tuned.items()}
+    scores = score(
+        write(tmp_path / "base", base, "gpt2"), write(tmp_path / "tuned", prefixed, "gpt2"), piece=7
+    )
+    for module, name in (("h.0.mlp.c_fc", "c_fc"), ("h.0.mlp.c_proj", "c_proj")):
+        w, v = base[f"{module}.weight"], tuned[f"{module}.weight"]
+        want = sensitivity(w, v) if name == "c_proj" else sensitivity(w.t(), v.t())
+        assert torch.equal(scores.sensitivity[module], want)
+
+
+def test_score_of_fused_weights_takes_the_second_half(tmp_path):
+    base = {
+        "model.layers.0.mlp.gate_up_proj.weight": torch.randn(2 * INNER, HIDDEN),
+        "model.layers.0.mlp.down_proj.weight": torch.randn(HIDDEN, INNER),
+    }
+    tuned = {name: weight.clone() for name, weight in base.items()}
+    tuned["model.layers.0.mlp.gate_up_proj.weight"][INNER + 3] += torch.arange(HIDDEN)
+    tuned["model.layers.0.mlp.gate_up_proj.weight"][2] += torch.arange(HIDDEN)
+    dirs = write(tmp_path / "base", base, "phi3"), write(tmp_path / "tuned", tuned, "phi3")
+    module = "model.layers.0.mlp.gate_up_proj"
+    assert score(*dirs).sensitivity[module].nonzero().flatten().tolist() == [3]
+    both = score(*dirs, layout="mlp+gate").sensitivity[module]
+    assert both.nonzero().flatten().tolist() == [2, INNER + 3]
+
+
+def test_a_tuned_model_in_float32_scores_a_base_in_bfloat16(tmp_path):
+    base = {name: weight.bfloat16() for name, weight in llama_weights(1).items()}
+    tuned = tuned_from({name: weight.float() for name, weight in base.items()})
+    only_scored = {name: weight for name, weight in tuned.items() if "mlp" in name}
+    scores = score(write(tmp_path / "base", base), write(tmp_path / "tuned", only_scored))
+    name = "model.layers.0.mlp.up_proj"
+    want = sensitivity(base[f"{name}.weight"].float(), tuned[f"{name}.weight"])
+    assert torch.equal(scores.sensitivity[name], want)
+
+
+def test_checkpoints_that_do_not_belong_together_are_refused(tmp_path):
+    base = llama_weights()
+    base_dir = write(tmp_path / "base", base)
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def refuses(weights, text):
+        tuned_dir = write(tmp_path / "tuned", weights)
+        with pytest.raises(NeftError, match=re.escape(text)) as caught:
+            score(base_dir, tuned_dir)
+        assert "\n" not in str(caught.value)
+
+    tuned = tmp_path / "tuned"
+    refuses(llama_weights(1), f"{tuned}: has no model.layers.1.mlp.up_proj.weight, {base_dir} has;")
+    refuses(llama_weights(3), f"{tuned}: has model.layers.2.mlp.up_proj.weight, {base_dir} has not")
+    other = {n: torch.cat((w, w), 0 if "up" in n else 1) for n, w in base.items() if "mlp" in n}
+    refuses(other, f"{tuned}: model.layers.0.mlp.up_proj.weight has shape (20, 6), that of")
+    refuses({"x": torch.zeros(1)}, f"{tuned}: none of 1 weights is named")
+    broken = {n: weight.clone() for n, weight in base.items()}
+    broken[name][2, 4] = float("nan")
+    refuses(
+        broken,
+        f"{tuned}/model.safetensors: {name} has a value that is not finite in column 4; make",
+    )
+    base_dir = write(tmp_path / "bad", broken)
+    refuses(base, f"{base_dir}/model.safetensors: {name} has a value that is not finite in")
