@@ -164,7 +164,7 @@ def _init(options: argparse.Namespace) -> None:
     print(f"workspace {ws.root} is ready; next: cd {options.dir} && neft run")
 
 
-def _track(options: argparse.Namespace) -> None:
+def _track(_options: argparse.Namespace) -> None:
     from neft_core.tracking import sync
     from neft_core.workspace import find_workspace
 

@@ -34,7 +34,7 @@ class Method:
     prepare: Prepare
     adapter: Callable[[Any], dict[str, Tensor]]
     load: Callable[[Any, Mapping[str, Tensor]], None]
-    finish: Callable[[Any], None] = lambda model: None
+    finish: Callable[[Any], None] = lambda _model: None
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -51,7 +51,7 @@ def _train_only(model: nn.Module, chosen: Callable[[str], bool]) -> None:
 
 
 def _full(model: Any, _options: Mapping[str, Any], _mask: NeuronMask, _type: str) -> Any:
-    _train_only(model, lambda name: True)
+    _train_only(model, lambda _name: True)
     return model
 
 
@@ -100,7 +100,9 @@ def _load_lora(model: Any, state: Mapping[str, Tensor]) -> None:
 
     outcome = set_peft_model_state_dict(model, dict(state))
     if outcome.unexpected_keys:
-        raise NeftError(f"adapter: {outcome.unexpected_keys[0]} isn't in this model; run 'neft run'")
+        raise NeftError(
+            f"adapter: {outcome.unexpected_keys[0]} isn't in this model; run 'neft run'"
+        )
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -138,7 +140,7 @@ def moved_outside(model: nn.Module, base: nn.Module) -> tuple[int, list[str]]:
     """
     chosen = {
         f"{name}.weight": (layer.indices.cpu(), layer.axis ^ int(layer.transposed))
-        for name, layer in sparse.layers(model)
+        for name, layer in sparse.sparse_layers(model)
     }
     after = sparse.detach(model, restore=False).state_dict()
     compared, moved = 0, []
@@ -159,4 +161,3 @@ def _bits(tensor: Tensor) -> Tensor:
     """The same memory as integers, so that -0.0 and NaN are compared as stored."""
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.contiguous().view(sizes[tensor.element_size()])
-

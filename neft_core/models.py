@@ -91,7 +91,9 @@ def fetch(name: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
-        raise NeftError(f"{where}: access is gated; accept its licence and run 'hf auth login'") from None
+        raise NeftError(
+            f"{where}: access is gated; accept its licence and run 'hf auth login'"
+        ) from None
     except RevisionNotFoundError:
         raise NeftError(f"{where}: has no revision '{revision}'; see its page on the Hub") from None
     except RepositoryNotFoundError:
@@ -128,7 +130,9 @@ def inspect(directory: Path, *, trust_remote_code: bool = False) -> tuple[str, i
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise NeftError(f"{config_file}: missing or no JSON; a model in the Hub's layout has it") from None
+        raise NeftError(
+            f"{config_file}: missing or no JSON; a model in the Hub's layout has it"
+        ) from None
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         pickled = sorted(p.name for p in directory.glob("*.bin")) or sorted(
@@ -152,7 +156,9 @@ def inspect(directory: Path, *, trust_remote_code: bool = False) -> tuple[str, i
                         )
                     parameters += tensor.numel()
         except SafetensorError as fault:
-            raise NeftError(f"{path}: not a whole safetensors file ({fault}); copy it again") from None
+            raise NeftError(
+                f"{path}: not a whole safetensors file ({fault}); copy it again"
+            ) from None
     context = int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
     return str(config["model_type"]), parameters, context, digest.hexdigest()
 
@@ -256,7 +262,13 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int, context: int) -> Any:
 
 
 def build_llama(
-    vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int, context: int, seed: int
+    vocabulary: int,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    context: int,
+    seed: int,
 ) -> "nn.Module":
     """A small Llama with tied embeddings and random weights."""
     import torch
@@ -279,7 +291,9 @@ def build_llama(
     return LlamaForCausalLM(config)
 
 
-def save_checkpoint(model: Any, folder: Path, keep_float32: Iterable[str] = (), dtype: Any = None) -> None:
+def save_checkpoint(
+    model: Any, folder: Path, keep_float32: Iterable[str] = (), dtype: Any = None
+) -> None:
     """Write a checkpoint in the Hub's layout.
 
     Args:
@@ -294,4 +308,3 @@ def save_checkpoint(model: Any, folder: Path, keep_float32: Iterable[str] = (), 
         for name, tensor in model.state_dict().items()
     }
     model.save_pretrained(str(folder), state_dict=state, max_shard_size="5GB")
-

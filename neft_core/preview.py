@@ -16,11 +16,12 @@ def describe(params: Params, ws: Workspace | None) -> str:
         f"layout {params.scoring.layout}"
     )
     for name, run in params.runs.items():
-        options = {k: v for k, v in run.method.model_dump().items() if v is not None and k != "name"}
+        options = run.method.model_dump(exclude_none=True, exclude={"name"})
+        epochs = run.epochs or params.training.epochs
         words = " ".join(f"{key}={value}" for key, value in options.items())
         lines.append(
             f"run {name}: {' '.join(filter(None, (run.method.name, words)))} on {run.task}, "
-            f"lr {run.lr or params.training.lr:g}, {run.epochs or params.training.epochs:g} epochs, "
+            f"lr {run.lr or params.training.lr:g}, {epochs:g} epochs, "
             f"seeds {', '.join(map(str, run.seeds))}"
         )
     stages = _stages(params)

@@ -1,7 +1,9 @@
 """`neft generate`: the base's and a run's answers, one under the other."""
 
-from neft_core import config, data, evaluation, stages, tasks
+from neft_core import config, evaluation, runs
+from neft_core.encoding import encode_prompt
 from neft_core.errors import NeftError
+from neft_core.rows import read_rows
 from neft_core.workspace import Workspace
 
 
@@ -20,21 +22,25 @@ def show(ws: Workspace, run: str, seed: int | None, prompt: str | None, count: i
         raise NeftError(f"run {run}: has no seed {chosen}; it has {entry.seeds}")
     form = params.tasks[entry.task].format
     translation = isinstance(form, config.Translation)
-    tuned, tokenizer = stages.load_trained(ws, run, chosen)
+    tuned, tokenizer = runs.load_trained(ws, run, chosen)
     if prompt is not None:
         row = (
             {"source": prompt, "target": ""}
             if translation
-            else {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}]}
+            else {
+                "messages": [
+                    {"role": "user", "content": prompt},
+                    {"role": "assistant", "content": ""},
+                ]
+            }
         )
         rows = [row]
     else:
-        rows = data.read_rows(ws.path("corpus", entry.task, "test.jsonl"))[:count]
-    prompts = [
-        tasks.encode_prompt(row, **stages.form_arguments(form), tokenizer=tokenizer) for row in rows
-    ]
+        rows = read_rows(ws.path("corpus", entry.task, "test.jsonl"))[:count]
+    how = runs.form(form)
+    prompts = [encode_prompt(row, how, tokenizer) for row in rows]
     answers = {}
-    for name, model in (("base", stages.load_base(ws)), (run, tuned)):
+    for name, model in (("base", runs.load_base(ws)), (run, tuned)):
         texts = evaluation.generate(
             model,
             tokenizer,
@@ -44,13 +50,11 @@ def show(ws: Workspace, run: str, seed: int | None, prompt: str | None, count: i
             label=f"generate {name}",
         )
         answers[name] = [evaluation.first_line(text) for text in texts] if translation else texts
-    references = tasks.references(rows, form.task)
     width = max(len("reference"), len(run))
-    for number, (row, reference) in enumerate(zip(rows, references, strict=True)):
-        print()
-        source = row.get("source") or tasks.last_question(row)
-        print(f"{'source':{width}}  {source}")
+    for number, row in enumerate(rows):
+        shown = runs.asked_and_answered(row)
+        print(f"\n{'source':{width}}  {shown['source']}")
         if prompt is None:
-            print(f"{'reference':{width}}  {reference['references'][0]}")
+            print(f"{'reference':{width}}  {shown['references'][0]}")
         for name, texts in answers.items():
             print(f"{name:{width}}  {texts[number]}")

@@ -68,7 +68,9 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[dict[str
         rows.append({"task": task, "name": name, "method": method, **_mean([baseline[name]])})
     for name, run in runs.items():
         found = read_json(ws.path("evaluation", name, "metrics.json"))["seeds"]
-        trained = [read_json(ws.path("train", name, f"seed-{s}", "metrics.json")) for s in run.seeds]
+        trained = [
+            read_json(ws.path("train", name, f"seed-{s}", "metrics.json")) for s in run.seeds
+        ]
         cost = read_json(ws.path("cost", f"{name}.json"))["seeds"]
         row = {
             "task": task,
@@ -119,7 +121,7 @@ def _compare(
 
 
 def _texts(path: Path) -> list[dict[str, Any]]:
-    from neft_core.data import read_rows
+    from neft_core.rows import read_rows
 
     return read_rows(path)
 

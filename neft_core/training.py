@@ -8,6 +8,7 @@ Shapes: B rows of a micro-batch, T tokens of its longest row.
 """
 
 import csv
+import hashlib
 import json
 import math
 import resource
@@ -28,7 +29,7 @@ from neft_core.files import load_tensors, read_json, replacing, save_tensors, wr
 from neft_core.progress import Progress
 
 Arrays = Mapping[str, np.ndarray]
-"""An encoded split: `tokens` int32 [sum of T], `trained` uint8 [same], `offsets` int64 [rows + 1]."""
+"""An encoded split: `tokens` int32 and `trained` uint8 [sum of T], `offsets` int64 [rows + 1]."""
 
 TRAIN_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm")
 DEV_COLUMNS = ("step", "epoch", "loss")
@@ -189,7 +190,8 @@ class Trainer:
         train: rows to train on.
         dev: rows that choose the best checkpoint, or None.
         pad: the padding token.
-        folder: checkpoints and live metrics; an interrupted training goes on from here.
+        folder: checkpoints; an interrupted training goes on from here.
+        live: a folder for train.csv and dev.csv, which grow while it trains.
         label: for progress and messages.
         mixed_precision: `no`, `bf16` or `fp16`, as Accelerate has it.
         cpu: stay on the CPU.
@@ -205,6 +207,7 @@ class Trainer:
         *,
         pad: int,
         folder: Path,
+        live: Path | None = None,
         label: str,
         mixed_precision: str = "no",
         cpu: bool = True,
@@ -212,7 +215,7 @@ class Trainer:
         from accelerate import Accelerator
 
         self.recipe, self.train_rows, self.dev_rows = recipe, train, dev
-        self.pad, self.folder, self.label = pad, folder, label
+        self.pad, self.folder, self.live, self.label = pad, folder, live, label
         self.accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision)
         self.trained = dict(trained)
         optimizer = torch.optim.AdamW(
@@ -274,10 +277,6 @@ class Trainer:
         self.accelerator.free_memory()
         return model
 
-    def forget(self) -> None:
-        """Remove the checkpoints: the training's result is safe elsewhere."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def peak_bytes(self) -> int:
         """Peak memory so far: of the GPU where there is one, else of this process."""
         if self.accelerator.device.type == "cuda":
@@ -333,13 +332,16 @@ class Trainer:
 
     def _record(self, name: str, row: tuple[float, ...]) -> None:
         getattr(self.course, name).append(row)
-        with (self.folder / f"{name}.csv").open("a", encoding="utf-8", newline="") as handle:
-            csv.writer(handle).writerow(row)
+        if self.live is not None:
+            with (self.live / f"{name}.csv").open("a", encoding="utf-8", newline="") as handle:
+                csv.writer(handle).writerow(row)
 
     def _rewrite_live(self) -> None:
         """Bring the live metrics to the state of the checkpoint."""
+        if self.live is None:
+            return
         for name, columns in (("train", TRAIN_COLUMNS), ("dev", DEV_COLUMNS)):
-            write_table(self.folder / f"{name}.csv", columns, getattr(self.course, name))
+            write_table(self.live / f"{name}.csv", columns, getattr(self.course, name))
 
     def _checkpoint(self) -> None:
         """Write all that the next step depends on, then drop what it replaces."""
@@ -404,10 +406,15 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]
         writer.writerows(rows)
 
 
+def digest(arrays: Arrays) -> str:
+    """SHA-256 of an encoded split."""
+    whole = hashlib.sha256()
+    for name in ("tokens", "trained", "offsets"):
+        whole.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return whole.hexdigest()
+
+
 def fingerprint(*parts: Any) -> str:
     """A short hash of everything that a training's course depends on: names its checkpoints."""
-    import hashlib
-
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-

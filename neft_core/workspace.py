@@ -1,4 +1,4 @@
-"""A workspace: a directory with dvc.yaml and params.yaml, and where each stage's files lie in it."""
+"""A workspace: a directory with dvc.yaml and params.yaml, and where its stages' files lie."""
 
 import contextlib
 import fcntl

@@ -1,0 +1,91 @@
+"""The small built model: a Llama and its tokenizer, pre-trained on a parallel corpus.
+
+A base model that knows something, so that fine-tuning has something to add to: each pair is a
+text in both directions, all of its tokens trained.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neft_core import models, training
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Any, longest: int) -> dict[str, np.ndarray]:
+    """Texts between beginning and end token, each cut to the longest sequence.
+
+    Returns:
+        An encoded split (see `training.Arrays`) with every token trained.
+    """
+    rows = [
+        [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id][:longest]
+        for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    ]
+    tokens = np.concatenate([np.array(row, np.int32) for row in rows])
+    return {
+        "tokens": tokens,
+        "trained": np.ones(len(tokens), np.uint8),
+        "offsets": np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
+    }
+
+
+def build(
+    texts: Sequence[str],
+    folder: Path,
+    *,
+    vocabulary: int,
+    sizes: dict[str, int],
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    resume: Path,
+    mixed_precision: str,
+    cpu: bool,
+) -> None:
+    """Learn a tokenizer, pre-train a Llama on the texts, and write both in the Hub's layout.
+
+    Args:
+        texts: what it learns.
+        folder: an existing directory for the checkpoint.
+        vocabulary: tokens of the tokenizer.
+        sizes: `hidden`, `intermediate`, `layers`, `heads`, `context`.
+        epochs: passes over the texts.
+        batch_size: texts in a step.
+        lr: peak learning rate; warmed up over 5 % of the steps, then linear decay.
+        seed: of the initial weights and the order of texts.
+        resume: where an interrupted pre-training goes on from.
+        mixed_precision: as Accelerate has it.
+        cpu: stay on the CPU.
+    """
+    tokenizer = models.build_tokenizer(texts, vocabulary, sizes["context"])
+    arrays = encode_texts(texts, tokenizer, sizes["context"])
+    model: Any = models.build_llama(vocabulary=len(tokenizer), seed=seed, **sizes)
+    steps = epochs * training.steps_in_epoch(len(texts), batch_size, 1)
+    recipe = training.Recipe(
+        lr=lr,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        lr_warmup=max(1, steps // 20),
+        checkpoint_every=500,
+    )
+    trainer = training.Trainer(
+        model,
+        dict(model.named_parameters()),
+        recipe,
+        arrays,
+        None,
+        pad=tokenizer.pad_token_id,
+        folder=resume / training.fingerprint(sizes, vars(recipe), training.digest(arrays)),
+        label="base",
+        mixed_precision=mixed_precision,
+        cpu=cpu,
+    )
+    trainer.run()
+    models.save_checkpoint(trainer.release().cpu(), folder)
+    tokenizer.save_pretrained(str(folder))
+    shutil.rmtree(resume, ignore_errors=True)

@@ -1,0 +1,369 @@
+"""Stages that hold a model: warm-up, training, generation; and a trained run loaded again."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from neft_core import __version__, config
+from neft_core.config import Params
+from neft_core.errors import NeftError
+from neft_core.files import replacing, write_json
+from neft_core.workspace import Workspace
+
+
+def form(section: Any) -> Any:
+    """A `format` section as tasks.py takes it."""
+    from neft_core.tasks import PLAIN_TURN, Form
+
+    if isinstance(section, config.Translation):
+        languages = (section.source_language, section.target_language)
+        return Form("translation", section.prompt, languages=languages)
+    return Form("instruction", PLAIN_TURN if section.prompt == "plain" else section.prompt)
+
+
+def asked_and_answered(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a test row asks, and its references: the form that hypotheses are kept in."""
+    if "messages" in row:
+        turns = [turn["content"] for turn in row["messages"]]
+        return {"source": "\n".join(turns[:-1]), "references": turns[-1:]}
+    return {"source": row["source"], "references": row.get("references") or [row["target"]]}
+
+
+def base_card(ws: Workspace) -> tuple[Any, Any]:
+    """The base's card and its tokenizer."""
+    from neft_core import models
+
+    card = models.Base.load(ws.path("base"))
+    directory = card.directory(ws.root)
+    return card, models.load_tokenizer(directory, trust_remote_code=card.trust_remote_code)
+
+
+def placement(params: Params) -> dict[str, Any]:
+    """Accelerate's placement: `cpu` and `mixed_precision`."""
+    cpu = device(params) == "cpu"
+    precision = params.compute.mixed_precision
+    if precision == "auto":
+        precision = "no" if cpu else "bf16"
+    return {"cpu": cpu, "mixed_precision": precision}
+
+
+def device(params: Params) -> str:
+    """`cpu` or `cuda`; settles the number of CPU threads, so that sums repeat bit by bit."""
+    import torch
+
+    torch.set_num_threads(params.compute.threads)
+    wanted = params.compute.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise NeftError("params.yaml: compute.device: got cuda; this machine has no usable GPU")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def load_base(ws: Workspace) -> Any:
+    """The base model, on its device."""
+    params = ws.params()
+    return _load(ws, base_card(ws)[0], params).to(device(params))
+
+
+def _load(ws: Workspace, card: Any, params: Params, directory: Path | None = None) -> Any:
+    """A model in the type of frozen weights: the base, or another of its architecture."""
+    import torch
+
+    from neft_core import models
+
+    name = params.compute.dtype
+    if name == "auto":
+        name = "float32" if device(params) == "cpu" else "bfloat16"
+    return models.load_model(
+        directory or card.directory(ws.root),
+        getattr(torch, name),
+        trust_remote_code=card.trust_remote_code,
+    )
+
+
+def _optimisation(section: Any) -> dict[str, Any]:
+    """The fields that every training section shares with a recipe."""
+    return section.model_dump(include=set(config.Optimisation.model_fields))
+
+
+def warmup(ws: Workspace, task: str) -> None:
+    """K steps of full fine-tuning; the candidates of every layout stay in fp32."""
+    from neft_core import models, training
+    from neft_core.checkpoints import shapes
+    from neft_core.encoding import load_encoded
+    from neft_core.methods import METHODS, trained_parameters
+    from neft_core.neurons import candidates
+
+    params = ws.params()
+    card, tokenizer = base_card(ws)
+    section = params.warmup
+    train, _ = load_encoded(ws.path("prepared", task, "train.safetensors"))
+    model = _load(ws, card, params)
+    stored = model.dtype
+    model = METHODS["full"].prepare(model, {}, None, card.model_type)
+    recipe = training.Recipe(steps=section.steps, seed=section.seed, **_optimisation(section))
+    inputs = training.fingerprint(
+        section.model_dump(),
+        params.compute.model_dump(),
+        card.hash,
+        training.digest(train),
+        __version__,
+    )
+    trainer = training.Trainer(
+        model,
+        trained_parameters(model),
+        recipe,
+        train,
+        None,
+        pad=tokenizer.pad_token_id,
+        folder=ws.state("checkpoints", f"warmup-{task}", inputs),
+        label=f"warmup {task}",
+        **placement(params),
+    )
+    course = trainer.run()
+    directory = card.directory(ws.root)
+    scored = [g.module for g in candidates(shapes(directory), card.model_type, "mlp+gate")]
+    with replacing(ws.path("warmup", task)) as folder:
+        folder.mkdir()
+        models.save_checkpoint(trainer.release().cpu(), folder, scored, stored)
+        training.write_table(folder / "train.csv", training.TRAIN_COLUMNS, course.train)
+        write_json(
+            folder / "provenance.json",
+            {"base": card.hash, "steps": course.step, "data": training.digest(train), **_by()},
+        )
+    write_json(ws.path("cost", f"warmup-{task}.json"), _cost(course, trainer))
+    shutil.rmtree(ws.state("checkpoints", f"warmup-{task}"), ignore_errors=True)
+
+
+def _by() -> dict[str, str]:
+    return {"version": __version__}
+
+
+def _cost(course: Any, trainer: Any) -> dict[str, float]:
+    return {
+        "seconds": round(course.seconds, 3),
+        "tokens_per_second": round(course.tokens / max(course.seconds, 1e-9), 1),
+        "peak_bytes": trainer.peak_bytes(),
+    }
+
+
+def train(ws: Workspace, run: str) -> None:
+    """Train every seed of a run; for `neft`, prove that no other weight moved."""
+    from neft_core.encoding import load_encoded
+    from neft_core.masks import NeuronMask
+
+    entry = ws.params().runs[run]
+    card, tokenizer = base_card(ws)
+    mask = NeuronMask.load(ws.path("masks", f"{run}.safetensors"))
+    _check_mask(ws, mask, card, entry)
+    splits = {
+        name: load_encoded(ws.path("prepared", entry.task, f"{name}.safetensors"))[0]
+        for name in ("train", "dev")
+    }
+    costs = {}
+    with replacing(ws.path("train", run)) as folder:
+        folder.mkdir()
+        for seed in entry.seeds:
+            trainer, course, result = _train_seed(
+                ws, run, seed, card, tokenizer.pad_token_id, mask, splits, folder
+            )
+            costs[str(seed)] = _cost(course, trainer)
+            print(
+                f"train {run}, seed {seed}: dev loss {result['best_dev_loss']:.4f} at step "
+                f"{course.best_step}, {result['trainable_parameters']:,} parameters "
+                f"({result['trainable_percent']:.2f} %), {course.seconds:.0f} s"
+            )
+        write_json(ws.path("cost", f"{run}.json"), {"seeds": costs})
+    shutil.rmtree(ws.state("checkpoints", f"train-{run}"), ignore_errors=True)
+
+
+def _check_mask(ws: Workspace, mask: Any, card: Any, entry: config.Run) -> None:
+    from neft_core.checkpoints import shapes
+
+    if isinstance(entry.method, config.Neft):
+        if not mask.neurons:
+            raise NeftError(f"{mask.source}: has no neurons; run 'neft stage select'")
+        mask.check(base_hash=card.hash, shapes=shapes(card.directory(ws.root)))
+
+
+def _train_seed(
+    ws: Workspace,
+    run: str,
+    seed: int,
+    card: Any,
+    pad: int,
+    mask: Any,
+    splits: Mapping[str, Any],
+    folder: Path,
+) -> tuple[Any, Any, dict[str, Any]]:
+    import torch
+
+    from neft_core import training
+    from neft_core.files import save_tensors
+    from neft_core.methods import METHODS, moved_outside, trained_parameters
+
+    params = ws.params()
+    entry, section = params.runs[run], params.training
+    options = entry.method.model_dump()
+    method = METHODS[entry.method.name]
+    torch.manual_seed(seed)
+    model = _load(ws, card, params)
+    dtype = str(model.dtype).removeprefix("torch.")
+    model = method.prepare(model, options, mask, card.model_type)
+    shared = _optimisation(section) | ({"lr": entry.lr} if entry.lr else {})
+    rows = len(splits["train"]["offsets"]) - 1
+    per_epoch = training.steps_in_epoch(rows, section.batch_size, section.accumulation)
+    recipe = training.Recipe(
+        steps=max(1, round((entry.epochs or section.epochs) * per_epoch)),
+        seed=seed,
+        evaluate_every=section.evaluate_every or 0,
+        patience=section.patience or 0,
+        **shared,
+    )
+    digests = {name: training.digest(arrays) for name, arrays in splits.items()}
+    inputs = training.fingerprint(
+        options,
+        recipe.__dict__,
+        params.compute.model_dump(),
+        card.hash,
+        digests,
+        mask.provenance,
+        __version__,
+    )
+    trained = trained_parameters(model)
+    trainer = training.Trainer(
+        model,
+        trained,
+        recipe,
+        splits["train"],
+        splits["dev"],
+        pad=pad,
+        folder=ws.state("checkpoints", f"train-{run}", f"seed-{seed}-{inputs}"),
+        live=ws.state("live", "train", run, f"seed-{seed}"),
+        label=f"train {run}, seed {seed}",
+        **placement(params),
+    )
+    course = trainer.run()
+    model = trainer.release()
+    method.finish(model)
+    adapter = method.adapter(model)
+    count = sum(parameter.numel() for parameter in trained.values())
+    result: dict[str, Any] = {
+        "run": run,
+        "task": entry.task,
+        "method": entry.method.name,
+        "seed": seed,
+        "trainable_parameters": count,
+        "trainable_percent": 100 * count / card.parameters,
+        "lr": recipe.lr,
+        "dtype": dtype,
+        "steps": course.step,
+        "best_step": course.best_step,
+        "best_dev_loss": course.best_loss,
+        "stopped_early": course.stopped_early,
+        "base": card.hash,
+        **_by(),
+    }
+    if isinstance(entry.method, config.Neft):
+        compared, moved = moved_outside(model, _load(ws, card, params))
+        if moved:
+            raise RuntimeError(f"{run}: unselected weights moved in {', '.join(moved[:3])}")
+        result["unselected_weights_verified"] = compared
+        result["selected_neurons"] = mask.neurons
+        print(f"train {run}, seed {seed}: {compared:,} unselected weights equal the base's bits")
+    target = folder / f"seed-{seed}"
+    target.mkdir()
+    metadata = {"method": entry.method.name, "base": card.hash, "seed": str(seed), **_by()}
+    save_tensors(target / "adapter.safetensors", adapter, metadata)
+    training.write_table(target / "train.csv", training.TRAIN_COLUMNS, course.train)
+    training.write_table(target / "dev.csv", training.DEV_COLUMNS, course.dev)
+    write_json(target / "metrics.json", result)
+    return trainer, course, result
+
+
+def load_trained(ws: Workspace, run: str, seed: int) -> tuple[Any, Any]:
+    """A run's model with its adapter, and its tokenizer.
+
+    Raises:
+        NeftError: the run isn't trained, or its adapter is of another base model.
+    """
+    from neft_core.files import load_tensors
+    from neft_core.masks import NeuronMask
+    from neft_core.methods import METHODS
+
+    params = ws.params()
+    entry = params.runs[run]
+    card, tokenizer = base_card(ws)
+    mask = NeuronMask.load(ws.path("masks", f"{run}.safetensors"))
+    _check_mask(ws, mask, card, entry)
+    path = ws.path("train", run, f"seed-{seed}", "adapter.safetensors")
+    tensors, metadata = load_tensors(path, f"run 'neft stage train {run}'")
+    if metadata.get("base") != card.hash:
+        raise NeftError(f"{path}: trained on another base model; run 'neft stage train {run}'")
+    method = METHODS[entry.method.name]
+    model = _load(ws, card, params)
+    model = method.prepare(model, entry.method.model_dump(), mask, card.model_type)
+    method.load(model, tensors)
+    method.finish(model)
+    return model.to(device(params)), tokenizer
+
+
+def baseline(ws: Workspace, task: str) -> None:
+    """Generate and score the test split with the base and the tuned model."""
+    params = ws.params()
+    card, tokenizer = base_card(ws)
+    metrics = {}
+    with replacing(ws.path("baseline", task)) as folder:
+        folder.mkdir()
+        for name, directory in (("base", None), ("tuned", ws.path("warmup", task))):
+            model = _load(ws, card, params, directory).to(device(params))
+            metrics[name] = _evaluate(
+                ws, task, model, tokenizer, folder / f"{name}.jsonl", f"baseline {task}, {name}"
+            )
+        write_json(folder / "metrics.json", metrics)
+
+
+def evaluate(ws: Workspace, run: str) -> None:
+    """Generate and score the test split with every seed of a run."""
+    entry = ws.params().runs[run]
+    metrics = {}
+    with replacing(ws.path("evaluation", run)) as folder:
+        folder.mkdir()
+        for seed in entry.seeds:
+            model, tokenizer = load_trained(ws, run, seed)
+            label = f"evaluate {run}, seed {seed}"
+            target = folder / f"seed-{seed}.jsonl"
+            metrics[str(seed)] = _evaluate(ws, entry.task, model, tokenizer, target, label)
+        write_json(folder / "metrics.json", {"seeds": metrics})
+
+
+def _evaluate(
+    ws: Workspace, task: str, model: Any, tokenizer: Any, target: Path, label: str
+) -> dict[str, Any]:
+    from neft_core import evaluation
+    from neft_core.encoding import load_encoded
+    from neft_core.metrics import score_text
+    from neft_core.rows import read_rows, write_rows
+
+    params = ws.params()
+    section = params.tasks[task].format
+    folder = ws.path("prepared", task)
+    rows = read_rows(folder / "references.jsonl")
+    arrays, _ = load_encoded(folder / "test.safetensors")
+    starts = zip(arrays["offsets"], arrays["prompts"], strict=False)
+    prompts = [arrays["tokens"][start : start + length].tolist() for start, length in starts]
+    hypotheses = evaluation.generate(
+        model,
+        tokenizer,
+        prompts,
+        batch_size=params.evaluation.batch_size,
+        max_new_tokens=params.evaluation.max_new_tokens,
+        label=label,
+    )
+    if section.task == "translation":
+        hypotheses = [evaluation.first_line(text) for text in hypotheses]
+    scores = score_text(hypotheses, [row["references"] for row in rows], section.target_language)
+    pairs = zip(rows, hypotheses, strict=True)
+    write_rows(target, [row | {"hypothesis": text} for row, text in pairs])
+    print(f"{label}: BLEU {scores['bleu']:.2f}, chrF {scores['chrf']:.2f}")
+    return dict(scores)
