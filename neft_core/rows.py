@@ -42,6 +42,15 @@ def checked_row(fields: Mapping[str, Any], where: str) -> Row:
     return row
 
 
+def answers(row: Row) -> list[str]:
+    """All that is accepted as an answer: first the one to learn, then the other references."""
+    if "target" in row:
+        first = row["target"]
+    else:
+        first = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"][-1]
+    return list(dict.fromkeys([first, *row.get("references", [])]))
+
+
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     """Write rows as JSON lines, UTF-8, the same bytes for the same rows; whole or not at all."""
     with replacing(path) as partial, open(partial, "w", encoding="utf-8", newline="\n") as file:

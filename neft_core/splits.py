@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from neft_core.errors import NeftError
-from neft_core.rows import Row
+from neft_core.rows import Row, answers
 
 NAMES = ("test", "dev", "train", "pretrain")  # an earlier one keeps what a later one loses
 Stats = dict[str, dict[str, int]]
@@ -71,7 +71,7 @@ def split_rows(
         read = splits[name]
         first: dict[tuple[str, str], Row] = {}
         for row in read:
-            first.setdefault((_asked(row)[-1], _answer(row)), row)
+            first.setdefault((_asked(row)[-1], answers(row)[0]), row)
         unique = list(first.values())
         merged = _merged(unique) if name == "test" else unique
         clean = [row for row in merged if not _leaks(row, held_sources, held_targets)]
@@ -92,7 +92,7 @@ def split_rows(
         splits[name] = kept
         if name in ("test", "dev"):
             held_sources.update(_asked(row)[-1] for row in kept)
-            held_targets.update(target for row in kept for target in _answers(row))
+            held_targets.update(target for row in kept for target in answers(row))
     return splits, stats
 
 
@@ -121,7 +121,9 @@ def _complete(
         for source in order:
             if sum(taken.values()) >= size:
                 break
-            taken[source] = 1 if name == "test" else len({_answer(row) for row in groups[source]})
+            taken[source] = (
+                1 if name == "test" else len({answers(row)[0] for row in groups[source]})
+            )
         if len(taken) == len(order):
             raise NeftError(
                 f"split '{name}': {size} cannot be cut from {len(order)} sources and leave any "
@@ -159,23 +161,12 @@ def _asked(row: Row) -> list[str]:
     ]
 
 
-def _answer(row: Row) -> str:
-    if "target" in row:
-        return str(row["target"])
-    answers = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
-    return str(answers[-1])
-
-
-def _answers(row: Row) -> list[str]:
-    return list(dict.fromkeys([_answer(row), *row.get("references", [])]))
-
-
 def _merged(rows: list[Row]) -> list[Row]:
     by_source: dict[str, Row] = {}
     for row in rows:
         first = by_source.setdefault(_asked(row)[-1], row)
         if first is not row:
-            references = list(dict.fromkeys(_answers(first) + _answers(row)))
+            references = list(dict.fromkeys(answers(first) + answers(row)))
             by_source[_asked(row)[-1]] = {**first, "references": references}
     return list(by_source.values())
 
@@ -183,13 +174,13 @@ def _merged(rows: list[Row]) -> list[Row]:
 def _leaks(row: Row, sources: set[str], targets: set[str]) -> bool:
     if any(source in sources for source in _asked(row)):
         return True
-    return "target" in row and any(target in targets for target in _answers(row))
+    return "target" in row and any(target in targets for target in answers(row))
 
 
 def _sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
     if limit is None or limit >= len(rows):
         return rows
-    ranks = [_rank(seed, _asked(row)[-1], _answer(row)) for row in rows]
+    ranks = [_rank(seed, _asked(row)[-1], answers(row)[0]) for row in rows]
     kept = sorted(range(len(rows)), key=ranks.__getitem__)[:limit]
     return [rows[index] for index in sorted(kept)]
 

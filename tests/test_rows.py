@@ -3,7 +3,7 @@ import os
 import pytest
 
 from neft_core.errors import NeftError
-from neft_core.rows import read_rows, replacing, write_rows
+from neft_core.rows import answers, read_rows, replacing, write_rows
 
 ROWS = [
     {"target": "Ça va ?", "source": "How is it\u2028going?"},
@@ -75,3 +75,9 @@ def test_a_system_refusal_is_one_line(tmp_path):
         replacing(tmp_path / "rows.jsonl"),
     ):
         raise OSError(28, os.strerror(28))
+
+
+def test_answers_start_with_the_one_to_learn_and_name_each_once():
+    assert answers({"source": "s", "target": "b", "references": ["a", "b"]}) == ["b", "a"]
+    turns = [("user", "q"), ("assistant", "x"), ("user", "p"), ("assistant", "y"), ("user", "?")]
+    assert answers({"messages": [{"role": r, "content": c} for r, c in turns]}) == ["y"]

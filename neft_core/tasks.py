@@ -1,0 +1,178 @@
+"""Tasks: how a row is put before a model, as pieces of text.
+
+The pieces are tokenised each by itself (`encoding.py`). The prompt is all before the last trained
+one, so generation starts from exactly the ids that training saw there, whatever the tokenizer
+would merge across the boundary.
+"""
+
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from neft_core.errors import NeftError
+from neft_core.rows import Row
+
+CHAT = "chat"
+TRANSLATE = "Translate the following text from {source_language} to {target_language}.\n{source}"
+PLAIN_TURN = "### {role}:\n{content}\n\n"
+
+
+class Piece(NamedTuple):
+    """Text that is tokenised by itself."""
+
+    text: str
+    trained: bool = False
+    literal: bool = False  # "</s>" in it is text and no token
+    closed: bool = False  # an end-of-sequence token follows, trained as the piece is
+
+
+@dataclass(frozen=True)
+class Form:
+    """How rows of a task are put before a model.
+
+    Raises:
+        NeftError: unknown task, or a placeholder that is unknown, missing or broken.
+    """
+
+    task: str
+    """A key of `TASKS`."""
+    prompt: str = CHAT
+    """`chat` for the model's chat template. Else, for translation, a text with `{source}`, and
+    `{source_language}` and `{target_language}` where wanted; for instruction, the form of one turn
+    with `{role}` and `{content}`, such as `PLAIN_TURN`. `{{` stands for a brace."""
+    join: str | None = None
+    """What stands between a translation's prompt and its target, part of the target's tokens;
+    None: a space, or nothing where the prompt ends in white space."""
+    instruction: str = TRANSLATE
+    """The user's turn of a translation under `chat`; placeholders as in `prompt`."""
+    languages: tuple[str, str] | None = None
+    """Names of source and target language, for the placeholders."""
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise NeftError(f"task: got '{self.task}'; {', '.join(TASKS)}")
+        if self.task == "translation":
+            known = ("source", "source_language", "target_language")
+            text, key = (self.prompt, "prompt")
+            if self.prompt == CHAT:
+                text, key = (self.instruction, "instruction")
+            found = _placeholders(text, key, known, needed=("source",))
+            if self.languages is None and found - {"source"}:
+                raise NeftError(f"{key}: {{{min(found - {'source'})}}} needs the languages' names")
+        elif self.prompt != CHAT:
+            _placeholders(self.prompt, "prompt", ("role", "content"), needed=("role", "content"))
+
+
+def pretraining_texts(row: Row, languages: tuple[str, str]) -> list[str]:
+    """The texts on which a base model learns from a pair: both directions, named by language."""
+    (one, two), source, target = languages, row["source"], row["target"]
+    return [f"{one}: {source}\n{two}: {target}", f"{two}: {target}\n{one}: {source}"]
+
+
+def _translation(row: Row, form: Form, tokenizer: Any) -> list[Piece]:
+    values = {"source": row["source"]}
+    if form.languages is not None:
+        values["source_language"], values["target_language"] = form.languages
+    if form.prompt == CHAT:
+        asked = {"role": "user", "content": _filled(form.instruction, values)}
+        return _chat([asked, {"role": "assistant", "content": row["target"]}], tokenizer)
+    prompt = _filled(form.prompt, values)
+    join = form.join
+    if join is None:
+        join = "" if form.prompt[-1:].isspace() else " "
+    return [Piece(prompt), Piece(join + row["target"], trained=True, literal=True, closed=True)]
+
+
+def _instruction(row: Row, form: Form, tokenizer: Any) -> list[Piece]:
+    if form.prompt == CHAT:
+        return _chat(row["messages"], tokenizer)
+    pieces = []
+    pending = ""
+    for turn in row["messages"]:
+        values = {"role": turn["role"].capitalize(), "content": turn["content"]}
+        if turn["role"] != "assistant":
+            pending += _filled(form.prompt, values)
+            continue
+        before, after = _filled(form.prompt, {**values, "content": "\0"}).split("\0")
+        pieces.append(Piece(pending + before))
+        pieces.append(Piece(turn["content"], trained=True, literal=True, closed=True))
+        pending = after
+    return pieces
+
+
+TASKS: dict[str, Callable[[Row, Form, Any], list[Piece]]] = {
+    "translation": _translation,
+    "instruction": _instruction,
+}
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: Any) -> list[Piece]:
+    """The model's own template, applied turn by turn to see which text each answer adds."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise NeftError(
+            f"prompt: got '{CHAT}', but the tokenizer has no chat template; give the form as text"
+        )
+    pieces: list[Piece] = []
+    done = ""
+    for number, turn in enumerate(messages):
+        if turn["role"] != "assistant":
+            continue
+        before = _rendered(messages[:number], tokenizer, add_generation_prompt=True)
+        after = _rendered(messages[: number + 1], tokenizer, add_generation_prompt=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise NeftError(
+                f"prompt: got '{CHAT}', but the model's chat template rewrites earlier text when "
+                f"turn {number + 1} is added; give the form as text"
+            )
+        head, end, _ = after.rpartition(tokenizer.eos_token)
+        answered = head + end if len(head) >= len(before) and end else after
+        pieces.append(Piece(before[len(done) :]))
+        pieces.append(Piece(answered[len(before) :], trained=True))
+        done = answered
+    if not pieces[-1].text.endswith(tokenizer.eos_token):
+        pieces[-1] = pieces[-1]._replace(closed=True)
+    return pieces
+
+
+def _rendered(
+    messages: list[dict[str, str]], tokenizer: Any, *, add_generation_prompt: bool
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise NeftError(
+            f"prompt: the model's chat template refuses the conversation ({error}); give the form "
+            "as text or change the rows"
+        ) from error
+    return str(text)
+
+
+def _placeholders(text: str, key: str, known: tuple[str, ...], needed: tuple[str, ...]) -> set[str]:
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise NeftError(f"{key}: {error} in {text!r}; write '{{{{' for a brace") from error
+    names = [
+        name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+        for _, name, spec, conversion in parts
+        if name is not None
+    ]
+    for name in names:
+        if name not in known:
+            allowed = ", ".join(f"{{{one}}}" for one in known)
+            raise NeftError(f"{key}: unknown placeholder {{{name}}}; {allowed}")
+    for name in needed:
+        if names.count(name) != 1:
+            raise NeftError(f"{key}: {{{name}}} stands {names.count(name)} times; once is needed")
+    return set(names)
+
+
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    """Fill the placeholders once; braces in the values stay as they are."""
+    parts = string.Formatter().parse(text)
+    return "".join(literal + (values[name] if name else "") for literal, name, _, _ in parts)

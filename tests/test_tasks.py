@@ -1,0 +1,104 @@
+import pytest
+
+from neft_core.errors import NeftError
+from neft_core.tasks import PLAIN_TURN, TASKS, Form, pretraining_texts
+
+ROW = {"source": "Put {it} in {target_language} {{", "target": "Mets-{le}"}
+LANGUAGES = ("English", "French")
+
+
+def text(row, form):
+    return [(piece.text, piece.trained) for piece in TASKS[form.task](row, form, None)]
+
+
+def test_a_prompt_is_filled_once_and_braces_in_the_text_are_safe():
+    form = Form(
+        "translation", "{{{source_language}}}: {source}\n{target_language}:", languages=LANGUAGES
+    )
+    assert text(ROW, form) == [
+        ("{English}: Put {it} in {target_language} {{\nFrench:", False),
+        (" Mets-{le}", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "join", "target"),
+    [
+        ("{source}\nFrench:", None, " b"),
+        ("{source}\n", None, "b"),
+        ("{source}\u3000", None, "b"),
+        ("{source} =", "", "b"),
+        ("{source}\n", "\n", "\nb"),
+    ],
+)
+def test_what_joins_prompt_and_target_belongs_to_the_target(prompt, join, target):
+    prompt_piece, target_piece = text(
+        {"source": "a", "target": "b"}, Form("translation", prompt, join=join)
+    )
+    assert prompt_piece == (prompt.replace("{source}", "a"), False)
+    assert target_piece == (target, True)
+
+
+def test_a_source_that_ends_in_space_changes_no_join():
+    pieces = text({"source": "a ", "target": "b"}, Form("translation", "say {source}"))
+    assert pieces == [("say a ", False), (" b", True)]
+
+
+def test_plain_turns_train_the_answers_alone():
+    turns = [
+        ("system", "Brief."),
+        ("user", "2+2?"),
+        ("assistant", "4"),
+        ("user", "{x}"),
+        ("assistant", "5"),
+    ]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    assert text(row, Form("instruction", PLAIN_TURN)) == [
+        ("### System:\nBrief.\n\n### User:\n2+2?\n\n### Assistant:\n", False),
+        ("4", True),
+        ("\n\n### User:\n{x}\n\n### Assistant:\n", False),
+        ("5", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ({"task": "haiku"}, "task: got 'haiku'; translation, instruction"),
+        (
+            {"task": "translation", "prompt": "{src}"},
+            r"prompt: unknown placeholder \{src\}; \{source\}",
+        ),
+        ({"task": "translation", "prompt": "{}"}, r"unknown placeholder \{\}"),
+        ({"task": "translation", "prompt": "{source!r}"}, r"unknown placeholder \{source!r\}"),
+        ({"task": "translation", "prompt": "{source:>9}"}, r"unknown placeholder \{source:>9\}"),
+        ({"task": "translation", "prompt": "{source.x}"}, r"unknown placeholder \{source.x\}"),
+        ({"task": "translation", "prompt": "French:"}, r"prompt: \{source\} stands 0 times"),
+        (
+            {"task": "translation", "prompt": "{source"},
+            "prompt: .* in '{source'; write '{{' for a brace",
+        ),
+        (
+            {"task": "translation", "prompt": "{source} {target_language}"},
+            r"\{target_language\} needs the languages",
+        ),
+        ({"task": "translation"}, r"instruction: \{source_language\} needs the languages"),
+        ({"task": "translation", "instruction": "hi"}, r"instruction: \{source\} stands 0 times"),
+        ({"task": "instruction", "prompt": "{content}"}, r"\{role\} stands 0 times"),
+        (
+            {"task": "instruction", "prompt": "{source}"},
+            r"unknown placeholder \{source\}; \{role\}",
+        ),
+    ],
+)
+def test_faulty_forms_are_refused(form, text):
+    with pytest.raises(NeftError, match=text) as caught:
+        Form(**form)
+    assert "\n" not in str(caught.value)
+
+
+def test_pretraining_texts_name_both_directions():
+    assert pretraining_texts({"source": "Hi.", "target": "Salut !"}, LANGUAGES) == [
+        "English: Hi.\nFrench: Salut !",
+        "French: Salut !\nEnglish: Hi.",
+    ]
