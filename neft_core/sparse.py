@@ -197,7 +197,7 @@ def attach(model: nn.Module, mask: NeuronMask) -> nn.Module:
         NeftError: a module of the mask is absent, not linear, or of another shape, or the model
             has trained neurons already.
     """
-    if next(_layers(model), None) is not None:
+    if next(sparse_layers(model), None) is not None:
         raise NeftError("model: has trained neurons already; detach them first")
     modules = dict(model.named_modules())
     chosen = {name: rows for name, rows in mask.indices.items() if len(rows)}
@@ -214,7 +214,7 @@ def attach(model: nn.Module, mask: NeuronMask) -> nn.Module:
 
 def sync(model: nn.Module) -> None:
     """Write all trained values into the model's weights: before evaluating or saving them."""
-    for _, layer in _layers(model):
+    for _, layer in sparse_layers(model):
         layer.sync()
 
 
@@ -229,7 +229,7 @@ def detach(model: nn.Module, restore: bool) -> nn.Module:
     Returns:
         The same model.
     """
-    for name, layer in list(_layers(model)):
+    for name, layer in list(sparse_layers(model)):
         if restore:
             layer.restore()
         else:
@@ -241,7 +241,7 @@ def detach(model: nn.Module, restore: bool) -> nn.Module:
 def sparse_state(model: nn.Module) -> dict[str, Tensor]:
     """What was trained: `MODULE.values` [k, D] and `MODULE.indices` [k] for each layer, copied."""
     state: dict[str, Tensor] = {}
-    for name, layer in _layers(model):
+    for name, layer in sparse_layers(model):
         state[f"{name}.values"] = layer.values.detach().clone()
         state[f"{name}.indices"] = layer.indices.clone()
     return state
@@ -253,7 +253,7 @@ def load_sparse_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         NeftError: the state is of other modules, neurons or shapes; the model is unchanged then.
     """
-    layers = dict(_layers(model))
+    layers = dict(sparse_layers(model))
     expected = {f"{name}.{part}" for name in layers for part in ("values", "indices")}
     if different := sorted(expected ^ set(state)):
         side = "lacks" if different[0] in expected else "has"
@@ -269,7 +269,7 @@ def load_sparse_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         layer.sync()
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
     """The layers with trained neurons, by name."""
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
