@@ -60,7 +60,7 @@ def _read_local(ws: Workspace, source: Any, part: str) -> list[dict[str, Any]]:
     folder = ws.input(source.path)
     if not folder.exists():
         raise NeftError(f"{folder}: not found; put the data there, or set source.path")
-    return data.read_local(folder / part if folder.is_dir() else folder, source.columns)
+    return data.read_local(folder / part if folder.is_dir() else folder, source.columns or None)
 
 
 def _read_hub(ws: Workspace, source: Any, part: str) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ def _read_hub(ws: Workspace, source: Any, part: str) -> list[dict[str, Any]]:
         revision=source.revision,
         config=source.config,
         split=part,
-        columns=source.columns,
+        columns=source.columns or None,
     )
 
 
