@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     command: Command = options.command
+    if not sys.warnoptions:
+        # What libraries will change in their next major version is no news for a user.
+        warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         command(options)
     except NeftError as fault:

@@ -142,9 +142,9 @@ def moved_outside(model: nn.Module, base: nn.Module) -> tuple[int, list[str]]:
         f"{name}.weight": (layer.indices.cpu(), layer.axis ^ int(layer.transposed))
         for name, layer in sparse.sparse_layers(model)
     }
-    after = sparse.detach(model, restore=False).state_dict()
+    after = dict(sparse.detach(model, restore=False).named_parameters())
     compared, moved = 0, []
-    for name, before in base.state_dict().items():
+    for name, before in base.named_parameters():
         same = _bits(after[name].cpu()) == _bits(before)
         free = 0
         if name in chosen:

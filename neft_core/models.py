@@ -302,6 +302,7 @@ def save_checkpoint(
         keep_float32: modules whose weights keep their precision.
         dtype: what the other weights are cast to; None leaves them.
     """
+    _quiet()
     kept = {f"{name}.weight" for name in keep_float32}
     state = {
         name: tensor if dtype is None or name in kept else tensor.to(dtype)

@@ -26,8 +26,10 @@ def asked_and_answered(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a test row asks, and its references: the form that hypotheses are kept in."""
     if "messages" in row:
         turns = [turn["content"] for turn in row["messages"]]
-        return {"source": "\n".join(turns[:-1]), "references": turns[-1:]}
-    return {"source": row["source"], "references": row.get("references") or [row["target"]]}
+        source, references = "\n".join(turns[:-1]), turns[-1:]
+    else:
+        source, references = row["source"], row.get("references") or [row["target"]]
+    return {"source": source, "target": references[0], "references": references}
 
 
 def base_card(ws: Workspace) -> tuple[Any, Any]:

@@ -50,3 +50,74 @@ def shared() -> Path:
         if (folder / "shared" / "data").is_dir():
             return folder / "shared"
     pytest.skip("no folder 'shared' with real data beside the checkout")
+
+
+TINY_PARAMS = """\
+model:
+  kind: built
+  path: data/none
+  vocabulary: 300
+  hidden: 16
+  intermediate: 24
+  layers: 2
+  heads: 2
+  context: 160
+  pretraining: {epochs: 1, batch_size: 16, lr: 3e-3, seed: 1}
+tasks:
+  en-fr:
+    source:
+      kind: local
+      path: data/pairs
+      splits: {train: train.jsonl, pretrain: pretrain.jsonl}
+      dev: 6
+      test: 8
+      seed: 1
+    format:
+      task: translation
+      source_language: English
+      target_language: French
+      prompt: "English: {source}\\nFrench:"
+      max_tokens: 160
+compute: {device: cpu, dtype: auto, mixed_precision: auto, threads: 1}
+warmup: {steps: 6, lr: 1e-3, batch_size: 8, seed: 1}
+scoring: {layout: mlp}
+training: {lr: 1e-3, batch_size: 8, epochs: 2, evaluate_every: 4, checkpoint_every: 2}
+runs:
+  full:
+    task: en-fr
+    method: {name: full}
+  lora:
+    task: en-fr
+    method: {name: lora, rank: 2}
+  neft:
+    task: en-fr
+    method: {name: neft, policy: lowest, percent: 9}
+    seeds: [1, 2]
+evaluation: {batch_size: 4, max_new_tokens: 6, bootstrap: 100}
+tracking: {experiment: tiny}
+"""
+"""A pipeline over 60 sentence pairs and a model of 9,000 parameters: seconds a stage."""
+
+
+def tiny_pairs(count: int, words: str, seed: int = 0) -> list[dict[str, str]]:
+    """Distinct pairs whose target is the source, word by word, in capitals."""
+    rng = np.random.default_rng(seed)
+    names = words.split()
+    pairs: dict[str, str] = {}
+    while len(pairs) < count:
+        text = " ".join(rng.choice(names, 4))
+        pairs[text] = text.upper()
+    return [{"source": source, "target": target} for source, target in pairs.items()]
+
+
+def tiny_workspace(folder: Path):
+    """A workspace of TINY_PARAMS with its data."""
+    from neft_core.rows import write_rows
+    from neft_core.workspace import init_workspace
+
+    ws = init_workspace(folder, TINY_PARAMS)
+    write_rows(
+        folder / "data/pairs/train.jsonl", tiny_pairs(60, "the cat dog sees eats a red fish")
+    )
+    write_rows(folder / "data/pairs/pretrain.jsonl", tiny_pairs(40, "one two six ten", seed=1))
+    return ws
