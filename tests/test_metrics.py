@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from neft_core.errors import NeftError
@@ -161,13 +162,26 @@ def test_paired_bootstrap_tells_better_from_worse(metric):
     assert ours["score"] == pytest.approx(score_text(GOOD, ONE, "fr")[metric])
 
 
+def test_the_interval_holds_the_middle_95_percent_of_the_resampled_differences():
+    from sacrebleu.metrics import BLEU
+
+    ours = paired_bootstrap(GOOD, BAD, ONE, "fr", samples=80, seed=3)
+    deltas = []
+    for draw in np.random.default_rng(3).choice(len(GOLD), (80, len(GOLD))):
+        gold = [[GOLD[i] for i in draw]]
+        good, bad = (BLEU().corpus_score([s[i] for i in draw], gold).score for s in (GOOD, BAD))
+        deltas.append(good - bad)
+    deltas.sort()
+    assert [ours["low"], ours["high"]] == pytest.approx([deltas[2], deltas[-3]], abs=1e-9)
+
+
 def test_a_system_against_itself_is_no_difference():
     ours = paired_bootstrap(GOOD, list(GOOD), TWO, "fr", samples=100)
     assert (ours["delta"], ours["low"], ours["high"], ours["p_value"]) == (0, 0, 0, 1)
 
 
 @pytest.mark.parametrize("language", ["French", "Chinese"])
-def test_empty_hypotheses_score_nothing_and_say_nothing(language, capfd):
+def test_empty_hypotheses_score_nothing_and_say_nothing(language, capfd, caplog):
     empty = [""] * len(GOLD)
     scores = score_text(empty, ONE, language)
     assert (scores["bleu"], scores["chrf"]) == (0, 0)
@@ -177,6 +191,7 @@ def test_empty_hypotheses_score_nothing_and_say_nothing(language, capfd):
     assert paired_bootstrap(GOOD, ["", *BAD[1:]], ONE, language, samples=50)["delta"] > 0
     score_text(["a b ."] * 200, [["a b."]] * 200, language)
     assert capfd.readouterr() == ("", "")
+    assert not caplog.records
 
 
 def test_neither_environment_nor_earlier_calls_change_a_result(monkeypatch):
