@@ -22,8 +22,8 @@ def read_local(
 ) -> list[Row]:
     """Read rows from a file whose suffix names its format.
 
-    JSON lines (`.jsonl`, `.json`), `.csv` and `.tsv` (UTF-8, with a header line unless `columns`
-    are numbers; quotes mean nothing in `.tsv`) and `.parquet`.
+    JSON lines (`.jsonl`, `.json`), `.csv`, tab-separated `.tsv` and `.txt` (UTF-8, with a header
+    line unless `columns` are numbers; quotes mean nothing between tabs) and `.parquet`.
 
     Args:
         path: the file.
@@ -44,7 +44,7 @@ def read_local(
     _check_columns(columns, str(path))
     headerless = columns is not None and any(isinstance(c, int) for c in columns.values())
     if headerless and reader not in (_csv_rows, _tsv_rows):
-        raise NeftError(f"{path}: columns are numbers; numbers are for .csv and .tsv files")
+        raise NeftError(f"{path}: columns are numbers; numbers are for .csv, .tsv and .txt files")
     records = reader(path, headerless)
     return _rows(records, columns, limit, str(path))
 
@@ -171,6 +171,7 @@ _READERS = {
     ".json": _json_rows,
     ".csv": _csv_rows,
     ".tsv": _tsv_rows,
+    ".txt": _tsv_rows,
     ".parquet": _parquet_rows,
 }
 

@@ -42,13 +42,15 @@ TEXT = ["the cat sat on the mat", "two and two is four", "user system assistant"
 
 
 def tiny(template=None, bos="<s>", eos="</s>", spaced=False):
-    """A byte-level BPE tokenizer; or one that puts a space before every text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """A byte-level BPE tokenizer; or one that puts a space before every text, as Llama-2's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE(unk_token="<s>"))
     if spaced:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        space = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        backend.normalizer = normalizers.Sequence(space)
+        backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
         backend.decoder = decoders.Metaspace()
         alphabet = sorted(set("▁lé:{EnglishFrench" + "".join(TEXT)))
     else:
