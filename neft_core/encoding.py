@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from neft_core.errors import NeftError
-from neft_core.rows import Row, check_file, replacing
+from neft_core.files import replacing
+from neft_core.rows import Row, check_file
 from neft_core.tasks import TASKS, Form, Piece
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -126,7 +127,7 @@ def save_encoded(path: str | Path, arrays: Arrays, metadata: Mapping[str, Any]) 
 
     # One key: safetensors writes several in an order that differs from process to process.
     content = save(arrays, metadata={"neft": json.dumps(metadata, sort_keys=True)})
-    with replacing(path) as partial:
+    with replacing(Path(path)) as partial:
         partial.write_bytes(content)
 
 

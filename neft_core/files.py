@@ -1,6 +1,7 @@
 """Files written whole or not at all, with the same bytes for the same content."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -19,19 +20,42 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, a file or a folder, that takes its place at the end.
 
     When the block fails, the temporary is removed and `path` stays as it was.
+
+    Raises:
+        NeftError: the system refuses, for instance because the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.[0-9]*"):
-        # A killed process left it; the stage's lock rules out a living one.
-        _remove(left)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        with _told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{path.name}.[0-9]*"):
+                # A killed process left it; the stage's lock rules out a living one.
+                _remove(left)
+        with _told(path, only=_DISK):
+            yield temporary
+        with _told(path):
+            if path.is_dir():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
     finally:
-        _remove(temporary)
+        with contextlib.suppress(OSError):
+            _remove(temporary)
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@contextlib.contextmanager
+def _told(path: Path, only: tuple[int, ...] = ()) -> Iterator[None]:
+    """Say a refusal of the system in one line; with `only`, those with these numbers."""
+    try:
+        yield
+    except OSError as fault:
+        if only and fault.errno not in only:
+            raise
+        raise NeftError(
+            f"{path}: can't be written ({fault.strerror or fault}); free space or check the path"
+        ) from fault
 
 
 def _remove(path: Path) -> None:

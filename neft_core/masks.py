@@ -8,18 +8,16 @@ Shapes: N candidates of a module, k selected ones.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from neft_core.errors import NeftError
+from neft_core.files import load_tensors, save_tensors
 from neft_core.neurons import Group, candidates
 
 _OWN_KEYS = ("kind", "groups", "total_parameters")
@@ -243,41 +241,13 @@ def _write(
         "groups": json.dumps([asdict(group) for group in owner.groups.values()]),
         "total_parameters": str(owner.total_parameters),
     }
-    blob = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(_canonical(blob))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _canonical(blob: bytes) -> bytes:
-    """The same safetensors file with its header sorted.
-
-    The library writes metadata in a different order each time, so that equal content would have
-    different hashes.
-    """
-    size = int.from_bytes(blob[:8], "little")
-    header = json.loads(blob[8 : 8 + size])
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + blob[8 + size :]
+    save_tensors(path, tensors, metadata)
 
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Group], int, dict[str, str]]:
     """Tensors, groups, total parameters and provenance of a file of one kind."""
     remedy = f"run '{_REMEDY[kind]}'"
-    if not path.is_file():
-        raise NeftError(f"{path}: no such file; {remedy}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        reason = str(error).splitlines()[0]
-        raise NeftError(f"{path}: not a whole safetensors file ({reason}); {remedy}") from error
+    tensors, metadata = load_tensors(path, remedy)
     found = metadata.pop("kind", "other tensors")
     if found != kind:
         raise NeftError(f"{path}: holds {found}, {kind} expected; {remedy}")

@@ -9,13 +9,12 @@ A row is one example, in one of two forms:
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from neft_core.errors import NeftError
+from neft_core.files import replacing
 
 Row = dict[str, Any]
 
@@ -53,7 +52,10 @@ def answers(row: Row) -> list[str]:
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     """Write rows as JSON lines, UTF-8, the same bytes for the same rows; whole or not at all."""
-    with replacing(path) as partial, open(partial, "w", encoding="utf-8", newline="\n") as file:
+    with (
+        replacing(Path(path)) as partial,
+        open(partial, "w", encoding="utf-8", newline="\n") as file,
+    ):
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
 
@@ -133,28 +135,6 @@ def check_file(path: Path) -> None:
         )
     if path.stat().st_size == 0:
         raise NeftError(f"{path}: the file is empty; at least one row is needed")
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a name in the same directory to write to; it becomes `path` when the block ends well.
-
-    Raises:
-        NeftError: the system refuses, for instance because the disk is full.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise NeftError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or check the path"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def _text(value: Any, name: str, where: str) -> str:

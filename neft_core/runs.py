@@ -24,11 +24,11 @@ def form(section: Any) -> Any:
 
 def asked_and_answered(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a test row asks, and its references: the form that hypotheses are kept in."""
-    if "messages" in row:
-        turns = [turn["content"] for turn in row["messages"]]
-        source, references = "\n".join(turns[:-1]), turns[-1:]
-    else:
-        source, references = row["source"], row.get("references") or [row["target"]]
+    from neft_core.rows import answers
+
+    references = answers(row)
+    asked = [turn["content"] for turn in row.get("messages", [])[:-1]]
+    source = row["source"] if "source" in row else "\n".join(asked)
     return {"source": source, "target": references[0], "references": references}
 
 

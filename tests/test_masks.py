@@ -129,7 +129,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fails)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(NeftError, match="disk full"):
         mask([1]).save(path)
     assert content(NeuronMask.load(path)) == {UP: [0]}
     assert len(list(tmp_path.iterdir())) == 1

@@ -66,7 +66,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_a_system_refusal_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(NeftError, match=r"rows\.jsonl: cannot be written \("),
+        pytest.raises(NeftError, match=r"rows\.jsonl: can.t be written \("),
         replacing(tmp_path / "file" / "rows.jsonl"),
     ):
         pass
