@@ -1,7 +1,7 @@
 """A parallel corpus in English, French, Chinese and Hindi, made from rules and a lexicon.
 
-The data of the demo and of the tests, at hand without a download. `constructions.py` draws a
-meaning that belongs to no language; `grammar_en`, `grammar_fr`, `grammar_zh` and `grammar_hi` each
+The data of the demo and of the tests, at hand without a download. `sampler` and `constructions` draw
+a meaning that belongs to no language; `grammar_en`, `grammar_fr`, `grammar_zh` and `grammar_hi` each
 say it by the rules of their language.
 """
 
@@ -9,11 +9,11 @@ import random
 from collections.abc import Callable, Iterator
 
 from neft_core import grammar_en, grammar_fr, grammar_hi, grammar_zh
-from neft_core.constructions import HELD_OUT as _HELD_OUT
 from neft_core.constructions import SIMPLE as _SIMPLE
-from neft_core.constructions import Sampler
+from neft_core.constructions_held_out import HELD_OUT as _HELD_OUT
 from neft_core.errors import NeftError
 from neft_core.meaning import Clause
+from neft_core.sampler import Sampler
 
 LANGUAGES = {"en": "English", "fr": "French", "zh": "Chinese", "hi": "Hindi"}
 GRAMMARS: dict[str, Callable[[Clause], str]] = {

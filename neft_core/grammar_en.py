@@ -4,7 +4,7 @@ from functools import cache
 
 from neft_core.meaning import Clause, Name, Noun, Phrase, Place, Pronoun, Verb
 
-NUMBERS = "two three four five six seven eight nine ten".split()
+NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 OBJECT = {"I": "me", "you": "you", "he": "him", "she": "her", "we": "us", "they": "them"}
 POSSESSIVE = {"I": "my", "you": "your", "we": "our", "they": "their"}
 BE = ("am", "is", "are")
@@ -132,7 +132,9 @@ def clause(c: Clause) -> str:
         text = c.weather.en_now if c.tense == "progressive" else c.weather.en
         return f"{text} {c.time.en}" if c.time else text
     if c.kind == "exist":
-        assert c.object and c.relation and c.ground
+        assert c.object
+        assert c.relation
+        assert c.ground
         verb = "are" if c.object.plural else "is"
         return f"there {verb} {phrase(c.object)} {c.relation.en} {phrase(c.ground)}"
     if c.kind == "this":
@@ -140,7 +142,8 @@ def clause(c: Clause) -> str:
         start = "these are" if c.object.plural else "this is"
         return f"{start} {phrase(c.object)}"
     if c.kind == "command":
-        assert c.verb and c.object
+        assert c.verb
+        assert c.object
         text = f"{c.verb.en} {phrase(c.object, 'object')}"
         return f"please {text}" if c.polite else f"do not {text}" if c.negated else text
     person = c.subject.person if c.subject else 2
@@ -179,7 +182,7 @@ def _complement(c: Clause) -> str:
 
 def sentence(c: Clause) -> str:
     """Realise a whole sentence."""
-    text = clause(c)
+    text = clause(c).replace("can not", "cannot")
     if c.second:
         other = clause(c.second)
         if c.link in ("when", "if"):

@@ -9,7 +9,7 @@ from functools import cache
 
 from neft_core.meaning import Adjective, Clause, Name, Noun, Phrase, Place, Pronoun, Verb
 
-NUMBERS = "deux trois quatre cinq six sept huit neuf dix".split()
+NUMBERS = ["deux", "trois", "quatre", "cinq", "six", "sept", "huit", "neuf", "dix"]
 SUBJECT = {"I": "je", "you": "tu", "he": "il", "she": "elle", "we": "nous", "they": "ils"}
 CLITIC = {"I": "me", "you": "te", "we": "nous", "they": "les"}
 TONIC = {"I": "moi", "you": "toi", "he": "lui", "she": "elle", "we": "nous", "they": "eux"}
@@ -189,13 +189,16 @@ def clause(c: Clause) -> str:
     if c.weather:
         return f"{c.weather.fr} {c.time.fr}" if c.time else c.weather.fr
     if c.kind == "exist":
-        assert c.object and c.relation and c.ground
+        assert c.object
+        assert c.relation
+        assert c.ground
         return f"il y a {phrase(c.object)} {c.relation.fr} {phrase(c.ground)}"
     if c.kind == "this":
         assert c.object
         return f"{'ce sont' if c.object.plural else CEST} {phrase(c.object)}"
     if c.kind == "command":
-        assert c.verb and c.object
+        assert c.verb
+        assert c.object
         verb = imperative(c.verb)
         start = f"ne {verb} pas" if c.negated else verb
         text = f"{start} {phrase(c.object, 'object', not c.negated)}"

@@ -7,7 +7,7 @@ from functools import cache
 
 from neft_core.meaning import Clause, Name, Noun, Phrase, Place, Pronoun, Verb
 
-NUMBERS = "दो तीन चार पाँच छह सात आठ नौ दस".split()
+NUMBERS = ["दो", "तीन", "चार", "पाँच", "छह", "सात", "आठ", "नौ", "दस"]
 DIRECT = {"I": "मैं", "you": "तुम", "he": "वह", "she": "वह", "we": "हम", "they": "वे"}
 OBLIQUE = {"I": "मुझ", "you": "तुम", "he": "उस", "she": "उस", "we": "हम", "they": "उन"}
 DATIVE = {
@@ -45,10 +45,11 @@ def inflect(word: str, gender: str, changed: bool) -> str:
 
 
 def _inflect_one(word: str, gender: str, changed: bool) -> str:
+    if word in ("नया", "हुआ"):  # नए, नई; हुए, हुई
+        stem = word.removesuffix("या").removesuffix("आ")
+        return stem + ("ई" if gender == "f" else "ए") if gender == "f" or changed else word
     if not word.endswith("ा"):
         return word
-    if word.endswith("या") and len(word) == 3:  # नया: नए, नई
-        return word[:-2] + ("ई" if gender == "f" else "ए") if gender == "f" or changed else word
     return word[:-1] + ("ी" if gender == "f" else "े" if changed else "ा")
 
 
@@ -250,15 +251,18 @@ def _act(c: Clause, subject: Phrase | None, resumed: str) -> list[str]:
         marker = object_marker(c.verb, c.object)
         obj = marked(c.object, marker, subject) if marker else phrase(c.object, False, subject)
     light, *verb = _verb(c, c.verb, subject)
+    who = resumed or _subject(c, subject)
+    asked = c.question == "subject"
     return [
-        resumed or _subject(c, subject),
+        "" if asked else who,
         c.time.hi if c.time else "",
         marked(c.companion, "के साथ", subject) if c.companion else "",
         _place(c.place, c.place.hi) if c.place else "",
         _place(c.goal, c.goal.hi_goal) if c.goal else "",
         marked(c.recipient, "को", subject) if c.recipient else "",
         obj,
-        "कहाँ" if c.question == "place" else "",
+        # Question words stand before the verb.
+        who if asked else "कहाँ" if c.question == "place" else "",
         light,
         "नहीं" if c.negated else "",
         *verb,
@@ -277,7 +281,8 @@ def _be(c: Clause, subject: Phrase, resumed: str) -> list[str]:
         elif c.intense:
             complement = "बहुत " + complement
     else:
-        assert c.relation and c.ground
+        assert c.relation
+        assert c.ground
         complement = marked(c.ground, c.relation.hi)
     return [
         resumed or phrase(subject),
@@ -295,7 +300,9 @@ def clause(c: Clause, subject: Phrase | None = None) -> str:
             return f"{c.time.hi if c.time else ''} {c.weather.hi_future}".strip()
         return c.weather.hi_now if c.tense == "progressive" else c.weather.hi
     if c.kind == "exist":
-        assert c.object and c.relation and c.ground
+        assert c.object
+        assert c.relation
+        assert c.ground
         parts = [marked(c.ground, c.relation.hi), phrase(c.object), _is(c.object)]
     elif c.kind == "this":
         assert c.object
@@ -308,9 +315,15 @@ def clause(c: Clause, subject: Phrase | None = None) -> str:
         if c.subject and c.subject.relative:
             start, resumed = _correlative(c.subject, c.subject.relative), "वह"
         if c.kind == "have":
-            assert c.object and told
+            assert c.object
+            assert told
             negation = "नहीं" if c.negated else ""
-            parts = [_subject(c, told), phrase(c.object, counted=not c.negated), negation, _is(c.object)]
+            parts = [
+                _subject(c, told),
+                phrase(c.object, counted=not c.negated),
+                negation,
+                _is(c.object),
+            ]
         elif c.kind == "be":
             assert told
             parts = [start, *_be(c, told, resumed)]
@@ -333,7 +346,8 @@ def _correlative(np: Phrase, relative: Clause) -> str:
 
 
 def _command(c: Clause) -> list[str]:
-    assert c.verb and c.object
+    assert c.verb
+    assert c.object
     light, _, stem = c.verb.hi.rpartition(" ")
     marker = object_marker(c.verb, c.object)
     return [

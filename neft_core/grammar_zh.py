@@ -40,7 +40,9 @@ def _determiner(np: Phrase, measure: str) -> str:
         case "my":
             owner = np.owner
             assert owner is not None
-            return (owner.zh if isinstance(owner, Name) else PRONOUN[owner.en]) + "的"
+            # One 的 is enough where the adjective brings its own: 你漂亮的照片.
+            of = "" if np.adjective and np.adjective.zh_attribute.endswith("的") else "的"
+            return (owner.zh if isinstance(owner, Name) else PRONOUN[owner.en]) + of
     return ""
 
 
@@ -119,13 +121,16 @@ def clause(c: Clause) -> str:
     if c.weather:
         return (c.time.zh if c.time else "") + c.weather.zh
     if c.kind == "exist":
-        assert c.object and c.relation and c.ground
+        assert c.object
+        assert c.relation
+        assert c.ground
         return f"{phrase(c.ground)}{c.relation.zh}有{phrase(c.object)}"
     if c.kind == "this":
         assert c.object
         return f"{'这些' if c.object.plural else '这'}是{phrase(c.object)}"
     if c.kind == "command":
-        assert c.verb and c.object
+        assert c.verb
+        assert c.object
         start = "请" if c.polite else "不要" if c.negated else ""
         return f"{start}{c.verb.zh}{phrase(c.object)}"
     subject = "谁" if c.question == "subject" else phrase(c.subject) if c.subject else ""

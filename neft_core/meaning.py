@@ -7,7 +7,10 @@ with what its grammar needs to know of it (gender, measure word, irregular forms
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any, TypeVar, get_type_hints
 from unicodedata import normalize
+
+Word = TypeVar("Word")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +72,7 @@ class Adjective:
 
 @dataclass(frozen=True, eq=False)
 class Verb:
-    """A verb with the classes of its subjects and objects."""
+    """A verb with the classes of its subjects and objects and the places where one does it."""
 
     en: str
     en_past: str
@@ -84,6 +87,7 @@ class Verb:
     hi_object: str
     subjects: frozenset[str]
     objects: frozenset[str]
+    places: frozenset[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +134,7 @@ class Pronoun:
     en: str
 
 
-I, YOU, HE, SHE, WE, THEY = (
+ME, YOU, HE, SHE, WE, THEY = (
     Pronoun(person, gender, en)
     for person, gender, en in (
         (0, "m", "I"),
@@ -246,23 +250,22 @@ def lexicon() -> Lexicon:
         if not line.startswith("#"):
             part, *cells = line.split("\t")
             rows.setdefault(part, []).append(cells)
-    nouns = tuple(Noun(*cells) for cells in rows["noun"])
+    nouns = tuple(_word(Noun, cells) for cells in rows["noun"])
     by_name = {noun.en: noun for noun in nouns}
     return Lexicon(
         nouns=nouns,
         places=tuple(Place(by_name[noun], *rest) for noun, *rest in rows["place"]),
-        names=tuple(Name(*cells) for cells in rows["name"]),
-        adjectives=tuple(
-            Adjective(*cells[:9], frozenset(cells[9].split()), cells[10])
-            for cells in rows["adjective"]
-        ),
-        verbs=tuple(
-            Verb(*cells[:11], frozenset(cells[11].split()), frozenset(cells[12].split()))
-            for cells in rows["verb"]
-        ),
-        adverbs=tuple(Adverb(*cells) for cells in rows["adverb"]),
-        relations=tuple(
-            Relation(*cells[:4], frozenset(cells[4].split())) for cells in rows["relation"]
-        ),
-        weathers=tuple(Weather(*cells) for cells in rows["weather"]),
+        names=tuple(_word(Name, cells) for cells in rows["name"]),
+        adjectives=tuple(_word(Adjective, cells) for cells in rows["adjective"]),
+        verbs=tuple(_word(Verb, cells) for cells in rows["verb"]),
+        adverbs=tuple(_word(Adverb, cells) for cells in rows["adverb"]),
+        relations=tuple(_word(Relation, cells) for cells in rows["relation"]),
+        weathers=tuple(_word(Weather, cells) for cells in rows["weather"]),
     )
+
+
+def _word(kind: type[Word], cells: list[str]) -> Word:
+    """Fill a word from a line; a set of classes is separated by spaces."""
+    columns = zip(get_type_hints(kind).values(), cells, strict=True)
+    values: list[Any] = [cell if hint is str else frozenset(cell.split()) for hint, cell in columns]
+    return kind(*values)
