@@ -163,11 +163,9 @@ class Sampler:
         """Draw a named person or relative who is not the subject."""
         while True:
             phrase = self.person(pronoun=False)
-            if phrase.head is subject.head or phrase.owner is subject.head is not None:
-                if isinstance(phrase.owner, Pronoun) and phrase.head is not subject.head:
-                    return phrase
-                continue
-            return phrase
+            namesake = phrase.owner is subject.head and isinstance(phrase.owner, Name)
+            if phrase.head is not subject.head and not namesake:
+                return phrase
 
     def thing(self, noun: Noun, subject: Phrase | None = None, definite: bool = False) -> Phrase:
         """Draw a phrase around a noun, as object."""
