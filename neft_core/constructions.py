@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from neft_core.meaning import YOU, Clause, Noun, Phrase
-from neft_core.sampler import STAYS_SINGLE, Sampler, adjectives, nouns, places, verbs
+from neft_core.sampler import STAYS_SINGLE, Sampler, adjectives, nouns, ownable, places, verbs
 
 
 def action(s: Sampler) -> Clause:
@@ -31,12 +31,17 @@ def activity(s: Sampler) -> Clause:
     """The child plays in the garden."""
     if s.chance(0.15):
         verb = s.pick([verb for verb in verbs("nothing") if "animal" in verb.subjects])
-        place = s.pick([place for place in places(verb) if place.noun.en in ANIMAL_PLACES])
-        return Clause("act", s.animal(), verb, place=place, time=s.time("present", 0.5))
+        animal = s.animal()
+        tame = isinstance(animal.head, Noun) and ownable(animal.head)
+        fitting = ANIMAL_PLACES | {"room", "house"} if tame else ANIMAL_PLACES
+        # Not every verb has a place outdoors.
+        options = [place for place in places(verb) if place.noun.en in fitting]
+        place = s.pick(options) if options else None
+        return Clause("act", animal, verb, place=place, time=s.time("present", 0.5))
     return s.activity()
 
 
-ANIMAL_PLACES = frozenset({"garden", "park", "street", "room", "house", "forest", "field"})
+ANIMAL_PLACES = frozenset({"garden", "park", "forest", "field"})
 
 
 def motion(s: Sampler) -> Clause:
@@ -92,7 +97,7 @@ def location(s: Sampler) -> Clause:
     found, noun = s.placed()
     if found.relation and found.relation.en not in ("on", "in", "under") and s.chance(0.4):
         return replace(found, subject=s.person(gendered=False))
-    own = s.chance(0.5)
+    own = ownable(noun) and s.chance(0.5)
     determiner = "my" if own else s.pick(("the", "this", "these"))
     owner = s.owner() if own else None
     return replace(found, subject=Phrase(noun, determiner, s.described(noun, 0.3), owner=owner))
@@ -112,6 +117,8 @@ def presentation(s: Sampler) -> Clause:
     if s.chance(0.5):
         return Clause("this", object=Phrase(noun, "a", s.described(noun, 0.8)))
     adjective = s.described(noun, 0.4)
+    if not ownable(noun):
+        return Clause("this", object=Phrase(noun, "a", adjective))
     return Clause("this", object=Phrase(noun, "my", adjective, owner=s.owner()))
 
 
@@ -131,7 +138,10 @@ def order(s: Sampler, definite: bool) -> Clause:
 
 def command(s: Sampler) -> Clause:
     """Please open the door!"""
-    return replace(order(s, False), polite=s.chance(0.5))
+    found = order(s, False)
+    # "Drink tea!" alone would be two words.
+    mass = found.object is not None and found.object.uncountable
+    return replace(found, polite=mass or s.chance(0.5))
 
 
 def joint_subject(s: Sampler) -> Clause:

@@ -1,11 +1,11 @@
-"""Hindi: verb last, oblique before postpositions, agreement with the subject or, under ने, the object.
+"""Hindi: verb last, oblique before postpositions, agreement with subject or (under ने) object.
 
-Hindi without an honorific form takes तुम for "you"; elder relatives take the honorific plural.
+The corpus takes तुम for "you"; elder relatives take the honorific plural.
 """
 
 from functools import cache
 
-from neft_core.meaning import Clause, Name, Noun, Phrase, Place, Pronoun, Verb
+from neft_core.meaning import YOU, Clause, Name, Noun, Phrase, Place, Pronoun, Verb
 
 NUMBERS = ["दो", "तीन", "चार", "पाँच", "छह", "सात", "आठ", "नौ", "दस"]
 DIRECT = {"I": "मैं", "you": "तुम", "he": "वह", "she": "वह", "we": "हम", "they": "वे"}
@@ -350,9 +350,10 @@ def _command(c: Clause) -> list[str]:
     assert c.object
     light, _, stem = c.verb.hi.rpartition(" ")
     marker = object_marker(c.verb, c.object)
+    you = Phrase(YOU)
     return [
         "कृपया" if c.polite else "",
-        marked(c.object, marker) if marker else phrase(c.object),
+        marked(c.object, marker, you) if marker else phrase(c.object, False, you),
         light,
         "मत" if c.negated else "",
         imperative(stem),

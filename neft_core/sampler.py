@@ -37,7 +37,7 @@ MOODS = frozenset({"cry", "laugh", "sleep"})
 OUTCOME = frozenset({"see", "lose", "forget", "meet", "bring"})
 DEFINITE = ("the", "the", "this", "my", "these")
 ANIMAL_FOOD = frozenset({"bread", "meat", "fish", "carrot", "apple", "banana", "water", "milk"})
-STAYS_SINGLE = frozenset({"opening", "building", "room", "outdoors", "water"})
+STAYS_SINGLE = frozenset({"opening", "building", "room", "outdoors", "waters"})
 
 
 PERSONS = "human job"
@@ -45,9 +45,10 @@ PERSONS = "human job"
 
 KINDS = (
     "human job kin animal fruit vegetable dish mass_food drink text clothing object device "
-    "container furniture opening vehicle building room outdoors water show song"
+    "container furniture opening vehicle building room outdoors waters show song"
 )
-NOT_OWNED = frozenset({"human", "job", "outdoors", "water", "landmark", "building"})
+NOT_OWNED = frozenset({"human", "job", "outdoors", "waters", "landmark", "building"})
+WILD = frozenset({"tiger", "bear", "elephant", "monkey", "mouse"})
 NO_GOAL = frozenset({"street", "room", "house"})
 HUGE = frozenset({"elephant", "cow", "horse", "camel", "tiger", "bear", "umbrella", "map"})
 
@@ -108,8 +109,10 @@ def goals() -> tuple[Place, ...]:
 
 
 def ownable(noun: Noun) -> bool:
-    """Whether somebody may own it: a house yes, a hospital no."""
-    return noun.kind not in NOT_OWNED or noun.en in ("house", "shop")
+    """Whether somebody may own it: a house or a dog yes, a hospital or a tiger no."""
+    if noun.en in ("house", "shop"):
+        return True
+    return noun.kind not in NOT_OWNED and noun.en not in WILD
 
 
 class Sampler:
@@ -160,11 +163,9 @@ class Sampler:
         """Draw a named person or relative who is not the subject."""
         while True:
             phrase = self.person(pronoun=False)
-            if phrase.head is subject.head or phrase.owner is subject.head is not None:
-                if isinstance(phrase.owner, Pronoun) and phrase.head is not subject.head:
-                    return phrase
-                continue
-            return phrase
+            namesake = phrase.owner is subject.head and isinstance(phrase.owner, Name)
+            if phrase.head is not subject.head and not namesake:
+                return phrase
 
     def thing(self, noun: Noun, subject: Phrase | None = None, definite: bool = False) -> Phrase:
         """Draw a phrase around a noun, as object."""
@@ -211,7 +212,7 @@ class Sampler:
     def animal(self) -> Phrase:
         """Draw an animal as subject."""
         noun = self.pick(nouns("animal"))
-        own = self.chance(0.3)
+        own = ownable(noun) and self.chance(0.3)
         return Phrase(
             noun,
             "my" if own else "the",
@@ -281,13 +282,16 @@ class Sampler:
         subject = subject or self.person(gendered and tense != "past")
         place = self.pick(places(verb)) if self.chance(placed) else None
         with_other = verb.en not in ("cry", "sleep") and self.chance(accompanied)
+        time = self.time(tense, timed, habit=verb.en not in MOODS)
+        if placed and not (place or time or with_other):
+            place = self.pick(places(verb))
         return Clause(
             "act",
             subject,
             verb,
             companion=self.other(subject) if with_other else None,
             place=place,
-            time=self.time(tense, timed, habit=verb.en not in MOODS),
+            time=time,
             tense=tense,
         )
 
@@ -335,7 +339,8 @@ class Sampler:
         elif kind < 0.8:
             found = self.activity(tense, timed=0)
         else:
-            found = self.motion(tense, timed=0)
+            # 回到 tells an outcome; only 去 is denied.
+            found = replace(self.motion(tense, timed=0), verb=verbs("goal")[0])
         # Nobody denies cutting one apple every day.
         single = found.object is not None and tense == "present"
         return replace(found, time=None if single else self.time(tense, 0.25, often=False))
