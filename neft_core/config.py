@@ -181,9 +181,7 @@ class Rows(Section):
     def _sizes_of_missing_splits(self) -> "Rows":
         for name in ("dev", "test"):
             if getattr(self.splits, name) is None and getattr(self, name) is None:
-                raise _refuse(
-                    f"{name}: missing; give splits.{name}, or how many rows to split off"
-                )
+                raise _refuse(f"{name}: missing; give splits.{name}, or how many rows to split off")
         return self
 
 
@@ -223,7 +221,9 @@ class Translation(Section):
     """English name of the source language."""
     target_language: str = Field(min_length=2)
     """English name of the target language; chooses the BLEU tokenizer."""
-    prompt: str = "Translate the following text from {source_language} to {target_language}.\n{source}\n"
+    prompt: str = (
+        "Translate the following text from {source_language} to {target_language}.\n{source}\n"
+    )
     """Text before the target, with `{source}`; or `chat`: the model's chat template."""
     max_tokens: int = Field(ge=8)
     """Longest training text in tokens; longer rows are dropped and counted."""
@@ -253,7 +253,9 @@ class Task(Section):
     @model_validator(mode="after")
     def _generated_translates(self) -> "Task":
         if isinstance(self.source, GeneratedSource) and self.format.task != "translation":
-            raise _refuse("source: kind 'generated' makes sentence pairs; format.task must be translation")
+            raise _refuse(
+                "source: kind 'generated' makes sentence pairs; format.task must be translation"
+            )
         return self
 
 
