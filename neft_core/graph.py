@@ -347,10 +347,15 @@ def _mend(root: Path) -> list[str]:
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
     from voluptuous import Invalid
 
+    whole = True
     try:
         if lock.exists():
             COMPILED_LOCKFILE_SCHEMA(read_yaml(lock))
+            # Cut off in a hash it would still be good YAML.
+            whole = lock.read_bytes().endswith(b"\n")
     except (NeftError, Invalid):
+        whole = False
+    if not whole:
         aside = lock.with_name("dvc.lock.damaged")
         lock.replace(aside)
         notes.append(f"{lock}: damaged; kept as {aside.name}, stages come from the DVC cache")
