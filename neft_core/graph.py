@@ -283,7 +283,7 @@ def _repro(graph: Graph, name: str, on_line: Callable[[str], None], force: bool)
 _CHATTER = re.compile(
     r"> |Stage '.*' didn't change, skipping|(Generating|Updating) lock file 'dvc\.lock'|"
     r"Use `dvc push` to|To track the changes with git|\tgit add|To enable auto staging|"
-    r"\tdvc config core\.autostage|Data and pipelines are up to date"
+    r"\tdvc config core\.autostage|WARNING: '.*' is empty\.|Data and pipelines are up to date"
 )
 """What `dvc repro` says around a stage."""
 

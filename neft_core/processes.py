@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
@@ -24,7 +25,7 @@ exec "$@"
 
 @contextlib.contextmanager
 def group(
-    command: Sequence[str], *, cwd: Path, env: Mapping[str, str]
+    command: Sequence[str], *, cwd: Path, env: Mapping[str, str], output: IO[bytes] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command in a session of its own; no process of it outlives the block.
 
@@ -35,6 +36,7 @@ def group(
         command: program and arguments.
         cwd: its working directory.
         env: its whole environment.
+        output: a file for what it prints; None: a pipe, which must be read (see `lines`).
 
     Yields:
         The process; its `stdout` carries both output streams.
@@ -44,7 +46,7 @@ def group(
         cwd=cwd,
         env=dict(env),
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdout=output or subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
