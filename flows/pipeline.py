@@ -22,7 +22,8 @@ from flows import server
 from neft_core import tracking
 from neft_core.config import HubModel, HubSource, Params
 from neft_core.errors import NeftError
-from neft_core.graph import Changes, Graph, Stage, StageFailed, reproduce
+from neft_core.graph import Changes, Graph, Stage
+from neft_core.repro import StageFailed, reproduce
 from neft_core.workspace import Workspace, find_workspace, hold
 
 RETRY_DELAYS = [2.0, 10.0]

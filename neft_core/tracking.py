@@ -1,53 +1,42 @@
-"""MLflow as a view of the run directories: delivered once, live while training, never twice.
-
-An MLflow run is found by its tag `neft.key`: of a training, the hash of its stage's key and the
-seed; of a pipeline execution, the key of the whole graph. The only module that talks to MLflow.
-"""
+"""MLflow as a view of the run directories: delivered once, live while training, never twice."""
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import logging
-import math
 import os
+import shlex
 import sqlite3
-import subprocess
 import sys
 import threading
-import time
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import neft_core
 from neft_core import records
 from neft_core.errors import NeftError
 from neft_core.graph import Graph, entry_key, locked
+from neft_core.mlflow_store import (
+    OUTPUT,
+    Store,
+    Wanted,
+    is_server,
+    open_store,
+    public,
+    seed_key,
+    tracking_uri,
+)
 from neft_core.workspace import Workspace
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
-LARGEST_ADAPTER = 100 * 1024**2
-"""Bytes; of a larger adapter only path and hash are recorded."""
+_Identity = tuple[int, int, int] | None
 
 POLL = 2.0
 """Seconds between two looks at a training's live files."""
 
-BATCH = 1000
-"""Metrics that MLflow takes in one call."""
-
 HOST, MLFLOW_PORT, PREFECT_PORT = "127.0.0.1", 5000, 4200
-
-
-def tracking_uri(workspace: Workspace) -> str:
-    """MLFLOW_TRACKING_URI, or the workspace's own SQLite file."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.root / 'mlflow.db'}"
 
 
 def ui_commands(workspace: Workspace) -> list[str]:
@@ -56,17 +45,17 @@ def ui_commands(workspace: Workspace) -> list[str]:
     near = Path(os.path.relpath(here))
     tool = near if len(str(near)) < len(str(here)) else here
     uri = tracking_uri(workspace)
-    if _served(uri):
-        mlflow = f"MLflow: {_public(uri)}"
+    if is_server(uri):
+        mlflow = f"MLflow: {public(uri)}"
     else:
-        mlflow = (
-            f"{tool / 'mlflow'} ui --backend-store-uri {_public(uri)} "
-            f"--host {HOST} --port {MLFLOW_PORT} --workers 1"
-        )
+        store = ["--backend-store-uri", public(uri)]
+        place = ["--host", HOST, "--port", str(MLFLOW_PORT)]
+        mlflow = shlex.join([str(tool / "mlflow"), "ui", *store, *place, "--workers", "1"])
     prefect = os.environ.get("PREFECT_API_URL")
     if prefect:
-        return [mlflow, f"Prefect: {_public(prefect).removesuffix('/api')}"]
-    return [mlflow, f"{tool / 'prefect'} server start --host {HOST} --port {PREFECT_PORT}"]
+        return [mlflow, f"Prefect: {public(prefect).removesuffix('/api')}"]
+    place = ["--host", HOST, "--port", str(PREFECT_PORT)]
+    return [mlflow, shlex.join([str(tool / "prefect"), "server", "start", *place])]
 
 
 @dataclass(frozen=True)
@@ -94,11 +83,11 @@ def sync(workspace: Workspace, graph: Graph, *, trust: bool = False) -> Delivery
     wanted = _wanted(workspace, graph)
     uri = tracking_uri(workspace)
     if trust and _delivered(workspace, uri, wanted):
-        return Delivery(_public(uri))
-    with _store(workspace) as store:
+        return Delivery(public(uri))
+    with open_store(workspace) as store:
         created, updated = store.deliver(wanted)
         _write_state(workspace, store, wanted)
-    return Delivery(_public(uri), created, updated)
+    return Delivery(public(uri), created, updated)
 
 
 class Tracker:
@@ -135,12 +124,15 @@ class Tracker:
             return
         entries = {**locked(self.workspace), f"train@{run}": graph.entry(f"train@{run}")}
         origin = graph.origin()
+        # Files of an earlier training lie there until this one begins.
+        live = self.workspace.state("live", "train", run)
+        stale = {path: _identity(path) for path in live.glob("seed-*/*.csv")}
         ended = threading.Event()
         status: list[str] = []
 
         def work() -> None:
             try:
-                _follow(self.workspace, entries, origin, run, ended, status)
+                _follow(self.workspace, entries, origin, run, stale, ended, status)
             except NeftError as fault:
                 self._give_up(fault)
 
@@ -154,6 +146,8 @@ class Tracker:
         finally:
             ended.set()
             thread.join(timeout=15)
+            if thread.is_alive() and not self._away:
+                self._give_up(NeftError(f"MLflow at {public(tracking_uri(self.workspace))}: slow"))
 
     def link(self) -> str | None:
         """Address of the runs' page; of a local file, where `ui_commands` will show it."""
@@ -161,7 +155,7 @@ class Tracker:
         if "experiment" not in known or self._away:
             return None
         uri = tracking_uri(self.workspace)
-        root = _public(uri).rstrip("/") if _served(uri) else f"http://{HOST}:{MLFLOW_PORT}"
+        root = public(uri).rstrip("/") if is_server(uri) else f"http://{HOST}:{MLFLOW_PORT}"
         return f"{root}/#/experiments/{known['experiment']}/runs"
 
     def _give_up(self, fault: NeftError) -> None:
@@ -169,27 +163,7 @@ class Tracker:
         self._log.warning("%s; the work goes on, 'neft track' delivers later", fault)
 
 
-def seed_key(stage_key: str, seed: int) -> str:
-    """The key of one training run: of its stage, and the seed."""
-    return hashlib.sha256(f"{stage_key} seed {seed}".encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What MLflow shall show: (key, state) of the trainings and of the execution."""
-
-    trainings: Mapping[str, Mapping[str, Any]]
-    execution: str
-    summary: str | None
-
-    def marks(self) -> dict[str, str | None]:
-        found = {key: item["evaluation"] for key, item in self.trainings.items()}
-        if self.summary:
-            found[self.execution] = self.summary
-        return found
-
-
-def _wanted(workspace: Workspace, graph: Graph) -> _Wanted:
+def _wanted(workspace: Workspace, graph: Graph) -> Wanted:
     entries = locked(workspace)
     trainings = {}
     for stage in graph.stages:
@@ -212,212 +186,13 @@ def _wanted(workspace: Workspace, graph: Graph) -> _Wanted:
                 "seed": seed,
                 "folder": path,
                 "entries": entries,
+                "output": made["outs"][folder],
                 "evaluation": entry_key(scored) if scored else None,
             }
     names = {stage.name for stage in graph.stages}
     whole = "summary" in names and "summary" in entries and not graph.changes("summary")
     summary = entry_key(entries["summary"]) if whole else None
-    return _Wanted(trainings, graph.origin(), summary)
-
-
-class _Store:
-    """An open MLflow experiment."""
-
-    def __init__(self, client: "MlflowClient", experiment: str, workspace: Workspace) -> None:
-        self.client = client
-        self.experiment = experiment
-        self.workspace = workspace
-
-    def find(self, key: str) -> Any | None:
-        """The MLflow run with this key."""
-        query = f"tags.`neft.key` = '{key}'"
-        found = self.client.search_runs([self.experiment], query, max_results=1)
-        return found[0] if found else None
-
-    def create(self, key: str, name: str, tags: Mapping[str, str]) -> Any:
-        """A new MLflow run."""
-        source = {
-            "neft.key": key,
-            "neft.version": neft_core.__version__,
-            "neft.workspace": str(self.workspace.root),
-            "mlflow.runName": name,
-            "mlflow.source.type": "LOCAL",
-            "mlflow.source.name": "neft",
-        }
-        commit = _commit(self.workspace.root)
-        if commit:
-            source["mlflow.source.git.commit"] = commit
-        return self.client.create_run(self.experiment, run_name=name, tags={**source, **tags})
-
-    def execution(self, key: str) -> str:
-        """Id of the MLflow run that holds the trainings of an execution."""
-        found = self.find(key)
-        if found is None:
-            found = self.create(key, f"pipeline {key[:8]}", {"neft.kind": "pipeline"})
-            self.client.set_terminated(found.info.run_id)
-        return str(found.info.run_id)
-
-    def training(self, entries: records.Entries, run: str, seed: int, origin: str) -> Any:
-        """The MLflow run of one training, made where there is none."""
-        stage_key = entry_key(dict(entries[f"train@{run}"]))
-        key = seed_key(stage_key, seed)
-        found = self.find(key)
-        if found is not None:
-            return found
-        params = records.run_params(entries, run, seed)
-        tags = {
-            "neft.kind": "training",
-            "neft.run": run,
-            "neft.seed": str(seed),
-            "neft.task": params["run.task"],
-            "neft.stage_key": stage_key,
-            "mlflow.parentRunId": self.execution(origin),
-        }
-        found = self.create(key, f"{run} seed {seed}", tags)
-        self.log(found.info.run_id, params=params)
-        return found
-
-    def log(
-        self,
-        run_id: str,
-        points: Iterable[records.Point] = (),
-        params: Mapping[str, str] | None = None,
-        tags: Mapping[str, str] | None = None,
-    ) -> None:
-        """Metrics, params and tags in few calls."""
-        from mlflow.entities import Metric, Param, RunTag
-
-        now = int(time.time() * 1000)
-        metrics = [Metric(p.name, p.value, now, p.step) for p in points]
-        for start in range(0, len(metrics), BATCH):
-            self.client.log_batch(run_id, metrics=metrics[start : start + BATCH])
-        values = [Param(name, value[:6000]) for name, value in (params or {}).items()]
-        for start in range(0, len(values), 100):
-            self.client.log_batch(run_id, params=values[start : start + 100])
-        if tags:
-            self.client.log_batch(run_id, tags=[RunTag(*pair) for pair in tags.items()])
-
-    def logged(self, run_id: str, names: Iterable[str]) -> dict[tuple[str, int], float]:
-        """Metrics by step that MLflow has already."""
-        return {
-            (metric.key, metric.step): metric.value
-            for name in names
-            for metric in self.client.get_metric_history(run_id, name)
-        }
-
-    def deliver(self, wanted: _Wanted) -> tuple[int, int]:
-        """Deliver what is missing; the number of MLflow runs created, and of others changed."""
-        created = updated = 0
-        for key, item in wanted.trainings.items():
-            before = self.find(key)
-            known = before.data.tags if before else {}
-            score = item["evaluation"]
-            if known.get("neft.state") == "complete" and (
-                score is None or known.get("neft.evaluation") == score
-            ):
-                continue
-            run_id = self._complete(item, wanted.execution)
-            if score is not None and known.get("neft.evaluation") != score:
-                self._score(run_id, item, score)
-            created += before is None
-            updated += before is not None
-        if wanted.summary:
-            before = self.find(wanted.execution)
-            if before is None or before.data.tags.get("neft.summary") != wanted.summary:
-                self._summarise(self.execution(wanted.execution), wanted.summary)
-                created += before is None
-                updated += before is not None
-        return created, updated
-
-    def _complete(self, item: Mapping[str, Any], origin: str) -> str:
-        """Deliver all that a finished training left."""
-        entries, run, seed, folder = (item[k] for k in ("entries", "run", "seed", "folder"))
-        found = self.training(entries, run, seed, origin)
-        if found.data.tags.get("neft.state") == "complete":
-            return str(found.info.run_id)
-        points = records.history(folder)
-        have = self.logged(found.info.run_id, {point.name for point in points})
-        if not _continues(have, points):
-            # Left by a training that was lost and ran differently; a point can't be taken back.
-            self.client.delete_run(found.info.run_id)
-            found = self.training(entries, run, seed, origin)
-            have = {}
-        run_id = str(found.info.run_id)
-        self.log(run_id, [point for point in points if (point.name, point.step) not in have])
-        numbers, texts = records.final(folder)
-        modules = records.mask(self.workspace, run)
-        if modules:
-            numbers["mask/neurons"] = float(sum(modules.values()))
-            self.client.log_dict(run_id, modules, "mask.json")
-        numbers |= records.cost(self.workspace, run, seed)
-        last = max((point.step for point in points), default=0)
-        self.log(run_id, [records.Point(name, last, value) for name, value in numbers.items()])
-        self._datasets(found, entries, found.data.tags["neft.task"])
-        tags = {f"neft.{name}": text for name, text in texts.items()}
-        self.log(run_id, tags={**tags, **self._adapter(run_id, folder)})
-        end = int((folder / "metrics.json").stat().st_mtime * 1000)
-        self.client.set_terminated(run_id, "FINISHED", max(end, found.info.start_time))
-        # Last: without this tag the delivery is repeated.
-        self.log(run_id, tags={"neft.state": "complete"})
-        return run_id
-
-    def _adapter(self, run_id: str, folder: Path) -> dict[str, str]:
-        path = folder / "adapter.safetensors"
-        if not path.exists():
-            return {}
-        tags = {"neft.adapter": str(path.relative_to(self.workspace.root))}
-        if path.stat().st_size <= LARGEST_ADAPTER:
-            self.client.log_artifact(run_id, str(path), "adapter")
-        else:
-            with path.open("rb") as handle:
-                tags["neft.adapter.md5"] = hashlib.file_digest(handle, "md5").hexdigest()
-        return tags
-
-    def _datasets(self, found: Any, entries: records.Entries, task: str) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        have = {entry.dataset.digest for entry in found.inputs.dataset_inputs}
-        inputs = [
-            DatasetInput(
-                Dataset(
-                    name=f"{task} {split.name}",
-                    digest=split.digest,
-                    source_type=str(split.source.get("kind", "local")),
-                    source=json.dumps(split.source, sort_keys=True),
-                    profile=json.dumps({"rows": split.rows}),
-                ),
-                [InputTag("mlflow.data.context", split.name)],
-            )
-            for split in records.splits(self.workspace, entries, task)
-            if split.digest not in have
-        ]
-        if inputs:
-            self.client.log_inputs(found.info.run_id, inputs)
-
-    def _score(self, run_id: str, item: Mapping[str, Any], key: str) -> None:
-        """Deliver the scores of the test split, with the hypotheses."""
-        numbers, texts = records.evaluation(self.workspace, item["run"], item["seed"])
-        self.log(run_id, [records.Point(name, 0, value) for name, value in numbers.items()])
-        hypotheses = self.workspace.path("evaluation", item["run"], f"seed-{item['seed']}.jsonl")
-        if hypotheses.exists():
-            self.client.log_artifact(run_id, str(hypotheses), "hypotheses")
-        tags = {f"neft.{name}": text for name, text in texts.items()}
-        self.log(run_id, tags={**tags, "neft.evaluation": key})
-
-    def _summarise(self, run_id: str, key: str) -> None:
-        """Deliver the execution's params and result table."""
-        self.log(run_id, params=records.flat(self.workspace.params().model_dump(mode="json")))
-        self.client.log_artifacts(run_id, str(self.workspace.path("summary")), "summary")
-        self.log(run_id, tags={"neft.summary": key})
-
-
-def _continues(have: Mapping[tuple[str, int], float], points: Iterable[records.Point]) -> bool:
-    """Whether what MLflow has is part of what the files say."""
-    said = {(point.name, point.step): point.value for point in points}
-    return all(
-        place in said and (said[place] == value or (math.isnan(said[place]) and math.isnan(value)))
-        for place, value in have.items()
-    )
+    return Wanted(trainings, graph.origin(), summary)
 
 
 def _follow(
@@ -425,40 +200,44 @@ def _follow(
     entries: records.Entries,
     origin: str,
     run: str,
+    stale: Mapping[Path, _Identity],
     ended: threading.Event,
     status: list[str],
 ) -> None:
     """Deliver the rows that a training adds to its live files, until it ends."""
     live = workspace.state("live", "train", run)
-    stale = {path: _identity(path) for path in live.glob("seed-*/*.csv")}
     sent: dict[int, tuple[str, dict[tuple[str, int], float]]] = {}
+    delivered: set[int] = set()
     with contextlib.ExitStack() as stack:
-        store: _Store | None = None
+        store: Store | None = None
         last = False
         while not last:
             last = ended.wait(POLL)
             for seed, folder in records.seeds(live):
-                # Files of an earlier training lie here until this one begins.
-                if not any(stale.get(path) != _identity(path) for path in folder.glob("*.csv")):
+                if seed in delivered or all(
+                    stale.get(path) == _identity(path) for path in folder.glob("*.csv")
+                ):
                     continue
                 points = records.history(folder)
-                if seed not in sent and points:
-                    store = store or stack.enter_context(_store(workspace))
+                store = store or stack.enter_context(open_store(workspace))
+                if seed not in sent:
                     found = store.training(entries, run, seed, origin)
                     run_id = str(found.info.run_id)
+                    if OUTPUT in found.data.tags:
+                        delivered.add(seed)
+                        continue
                     store.client.update_run(run_id, "RUNNING")
                     sent[seed] = run_id, store.logged(run_id, {p.name for p in points})
-                if store is not None and seed in sent:
-                    run_id, have = sent[seed]
-                    new = [p for p in points if (p.name, p.step) not in have]
-                    store.log(run_id, new)
-                    have.update({(p.name, p.step): p.value for p in new})
+                run_id, have = sent[seed]
+                new = [p for p in points if (p.name, p.step) not in have]
+                store.log(run_id, new)
+                have.update({(p.name, p.step): p.value for p in new})
         for run_id, _ in sent.values():
             if store is not None and status:
                 store.client.update_run(run_id, status[0])
 
 
-def _identity(path: Path) -> tuple[int, int, int] | None:
+def _identity(path: Path) -> _Identity:
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -466,85 +245,11 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-@contextlib.contextmanager
-def _store(workspace: Workspace) -> Iterator[_Store]:
-    """The workspace's experiment, made where there is none.
-
-    Raises:
-        NeftError: the store doesn't answer, or refuses.
-    """
-    # Read when mlflow is imported, or at each request; what the user set stays.
-    for name, value in {
-        "DO_NOT_TRACK": "true",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    }.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    uri = tracking_uri(workspace)
-    own = workspace.root / "mlflow.db" if uri.endswith(f"{workspace.root}/mlflow.db") else None
-    name = workspace.params().tracking.experiment
-    try:
-        with _one_at_a_time(workspace):
-            if own:
-                _set_aside(own)
-            client = MlflowClient(tracking_uri=uri)
-            found = client.get_experiment_by_name(name)
-            artifacts = (workspace.root / "mlruns").as_uri()
-            if found is None:
-                place = artifacts if own else None
-                experiment = client.create_experiment(name, artifact_location=place)
-            else:
-                experiment = found.experiment_id
-        if found is not None and found.lifecycle_stage == "deleted":
-            raise NeftError(
-                f"params.yaml: tracking.experiment: '{name}' is deleted in MLflow at "
-                f"{_public(uri)}; restore it there, or choose another name"
-            )
-        if found is not None and own and found.artifact_location != artifacts:
-            raise NeftError(
-                f"{own}: belongs to a workspace at {found.artifact_location}; delete it, "
-                "'neft track' makes it anew"
-            )
-        yield _Store(client, experiment, workspace)
-    except (MlflowException, OSError) as fault:
-        reason = " ".join(str(fault).split())[:300].replace(uri, _public(uri))
-        raise NeftError(f"MLflow at {_public(uri)}: {reason}; check MLFLOW_TRACKING_URI") from fault
-
-
-@contextlib.contextmanager
-def _one_at_a_time(workspace: Workspace) -> Iterator[None]:
-    """Several clients that make the same new database would all fail."""
-    path = workspace.state("mlflow.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _set_aside(database: Path) -> None:
-    """Rename a damaged database: the files hold all that it showed."""
-    if not database.exists():
-        return
-    try:
-        with contextlib.closing(sqlite3.connect(database)) as connection:
-            whole = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
-    except sqlite3.DatabaseError:
-        whole = False
-    if not whole:
-        database.replace(database.with_name("mlflow.db.damaged"))
-
-
-def _delivered(workspace: Workspace, uri: str, wanted: _Wanted) -> bool:
+def _delivered(workspace: Workspace, uri: str, wanted: Wanted) -> bool:
     """Whether everything wanted was delivered before, and a local store still has it."""
     known = _read_state(workspace)
     marks = wanted.marks()
-    if known.get("uri") != _public(uri):
+    if known.get("uri") != public(uri):
         return False
     if known.get("experiment name") != workspace.params().tracking.experiment:
         return False
@@ -571,38 +276,15 @@ def _read_state(workspace: Workspace) -> dict[str, Any]:
         return {}
 
 
-def _write_state(workspace: Workspace, store: _Store, wanted: _Wanted) -> None:
+def _write_state(workspace: Workspace, store: Store, wanted: Wanted) -> None:
     path = workspace.state("tracked.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
     state = {
-        "uri": _public(tracking_uri(workspace)),
+        "uri": public(tracking_uri(workspace)),
         "experiment": store.experiment,
         "experiment name": workspace.params().tracking.experiment,
         "marks": wanted.marks(),
     }
     temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
     temporary.replace(path)
-
-
-def _served(uri: str) -> bool:
-    return uri.startswith(("http://", "https://"))
-
-
-def _public(uri: str) -> str:
-    """The URI without user name and password."""
-    parts = urllib.parse.urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
-def _commit(root: Path) -> str | None:
-    """The git commit of the workspace, where it has one."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from neft_core.errors import NeftError
-from neft_core.graph import Graph, StageFailed, entry_key, locked, reproduce
+from neft_core.graph import Graph, entry_key, locked
+from neft_core.repro import StageFailed, reproduce
 from neft_core.workspace import Workspace, init_dvc
 
 PIPELINE = """
