@@ -1,0 +1,232 @@
+"""The Prefect flow: the graph of dvc.yaml, one task per stage and item.
+
+DVC decides what is up to date; Prefect shows it, retries, logs and cancels.
+"""
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.concurrency.sync import concurrency
+from prefect.states import Cancelled, Completed
+
+from flows import server
+from neft_core import tracking
+from neft_core.config import HubModel, HubSource, Params
+from neft_core.errors import NeftError
+from neft_core.graph import Changes, Graph, Stage
+from neft_core.repro import StageFailed, reproduce
+from neft_core.workspace import Workspace, find_workspace, hold
+
+RETRY_DELAYS = [2.0, 10.0]
+"""Seconds before each new try of a stage that uses a network."""
+
+ON_DEVICE = {"base", "warmup", "train", "baseline", "evaluate"}
+"""Families that compute on the device."""
+
+
+@dataclass
+class Result:
+    """What an execution did.
+
+    Attributes:
+        outcomes: for each stage `ran`, `restored`, `cached`, `failed` or `skipped`.
+        table: the result table in Markdown, where the pipeline has one.
+        seconds: how long it took.
+    """
+
+    outcomes: dict[str, str] = field(default_factory=dict)
+    table: str | None = None
+    seconds: float = 0.0
+
+
+@flow(name="neft-pipeline", description="Base model and corpus to a comparison of methods.")
+def pipeline(workspace: str = ".", force: bool = False) -> Result:
+    """Make every stage that is not up to date.
+
+    Args:
+        workspace: a directory with dvc.yaml and params.yaml.
+        force: run each stage even if nothing changed.
+
+    Raises:
+        NeftError: each failure was a user's mistake; one line for each.
+        StageFailed: a stage failed otherwise.
+    """
+    found = find_workspace(Path(workspace))
+    with hold(found.state("lock"), str(found.root)):
+        return _walk(found, force)
+
+
+def run_pipeline(workspace: Workspace, force: bool = False) -> Result:
+    """Run the flow, with a Prefect server of its own where none is configured (see `pipeline`)."""
+    # Said before a server starts; the flow itself holds the lock for as long as it runs.
+    with hold(workspace.state("lock"), str(workspace.root)):
+        pass
+    with server.api() as lasting, _brief(lasting):
+        return pipeline(str(workspace.root), force)
+
+
+def _walk(workspace: Workspace, force: bool) -> Result:
+    began = time.monotonic()
+    log = get_run_logger()
+    params = workspace.params()
+    graph = Graph(workspace)
+    for note in graph.notes:
+        log.warning(note)
+    tracker = tracking.Tracker(workspace, log)
+    changes = {stage.name: graph.changes(stage.name) for stage in graph.stages}
+    stale = sum(map(bool, changes.values()))
+    log.info("%d stages, %d up to date", len(changes), 0 if force else len(changes) - stale)
+    result = Result()
+    reasons: list[Exception] = []
+    for stage in graph.stages:
+        before = {result.outcomes[name] for name in stage.upstream}
+        if before & {"ran", "restored"}:
+            changes[stage.name] = graph.changes(stage.name)
+        broken = [n for n in stage.upstream if result.outcomes[n] in ("failed", "skipped")]
+        if broken:
+            work = _skip(broken[0])
+        elif force or changes[stage.name]:
+            work = _make(stage, graph, changes[stage.name], tracker, params, force)
+        else:
+            work = _cached
+        try:
+            state = _task(stage, params, work)()
+        except (NeftError, StageFailed) as fault:
+            reasons.append(fault)
+            result.outcomes[stage.name] = "failed"
+            log.error("%s failed: %s", stage.name, fault)
+        else:
+            result.outcomes[stage.name] = state.name.lower() if state.name else "ran"
+    tracker.close(graph)
+    table = workspace.path("summary", "summary.md")
+    if result.outcomes.get("summary") not in (None, "failed", "skipped") and table.is_file():
+        result.table = table.read_text(encoding="utf-8")
+        create_markdown_artifact(result.table, key="neft-summary", description="Result table")
+    link = tracker.link()
+    if link:
+        create_link_artifact(link, link_text="MLflow runs", key="neft-mlflow")
+    result.seconds = time.monotonic() - began
+    if reasons:
+        kind = StageFailed if any(isinstance(r, StageFailed) for r in reasons) else NeftError
+        raise kind("\n".join(dict.fromkeys(map(str, reasons))))
+    return result
+
+
+def _task(stage: Stage, params: Params, work: Callable[[], State]) -> Callable[[], State]:
+    """A Prefect task for one stage; called directly, so that a cancel reaches it."""
+    source = params.tasks[stage.item].source if stage.family == "corpus" and stage.item else None
+    remote = isinstance(source, HubSource) or (
+        stage.family == "base" and isinstance(params.model, HubModel)
+    )
+    return task(
+        name=stage.family,
+        task_run_name=stage.name,
+        cache_policy=NO_CACHE,
+        retries=len(RETRY_DELAYS) if remote else 0,
+        retry_delay_seconds=RETRY_DELAYS,
+    )(work)
+
+
+def _cached() -> State:
+    get_run_logger().info("up to date")
+    return Completed(name="Cached", message="up to date")
+
+
+def _skip(cause: str) -> Callable[[], State]:
+    def skip() -> State:
+        get_run_logger().warning("skipped, as %s failed", cause)
+        return Cancelled(name="Skipped", message=f"{cause} failed")
+
+    return skip
+
+
+def _make(
+    stage: Stage,
+    graph: Graph,
+    changes: Changes,
+    tracker: tracking.Tracker,
+    params: Params,
+    force: bool,
+) -> Callable[[], State]:
+    def make() -> State:
+        log = get_run_logger()
+        began = time.monotonic()
+        why = "; ".join([*changes.inputs, *changes.outputs][:3]) or "forced"
+        log.info("starts (%s)", why)
+        with contextlib.ExitStack() as stack:
+            if stage.family in ON_DEVICE and _on_accelerator(params):
+                stack.enter_context(concurrency("gpu", occupy=1, strict=False))
+            if stage.family == "train" and stage.item:
+                stack.enter_context(tracker.follow(graph, stage.item))
+            outcome = reproduce(graph, stage.name, log.info, force=force)
+        if stage.family in ("train", "evaluate"):
+            tracker.sync(graph)
+        if outcome == "unchanged":
+            return _cached()
+        took = f"{outcome} in {time.monotonic() - began:.1f} s"
+        log.info(took)
+        # A state's name is what Prefect's pages show.
+        return Completed(name="Ran" if outcome == "ran" else "Restored", message=took)
+
+    return make
+
+
+def _on_accelerator(params: Params) -> bool:
+    device = params.compute.device
+    return device not in ("auto", "cpu") or (device == "auto" and Path("/dev/nvidiactl").exists())
+
+
+class _Said(logging.Filter):
+    """Drops what Prefect says where our own line says it, and addresses that end with the run."""
+
+    def __init__(self, lasting: bool) -> None:
+        super().__init__()
+        self._lasting = lasting
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        fault = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        text = str(record.msg)
+        return not (
+            isinstance(fault, NeftError | StageFailed)
+            or text.startswith(("Finished in state", "Beginning flow run"))
+            or (text.startswith("View at ") and not self._lasting)
+        )
+
+
+@contextlib.contextmanager
+def _brief(lasting: bool) -> Iterator[None]:
+    """Keep Prefect's own lines out of the log of a run that somebody watches."""
+    quiet = _Said(lasting)
+    loggers = [logging.getLogger(f"prefect.{name}") for name in ("flow_runs", "task_runs")]
+    for logger in loggers:
+        logger.addFilter(quiet)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(quiet)
+
+
+def main() -> int:
+    """Run the flow on the current directory's workspace; the exit status."""
+    try:
+        run_pipeline(find_workspace())
+    except (NeftError, StageFailed) as fault:
+        print(fault, file=sys.stderr)
+        return 2 if isinstance(fault, NeftError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

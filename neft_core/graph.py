@@ -1,0 +1,276 @@
+"""The pipeline's graph as DVC sees it: order, freshness, keys.
+
+The only module that imports DVC.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neft_core.config import read_yaml
+from neft_core.errors import NeftError
+from neft_core.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the graph: `train@neft` is item `neft` of family `train`."""
+
+    name: str
+    family: str
+    item: str | None
+    upstream: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What differs from the stage's last success, each as `path: how`; nothing: up to date."""
+
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    """Inputs that are not there and that no stage makes."""
+
+    def __bool__(self) -> bool:
+        return bool(self.inputs or self.outputs)
+
+
+class Graph:
+    """The stages of a workspace, and what DVC knows of each.
+
+    Attributes:
+        stages: in an order in which they can be made.
+        notes: what was found broken in DVC's own files, and mended.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.notes = _mend(workspace.root)
+        self.refresh()
+        with _translated(workspace.root):
+            edges = self._repo.index.graph
+        above = {
+            name: {up.name for up in edges.successors(stage)}
+            for name, stage in self._stages.items()
+        }
+        stages: list[Stage] = []
+        while above:
+            name = next(name for name, names in above.items() if names.isdisjoint(above))
+            family, _, item = name.partition("@")
+            stages.append(Stage(name, family, item or None, tuple(sorted(above.pop(name)))))
+        self.stages = tuple(stages)
+
+    def refresh(self) -> None:
+        """Read dvc.yaml, dvc.lock and params.yaml again, after another process changed them."""
+        from dvc.repo import Repo
+
+        root = self.workspace.root
+        if not (root / ".dvc").is_dir():
+            raise NeftError(f"{root}: no DVC repository; run 'neft init {root}'")
+        with _translated(root):
+            self._repo = Repo(str(root))
+            found = [s for s in self._repo.index.stages if Path(s.path) == root / "dvc.yaml"]
+        self._stages: dict[str, Any] = {stage.name: stage for stage in found}
+        self._made = {out.fs_path for stage in found for out in stage.outs}
+
+    def changes(self, name: str) -> Changes:
+        """What differs from the stage's last success, by content."""
+        stage = self._stages[name]
+        known = name in locked(self.workspace)
+        with _translated(self.workspace.root), self._repo.lock:
+            inputs = [line for dep in stage.deps for line in _differences(dep)]
+            outputs = [line for out in stage.outs for line in _differences(out)]
+            missing = [d.def_path for d in stage.deps if not d.exists and not self._makes(d)]
+            if stage.changed_stage() and known:
+                inputs.append("dvc.yaml: modified")
+        if not known:
+            inputs = ["made for the first time"]
+            outputs = []
+        return Changes(tuple(inputs), tuple(outputs), tuple(missing))
+
+    def intact(self, name: str) -> bool:
+        """Whether the stage's outputs are those of its entry in dvc.lock."""
+        with _translated(self.workspace.root), self._repo.lock:
+            outs = self._stages[name].outs
+            return all(out.hash_info and not out.workspace_status() for out in outs)
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """What determines a stage's outputs: its command, hashes of its inputs, and params.
+
+        Computed from the files of the workspace, so known once the upstream stages are made.
+        """
+        from dvc.dependency import ParamsDependency
+
+        deps, params = {}, {}
+        with _translated(self.workspace.root), self._repo.lock:
+            for dep in self._stages[name].deps:
+                if isinstance(dep, ParamsDependency):
+                    params.update(dep.get_hash().value)
+                else:
+                    deps[dep.def_path] = dep.get_hash().value
+        return {"cmd": self._stages[name].cmd, "deps": deps, "params": params}
+
+    def key(self, name: str) -> str:
+        """The key of a stage, before it is made (see `entry_key`)."""
+        return entry_key(self.entry(name))
+
+    def origin(self) -> str:
+        """The key of the whole graph: every command, every param, every input from outside.
+
+        Equal for two executions that end in the same files; known before the first stage starts.
+        """
+        from dvc.dependency import ParamsDependency
+
+        parts = {}
+        with _translated(self.workspace.root), self._repo.lock:
+            for name, stage in self._stages.items():
+                values = [
+                    [dep.def_path, dep.get_hash().value]
+                    for dep in stage.deps
+                    if isinstance(dep, ParamsDependency) or (dep.exists and not self._makes(dep))
+                ]
+                parts[name] = [stage.cmd, values]
+        return _digest(parts)
+
+    def _makes(self, dep: Any) -> bool:
+        """Whether a stage writes the input, or something below it."""
+        return any(
+            path == dep.fs_path or path.startswith(dep.fs_path + os.sep) for path in self._made
+        )
+
+    def drop_damaged(self, name: str) -> list[str]:
+        """Delete outputs whose objects in the DVC cache are damaged, and those objects.
+
+        DVC trusts a read-only object unread, and then trusts the copy that it made of it.
+
+        Returns:
+            The paths of such outputs.
+        """
+        dropped = []
+        for out in self._stages[name].outs:
+            if not (out.use_cache and out.hash_info):
+                continue
+            damaged = _damaged(out.hash_info.value, out.cache.oid_to_path)
+            for path in damaged:
+                path.unlink()
+            if damaged:
+                with contextlib.suppress(FileNotFoundError):
+                    place = Path(out.fs_path)
+                    shutil.rmtree(place) if place.is_dir() else place.unlink()
+                dropped.append(out.def_path)
+        return dropped
+
+
+def locked(workspace: Workspace) -> dict[str, dict[str, Any]]:
+    """What dvc.lock says of each stage's last success: `cmd`, `deps`, `params`, `outs`.
+
+    Deps and outs are mappings from path to hash, params from name to value.
+    """
+    path = workspace.root / "dvc.lock"
+    if not path.exists():
+        return {}
+    return {
+        name: {
+            "cmd": entry["cmd"],
+            "deps": {dep["path"]: dep.get("md5") for dep in entry.get("deps", [])},
+            "params": {
+                key: value
+                for values in entry.get("params", {}).values()
+                for key, value in values.items()
+            },
+            "outs": {out["path"]: out.get("md5") for out in entry.get("outs", [])},
+        }
+        for name, entry in read_yaml(path).get("stages", {}).items()
+    }
+
+
+def entry_key(entry: dict[str, Any]) -> str:
+    """SHA-256 of a stage's command, hashes of its inputs, and params.
+
+    The same before the stage is made (`Graph.entry`) and after (`locked`).
+    """
+    return _digest({part: entry[part] for part in ("cmd", "deps", "params")})
+
+
+@contextlib.contextmanager
+def _translated(root: Path) -> Iterator[None]:
+    """DVC's complaints about the user's files and locks as ours."""
+    from dvc.exceptions import DvcException
+    from dvc.lock import LockError
+
+    try:
+        yield
+    except LockError:
+        raise NeftError(
+            f"{root}: another DVC process is at work on it; wait for it, or stop it first"
+        ) from None
+    except DvcException as fault:
+        text = " ".join(str(fault).split())
+        raise NeftError(f"{root / 'dvc.yaml'}: {text}; mend dvc.yaml or params.yaml") from fault
+
+
+def _mend(root: Path) -> list[str]:
+    """Set aside files of DVC that a kill left half-written; DVC makes them anew.
+
+    dvc.lock is written in place. Without it each stage is found again in DVC's run cache.
+    """
+    notes = []
+    lock, busy = root / "dvc.lock", root / ".dvc" / "tmp" / "rwlock"
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from voluptuous import Invalid
+
+    whole = True
+    try:
+        if lock.exists():
+            COMPILED_LOCKFILE_SCHEMA(read_yaml(lock))
+            # Cut off in a hash it would still be good YAML.
+            whole = lock.read_bytes().endswith(b"\n")
+    except (NeftError, Invalid):
+        whole = False
+    if not whole:
+        aside = lock.with_name("dvc.lock.damaged")
+        lock.replace(aside)
+        notes.append(f"{lock}: damaged; kept as {aside.name}, stages come from the DVC cache")
+    try:
+        json.loads(busy.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        busy.unlink()
+        notes.append(f"{busy}: damaged; deleted")
+    return notes
+
+
+def _differences(item: Any) -> Iterator[str]:
+    """`path: how` for each difference of one dependency or output."""
+    # Of an output that is gone from the cache too, the loss that the user sees comes first.
+    for how in (item.workspace_status() or item.status()).values():
+        if isinstance(how, dict):
+            yield from (f"{item.def_path}: {key}: {word}" for key, word in how.items())
+        else:
+            yield f"{item.def_path}: {how}"
+
+
+def _damaged(oid: str, path_of: Callable[[str], str]) -> list[Path]:
+    """Objects that are not what their name says: the object itself, and those of a directory."""
+    path = Path(path_of(oid))
+    if not path.exists():
+        return []
+    with path.open("rb") as handle:
+        found = hashlib.file_digest(handle, "md5").hexdigest()
+    if found != oid.removesuffix(".dir"):
+        return [path]
+    if not oid.endswith(".dir"):
+        return []
+    inside = json.loads(path.read_text(encoding="utf-8"))
+    return [bad for file in inside for bad in _damaged(file["md5"], path_of)]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

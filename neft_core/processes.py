@@ -1,0 +1,100 @@
+"""A child process whose whole group ends with it, and with us, however either of them ends."""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+GRACE = 5.0
+"""Seconds between SIGTERM and SIGKILL."""
+
+# A pipe tells of our death even where it was SIGKILL: its other end reads end of file then. The
+# guard sits in the child's own group, so "group 0" can never be somebody else's.
+GUARD = """
+exec 3<&0 </dev/null
+(trap '' TERM INT HUP; read -r _; kill -KILL 0) <&3 >/dev/null 2>&1 &
+exec 3<&-
+exec "$@"
+"""
+
+
+@contextlib.contextmanager
+def group(
+    command: Sequence[str], *, cwd: Path, env: Mapping[str, str], output: IO[bytes] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command in a session of its own; no process of it outlives the block.
+
+    Ctrl-C in the terminal reaches us alone; leaving the block sends the group SIGTERM, then
+    SIGKILL. When we die ourselves, by SIGKILL even, the group is killed by its guard.
+
+    Args:
+        command: program and arguments.
+        cwd: its working directory.
+        env: its whole environment.
+        output: a file for what it prints; None: a pipe, which must be read (see `lines`).
+
+    Yields:
+        The process; its `stdout` carries both output streams.
+    """
+    child = subprocess.Popen(
+        ["/bin/sh", "-c", GUARD, "sh", *command],
+        cwd=cwd,
+        env=dict(env),
+        stdin=subprocess.PIPE,
+        stdout=output or subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        yield child
+    finally:
+        try:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(GRACE)
+        finally:
+            # The guard keeps the group's number taken until now, so this hits nobody else.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            for pipe in (child.stdin, child.stdout):
+                if pipe:
+                    with contextlib.suppress(BrokenPipeError):
+                        pipe.close()
+
+
+def lines(child: subprocess.Popen[bytes]) -> Iterator[str]:
+    """The child's output line by line, until it ends.
+
+    Of a progress bar, which overwrites its line after a carriage return, the last state is kept.
+    """
+    assert child.stdout is not None
+    pipe = child.stdout.fileno()
+    rest = b""
+    ended = 0.0
+    while True:
+        # A grandchild that outlives the child may keep the pipe open: don't wait for its end.
+        if select.select([pipe], [], [], 0.2)[0]:
+            chunk = os.read(pipe, 1 << 16)
+            if not chunk:
+                break
+            *whole, rest = (rest + chunk).split(b"\n")
+            for line in whole:
+                yield _last_state(line)
+            rest = rest[rest.rfind(b"\r", 0, len(rest) - 1) + 1 :]
+        elif child.poll() is not None:
+            ended = ended or time.monotonic()
+            if time.monotonic() - ended > 0.5:
+                break
+    if rest:
+        yield _last_state(rest)
+
+
+def _last_state(line: bytes) -> str:
+    return line.rstrip(b"\r").rsplit(b"\r", 1)[-1].decode("utf-8", "replace").rstrip()

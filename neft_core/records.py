@@ -1,0 +1,185 @@
+"""What a run's files say of it: metrics by step, final metrics, params, data, mask.
+
+The files are the truth; `tracking` shows them in MLflow. Nothing here knows MLflow.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neft_core.errors import NeftError
+from neft_core.workspace import Workspace
+
+Entries = Mapping[str, Mapping[str, Any]]
+"""Stages and what determines them, as `graph.locked` says."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of a metric."""
+
+    name: str
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a task's data; the digest is the MD5 that DVC gives the file."""
+
+    name: str
+    digest: str
+    rows: int
+    source: Mapping[str, Any]
+
+
+def history(folder: Path) -> list[Point]:
+    """Metrics by step of a seed's `train.csv` and `dev.csv`, as `train/loss`, `dev/loss` ...
+
+    A last line without its end is left for later: the file may be growing.
+
+    Raises:
+        NeftError: a whole line is not one of numbers.
+    """
+    points = []
+    for kind in ("train", "dev"):
+        path = folder / f"{kind}.csv"
+        if not path.exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+        for row in rows:
+            try:
+                step = int(row.pop("step"))
+                points += [
+                    Point(f"{kind}/{name}", step, float(value))
+                    for name, value in row.items()
+                    if value and name != "epoch"
+                ]
+            except (KeyError, TypeError, ValueError):
+                raise NeftError(
+                    f"{path}: line {rows.line_num}: not a row of numbers; delete the file's folder"
+                ) from None
+    return points
+
+
+def final(folder: Path) -> tuple[dict[str, float], dict[str, str]]:
+    """Numbers and texts of a seed's metrics.json."""
+    return _split(read_json(folder / "metrics.json"))
+
+
+def cost(workspace: Workspace, run: str, seed: int) -> dict[str, float]:
+    """Seconds, tokens per second and peak bytes of a seed's training, as `cost/...`."""
+    path = workspace.path("cost", f"{run}.json")
+    numbers = _split(read_json(path)["seeds"].get(str(seed), {}))[0] if path.exists() else {}
+    return {f"cost/{name}": value for name, value in numbers.items()}
+
+
+def evaluation(
+    workspace: Workspace, run: str, seed: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Scores as `test/...` and their signatures, of a seed on the test split."""
+    path = workspace.path("evaluation", run, "metrics.json")
+    numbers, texts = _split(read_json(path)["seeds"].get(str(seed), {}))
+    return {f"test/{name}": value for name, value in numbers.items()}, texts
+
+
+def _split(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
+    numbers = {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    return numbers, {name: value for name, value in values.items() if isinstance(value, str)}
+
+
+def mask(workspace: Workspace, run: str) -> dict[str, int]:
+    """Selected neurons by module, read off the file's header; empty for a run without a mask."""
+    path = workspace.path("masks", f"{run}.safetensors")
+    if not path.exists():
+        return {}
+    with path.open("rb") as handle:
+        try:
+            size = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(min(size, path.stat().st_size)))
+        except ValueError:
+            raise NeftError(f"{path}: not a safetensors file; run 'neft run'") from None
+    return {
+        name: tensor["shape"][0]
+        for name, tensor in sorted(header.items())
+        if name != "__metadata__" and tensor["shape"]
+    }
+
+
+def run_params(entries: Entries, run: str, seed: int) -> dict[str, str]:
+    """Every param that the run depends on, flat, under the same names for every run.
+
+    Args:
+        entries: stages with the params that they ran (or will run) with.
+        run: name of the run.
+        seed: its seed.
+    """
+    mine = entries[f"train@{run}"]["params"]
+    section = mine[f"runs.{run}"]
+    task = section["task"]
+    values: dict[str, Any] = {"run": section}
+    for stage in (f"corpus@{task}", f"prepare@{task}", "base", f"warmup@{task}", f"score@{task}"):
+        for name, value in entries.get(stage, {}).get("params", {}).items():
+            values[name.replace(f"tasks.{task}.", "task.")] = value
+    values |= {name: value for name, value in mine.items() if name != f"runs.{run}"}
+    for name in ("lr", "epochs"):
+        own = section.get(name)
+        values[name] = mine.get("training", {}).get(name) if own is None else own
+    values["seed"] = seed
+    return flat(values)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted names and text."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found.update(flat(value, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = str(value)
+    return found
+
+
+def splits(workspace: Workspace, entries: Entries, task: str) -> list[Split]:
+    """The parts of a task's corpus, with where they came from."""
+    source = entries.get(f"corpus@{task}", {}).get("params", {}).get(f"tasks.{task}.source", {})
+    found = []
+    for path in sorted(workspace.path("corpus", task).glob("*.jsonl")):
+        with path.open("rb") as handle:
+            digest = hashlib.file_digest(handle, "md5").hexdigest()
+            handle.seek(0)
+            rows = sum(1 for _ in handle)
+        found.append(Split(path.stem, digest, rows, source))
+    return found
+
+
+def seeds(folder: Path) -> Iterator[tuple[int, Path]]:
+    """The seeds of a run that have a folder, in order."""
+    found = [path for path in folder.glob("seed-*") if path.name[5:].isdigit()]
+    yield from sorted((int(path.name[5:]), path) for path in found)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a mapping from a JSON file.
+
+    Raises:
+        NeftError: the file is absent or holds no mapping.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NeftError(f"{path}: not found; run 'neft run' to make it") from None
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise NeftError(f"{path}: not a JSON mapping; run 'neft run' to restore it")
+    return data

@@ -1,0 +1,133 @@
+"""Making one stage: `dvc repro` in a child process, its lines, its outcome, its failure."""
+
+import os
+import re
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from neft_core import processes
+from neft_core.errors import NeftError
+from neft_core.graph import Graph
+from neft_core.workspace import Workspace
+
+Outcome = Literal["ran", "restored", "unchanged"]
+
+OWNER = "NEFT_OWNER_PID"
+"""Variable that tells a stage which process it works for."""
+
+
+class StageFailed(Exception):  # noqa: N818
+    """A stage was killed or failed by a defect; the text is its last line."""
+
+
+def reproduce(
+    graph: Graph, name: str, on_line: Callable[[str], None], *, force: bool = False
+) -> Outcome:
+    """Make one stage by `dvc repro` in a child process; its inputs must be there.
+
+    Args:
+        graph: the workspace's graph; read anew at the end.
+        name: the stage.
+        on_line: takes each line that the stage prints, as it comes.
+        force: run it even if nothing changed.
+
+    Returns:
+        `ran`, `restored` from DVC's cache, or `unchanged`.
+
+    Raises:
+        NeftError: the stage, or DVC, found a user's mistake; the text is its own last line.
+        StageFailed: it failed otherwise.
+    """
+    changes = graph.changes(name)
+    if changes.missing:
+        raise NeftError(
+            f"{changes.missing[0]}: not found; stage '{name}' reads it, "
+            "put it there or name another path in params.yaml"
+        )
+    outcome = _repro(graph, name, on_line, force)
+    damaged = graph.drop_damaged(name) if outcome == "restored" else []
+    if damaged:
+        for path in damaged:
+            on_line(f"{path}: damaged in the DVC cache too; making it again")
+        outcome = _repro(graph, name, on_line, force)
+    for line in changes.outputs:
+        done = "restored from the DVC cache" if outcome == "restored" else "made again"
+        on_line(f"{line}; {done}")
+    return outcome
+
+
+def _repro(graph: Graph, name: str, on_line: Callable[[str], None], force: bool) -> Outcome:
+    command = [sys.executable, "-m", "dvc", "repro", "-s", *(["-f"] if force else []), name]
+    here = str(Path(sys.executable).parent)
+    env = {
+        **os.environ,
+        # The stages call `neft` without an activated environment, and in a plain shell.
+        "PATH": os.pathsep.join([here, os.environ.get("PATH", os.defpath)]),
+        "SHELL": "/bin/sh",
+        "PYTHONUNBUFFERED": "1",
+        OWNER: str(os.getpid()),
+    }
+    told: deque[str] = deque(maxlen=1)
+    outcome: Outcome = "unchanged"
+    error = ""
+    with processes.group(command, cwd=graph.workspace.root, env=env) as child:
+        for line in processes.lines(child):
+            if line == f"Running stage '{name}':":
+                outcome = "ran"
+            elif line.startswith(f"Stage '{name}' is cached - skipping run"):
+                outcome = "restored"
+            elif line.startswith("ERROR: ") and (name in line or outcome == "unchanged"):
+                error = error or line.removeprefix("ERROR: ")
+            elif line.strip() and not _CHATTER.match(line):
+                on_line(line)
+                told.append(line)
+        status = child.wait()
+    graph.refresh()
+    if status:
+        raise _failure(graph.workspace, name, error, told[0] if told else "", status)
+    return outcome
+
+
+_CHATTER = re.compile(
+    r"> |Stage '.*' didn't change, skipping|(Generating|Updating) lock file 'dvc\.lock'|"
+    r"Use `dvc push` to|To track the changes with git|\tgit add|To enable auto staging|"
+    r"\tdvc config core\.autostage|WARNING: '.*' is empty\.|WARNING: Process '.*' with \(Pid|"
+    r"Data and pipelines are up to date"
+)
+"""What `dvc repro` says around a stage."""
+
+
+def _failure(workspace: Workspace, name: str, error: str, told: str, status: int) -> Exception:
+    """The exception for a failed `dvc repro`.
+
+    Args:
+        workspace: where it ran.
+        name: the stage.
+        error: DVC's own line.
+        told: the stage's last line.
+        status: DVC's exit status.
+    """
+    ended = re.search(r"failed to run: .*, exited with (-?\d+)$", error)
+    if "No space left on device" in error + told or "not enough space" in error.lower():
+        return NeftError(
+            f"{workspace.root}: no space left on device in stage '{name}'; free some and run again"
+        )
+    if ended is None:
+        reason = error.removeprefix(f"failed to reproduce '{name}': ") or told
+        reason = reason or f"dvc ended with status {status} without a word"
+        return StageFailed(f"stage '{name}': {reason}")
+    code = int(ended[1])
+    # A shell reports a signal as 128 plus its number, Python as minus the number.
+    number = -code if code < 0 else code - 128
+    if number in set(signal.Signals):
+        return StageFailed(
+            f"stage '{name}': killed by {signal.Signals(number).name}"
+            f"{', as when memory runs out' if number == signal.SIGKILL else ''}; run again"
+        )
+    if code == 2 and told:
+        return NeftError(told)
+    return StageFailed(f"stage '{name}': {told or f'ended with status {code} without a word'}")

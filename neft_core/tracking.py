@@ -1,0 +1,290 @@
+"""MLflow as a view of the run directories: delivered once, live while training, never twice."""
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import sqlite3
+import sys
+import threading
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neft_core import records
+from neft_core.errors import NeftError
+from neft_core.graph import Graph, entry_key, locked
+from neft_core.mlflow_store import (
+    OUTPUT,
+    Store,
+    Wanted,
+    is_server,
+    open_store,
+    public,
+    seed_key,
+    tracking_uri,
+)
+from neft_core.workspace import Workspace
+
+Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
+
+_Identity = tuple[int, int, int] | None
+
+POLL = 2.0
+"""Seconds between two looks at a training's live files."""
+
+HOST, MLFLOW_PORT, PREFECT_PORT = "127.0.0.1", 5000, 4200
+
+
+def ui_commands(workspace: Workspace) -> list[str]:
+    """Commands that open the MLflow and Prefect pages of this workspace, on this machine alone."""
+    here = Path(sys.executable).parent
+    near = Path(os.path.relpath(here))
+    tool = near if len(str(near)) < len(str(here)) else here
+    uri = tracking_uri(workspace)
+    if is_server(uri):
+        mlflow = f"MLflow: {public(uri)}"
+    else:
+        store = ["--backend-store-uri", public(uri)]
+        place = ["--host", HOST, "--port", str(MLFLOW_PORT)]
+        mlflow = shlex.join([str(tool / "mlflow"), "ui", *store, *place, "--workers", "1"])
+    prefect = os.environ.get("PREFECT_API_URL")
+    if prefect:
+        return [mlflow, f"Prefect: {public(prefect).removesuffix('/api')}"]
+    place = ["--host", HOST, "--port", str(PREFECT_PORT)]
+    return [mlflow, shlex.join([str(tool / "prefect"), "server", "start", *place])]
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a synchronisation did: MLflow runs created, and those completed or updated."""
+
+    uri: str
+    created: int = 0
+    updated: int = 0
+
+
+def sync(workspace: Workspace, graph: Graph, *, trust: bool = False) -> Delivery:
+    """Bring MLflow up to date with the run directories; a second call changes nothing.
+
+    Only what is whole is delivered: outputs that are those of dvc.lock.
+
+    Args:
+        workspace: the workspace; nobody else may be running it.
+        graph: its graph.
+        trust: take a server's word of last time that it has everything, without asking it.
+
+    Raises:
+        NeftError: the tracking store can't be reached or used.
+    """
+    wanted = _wanted(workspace, graph)
+    uri = tracking_uri(workspace)
+    if trust and _delivered(workspace, uri, wanted):
+        return Delivery(public(uri))
+    with open_store(workspace) as store:
+        created, updated = store.deliver(wanted)
+        _write_state(workspace, store, wanted)
+    return Delivery(public(uri), created, updated)
+
+
+class Tracker:
+    """Tracking beside a running pipeline: a store that is away costs a line, not the training."""
+
+    def __init__(self, workspace: Workspace, log: Log) -> None:
+        self.workspace = workspace
+        self._log = log
+        self._away = False
+        self._changed = 0
+
+    def sync(self, graph: Graph) -> None:
+        """Deliver what is whole (see `sync`)."""
+        if self._away:
+            return
+        try:
+            done = sync(self.workspace, graph, trust=True)
+        except NeftError as fault:
+            self._give_up(fault)
+            return
+        self._changed += done.created + done.updated
+
+    def close(self, graph: Graph) -> None:
+        """Deliver what is left, and say so."""
+        self.sync(graph)
+        if self._changed and not self._away:
+            self._log.info("MLflow: brought up to date")
+
+    @contextlib.contextmanager
+    def follow(self, graph: Graph, run: str) -> Iterator[None]:
+        """Deliver a training's metrics by step while it goes on in this block."""
+        if self._away:
+            yield
+            return
+        entries = {**locked(self.workspace), f"train@{run}": graph.entry(f"train@{run}")}
+        origin = graph.origin()
+        # Files of an earlier training lie there until this one begins.
+        live = self.workspace.state("live", "train", run)
+        stale = {path: _identity(path) for path in live.glob("seed-*/*.csv")}
+        ended = threading.Event()
+        status: list[str] = []
+
+        def work() -> None:
+            try:
+                _follow(self.workspace, entries, origin, run, stale, ended, status)
+            except NeftError as fault:
+                self._give_up(fault)
+
+        thread = threading.Thread(target=work, name=f"mlflow-{run}", daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException as fault:
+            status.append("FAILED" if isinstance(fault, Exception) else "KILLED")
+            raise
+        finally:
+            ended.set()
+            thread.join(timeout=15)
+            if thread.is_alive() and not self._away:
+                self._give_up(NeftError(f"MLflow at {public(tracking_uri(self.workspace))}: slow"))
+
+    def link(self) -> str | None:
+        """Address of the runs' page; of a local file, where `ui_commands` will show it."""
+        known = _read_state(self.workspace)
+        if "experiment" not in known or self._away:
+            return None
+        uri = tracking_uri(self.workspace)
+        root = public(uri).rstrip("/") if is_server(uri) else f"http://{HOST}:{MLFLOW_PORT}"
+        return f"{root}/#/experiments/{known['experiment']}/runs"
+
+    def _give_up(self, fault: NeftError) -> None:
+        self._away = True
+        self._log.warning("%s; the work goes on, 'neft track' delivers later", fault)
+
+
+def _wanted(workspace: Workspace, graph: Graph) -> Wanted:
+    entries = locked(workspace)
+    trainings = {}
+    for stage in graph.stages:
+        run = stage.item
+        if stage.family != "train" or run is None or stage.name not in entries:
+            continue
+        if not graph.intact(stage.name):
+            continue
+        made = entries[stage.name]
+        scored = entries.get(f"evaluate@{run}")
+        folder = f"work/train/{run}"
+        if scored is not None and (
+            scored["deps"].get(folder) != made["outs"].get(folder)
+            or not graph.intact(f"evaluate@{run}")
+        ):
+            scored = None
+        for seed, path in records.seeds(workspace.path("train", run)):
+            trainings[seed_key(entry_key(made), seed)] = {
+                "run": run,
+                "seed": seed,
+                "folder": path,
+                "entries": entries,
+                "output": made["outs"][folder],
+                "evaluation": entry_key(scored) if scored else None,
+            }
+    names = {stage.name for stage in graph.stages}
+    whole = "summary" in names and "summary" in entries and not graph.changes("summary")
+    summary = entry_key(entries["summary"]) if whole else None
+    return Wanted(trainings, graph.origin(), summary)
+
+
+def _follow(
+    workspace: Workspace,
+    entries: records.Entries,
+    origin: str,
+    run: str,
+    stale: Mapping[Path, _Identity],
+    ended: threading.Event,
+    status: list[str],
+) -> None:
+    """Deliver the rows that a training adds to its live files, until it ends."""
+    live = workspace.state("live", "train", run)
+    sent: dict[int, tuple[str, dict[tuple[str, int], float]]] = {}
+    delivered: set[int] = set()
+    with contextlib.ExitStack() as stack:
+        store: Store | None = None
+        last = False
+        while not last:
+            last = ended.wait(POLL)
+            for seed, folder in records.seeds(live):
+                if seed in delivered or all(
+                    stale.get(path) == _identity(path) for path in folder.glob("*.csv")
+                ):
+                    continue
+                points = records.history(folder)
+                store = store or stack.enter_context(open_store(workspace))
+                if seed not in sent:
+                    found = store.training(entries, run, seed, origin)
+                    run_id = str(found.info.run_id)
+                    if OUTPUT in found.data.tags:
+                        delivered.add(seed)
+                        continue
+                    store.client.update_run(run_id, "RUNNING")
+                    sent[seed] = run_id, store.logged(run_id, {p.name for p in points})
+                run_id, have = sent[seed]
+                new = [p for p in points if (p.name, p.step) not in have]
+                store.log(run_id, new)
+                have.update({(p.name, p.step): p.value for p in new})
+        for run_id, _ in sent.values():
+            if store is not None and status:
+                store.client.update_run(run_id, status[0])
+
+
+def _identity(path: Path) -> _Identity:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _delivered(workspace: Workspace, uri: str, wanted: Wanted) -> bool:
+    """Whether everything wanted was delivered before, and a local store still has it."""
+    known = _read_state(workspace)
+    marks = wanted.marks()
+    if known.get("uri") != public(uri):
+        return False
+    if known.get("experiment name") != workspace.params().tracking.experiment:
+        return False
+    if any(known["marks"].get(key, "") != mark for key, mark in marks.items()):
+        return False
+    if not uri.startswith("sqlite:///"):
+        return True
+    query = (
+        "SELECT tags.value FROM tags JOIN runs USING (run_uuid) "
+        "WHERE tags.key = 'neft.key' AND runs.lifecycle_stage = 'active'"
+    )
+    path = urllib.parse.quote(uri.removeprefix("sqlite:///"))
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+            return set(marks) <= {value for (value,) in connection.execute(query)}
+    except sqlite3.Error:
+        return False
+
+
+def _read_state(workspace: Workspace) -> dict[str, Any]:
+    try:
+        return records.read_json(workspace.state("tracked.json"))
+    except NeftError:
+        return {}
+
+
+def _write_state(workspace: Workspace, store: Store, wanted: Wanted) -> None:
+    path = workspace.state("tracked.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".new")
+    state = {
+        "uri": public(tracking_uri(workspace)),
+        "experiment": store.experiment,
+        "experiment name": workspace.params().tracking.experiment,
+        "marks": wanted.marks(),
+    }
+    temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
+    temporary.replace(path)
