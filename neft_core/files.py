@@ -34,15 +34,15 @@ def replacing(path: Path) -> Iterator[Path]:
         with _told(path, only=_DISK):
             yield temporary
         with _told(path):
-            if path.is_dir():
-                shutil.rmtree(path)
+            if path.is_dir() or temporary.is_dir():
+                _remove(path)
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             _remove(temporary)
 
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @contextlib.contextmanager
