@@ -133,10 +133,9 @@ def _stage(options: argparse.Namespace) -> None:
     items = ITEMS.get(options.name, "")
     known = list(getattr(params, items)) if items else []
     if options.item not in (known or [None]):
-        wants = f"one of {', '.join(known)}" if known else "no item"
-        raise NeftError(
-            f"stage {options.name}: got item {options.item or 'none'}; it takes {wants}"
-        )
+        wants = f"one of {', '.join(known)}" if known else "none"
+        got = f"item '{options.item}'" if options.item else "no item"
+        raise NeftError(f"stage {options.name}: got {got}; it takes {wants}")
     name = "-".join(filter(None, (options.name, options.item)))
     _exit_with_owner()
     with hold(ws.state("locks", name), f"stage {name}"):
