@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -20,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from neft_core.errors import NeftError
 
-NO_FILE = "data/none"
+NO_FILE: Final = "data/none"
 """An empty file in every workspace: DVC needs a path to watch, and some sources have none."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -29,7 +29,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 def _refuse(message: str) -> PydanticCustomError:
     """An error whose text is shown as it is (braces in pydantic's templates need doubling)."""
-    return PydanticCustomError("neft", message.replace("{", "{{").replace("}", "}}"))  # type: ignore[arg-type]
+    return PydanticCustomError("neft", message.replace("{", "{{").replace("}", "}}"))
 
 
 class Section(BaseModel):

@@ -16,7 +16,7 @@ from neft_core.errors import NeftError
 from neft_core.masks import NeuronMask
 from neft_core.neurons import candidates
 
-Prepare = Callable[[Any, Mapping[str, Any], NeuronMask, str], Any]
+Prepare = Callable[[Any, Mapping[str, Any], NeuronMask | None, str], Any]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Method:
 
     prepare: Prepare
     adapter: Callable[[Any], dict[str, Tensor]]
-    load: Callable[[Any, Mapping[str, Tensor]], None]
+    load: Callable[[Any, dict[str, Tensor]], None]
     finish: Callable[[Any], None] = lambda _model: None
 
 
@@ -50,30 +50,33 @@ def _train_only(model: nn.Module, chosen: Callable[[str], bool]) -> None:
             parameter.data = parameter.data.float()
 
 
-def _full(model: Any, _options: Mapping[str, Any], _mask: NeuronMask, _type: str) -> Any:
+def _full(model: Any, _options: Mapping[str, Any], _mask: NeuronMask | None, _type: str) -> Any:
     _train_only(model, lambda _name: True)
     return model
 
 
-def _in_out(model: Any, _options: Mapping[str, Any], _mask: NeuronMask, model_type: str) -> Any:
+def _in_out(
+    model: Any, _options: Mapping[str, Any], _mask: NeuronMask | None, model_type: str
+) -> Any:
     stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     modules = {group.module for group in candidates(stored, model_type, "mlp")}
     _train_only(model, lambda name: name.removesuffix(".weight") in modules)
     return model
 
 
-def _embed(model: Any, _options: Mapping[str, Any], _mask: NeuronMask, _type: str) -> Any:
+def _embed(model: Any, _options: Mapping[str, Any], _mask: NeuronMask | None, _type: str) -> Any:
     embedding = model.get_input_embeddings().weight
     names = {name for name, parameter in model.named_parameters() if parameter is embedding}
     _train_only(model, names.__contains__)
     return model
 
 
-def _neft(model: Any, _options: Mapping[str, Any], mask: NeuronMask, _type: str) -> Any:
+def _neft(model: Any, _options: Mapping[str, Any], mask: NeuronMask | None, _type: str) -> Any:
+    assert mask is not None
     return sparse.attach(model, mask)
 
 
-def _lora(model: Any, options: Mapping[str, Any], _mask: NeuronMask, _type: str) -> Any:
+def _lora(model: Any, options: Mapping[str, Any], _mask: NeuronMask | None, _type: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     rank = options["rank"]

@@ -30,7 +30,7 @@ def form(params: Params, task: str) -> Any:
         raise NeftError(f"{Params.FILE}: tasks.{task}.format.{fault}") from None
 
 
-def asked_and_answered(row: Mapping[str, Any]) -> dict[str, Any]:
+def asked_and_answered(row: dict[str, Any]) -> dict[str, Any]:
     """What a test row asks, and its references: the form that hypotheses are kept in."""
     from neft_core.rows import answers
 
@@ -108,7 +108,8 @@ def _load(ws: Workspace, card: Any, params: Params, directory: Path | None = Non
 
 def _optimisation(section: Any) -> dict[str, Any]:
     """The fields that every training section shares with a recipe."""
-    return section.model_dump(include=set(config.Optimisation.model_fields))
+    fields: dict[str, Any] = section.model_dump(include=set(config.Optimisation.model_fields))
+    return fields
 
 
 def warmup(ws: Workspace, task: str) -> None:

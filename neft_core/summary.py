@@ -116,7 +116,7 @@ def _compare(
                 samples=params.evaluation.bootstrap,
             )
         )
-    row[f"delta_{name}"] = statistics.mean(outcome["delta"] for outcome in outcomes)
+    row[f"delta_{name}"] = statistics.mean(float(outcome["delta"]) for outcome in outcomes)
     row[f"p_{name}"] = max(outcome["p_value"] for outcome in outcomes)
 
 
