@@ -53,10 +53,11 @@ def _told(path: Path, only: tuple[int, ...] = ()) -> Iterator[None]:
         yield
     except Exception as fault:
         number = _system_error(fault)
-        if number is None or (only and number not in only):
+        if (number is None and not isinstance(fault, OSError)) or (only and number not in only):
             raise
+        reason = os.strerror(number) if number else fault
         raise NeftError(
-            f"{path}: can't be written ({os.strerror(number)}); free space or check the path"
+            f"{path}: can't be written ({reason}); free space or check the path"
         ) from fault
 
 
