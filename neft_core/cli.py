@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -108,8 +109,23 @@ def _run(options: argparse.Namespace) -> None:
         return
     ws = overrides.apply(options.params, options.set)
     from flows.pipeline import run_pipeline
+    from neft_core.repro import StageFailed
 
-    run_pipeline(ws, force=options.force)
+    try:
+        result = run_pipeline(ws, force=options.force)
+    except StageFailed as fault:
+        sys.exit(_say(str(fault), 1))
+    print(f"\n{result.table}" if result.table else "")
+    counts = Counter(result.outcomes.values())
+    did = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    print(f"{len(result.outcomes)} stages in {result.seconds:.0f} s: {did}")
+    for name, what in ARTEFACTS.items():
+        print(f"  {ws.path(name)}: {what}")
+    from neft_core.tracking import ui_commands
+
+    print("see the runs:")
+    for line in ui_commands(ws):
+        print(f"  {line}")
 
 
 def _stage(options: argparse.Namespace) -> None:
@@ -144,6 +160,15 @@ ITEMS = {
 """Section of params that a stage's items come from; the other stages take none."""
 
 
+ARTEFACTS = {
+    "summary": "the table above (summary.md, summary.csv) and the curves",
+    "train": "adapters, metrics and loss curves of each run and seed",
+    "masks": "the selected neurons of each run",
+    "evaluation": "hypotheses beside their references",
+}
+"""What a user looks for after a run, by folder of `work/`."""
+
+
 def _exit_with_owner() -> None:
     """Leave when the `neft run` that wants this stage is gone: nobody would read the result."""
     owner = os.environ.get("NEFT_OWNER_PID")
@@ -169,10 +194,13 @@ def _init(options: argparse.Namespace) -> None:
 
 
 def _track(_options: argparse.Namespace) -> None:
+    from neft_core.graph import Graph
     from neft_core.tracking import sync
     from neft_core.workspace import find_workspace
 
-    sync(find_workspace())
+    ws = find_workspace()
+    done = sync(ws, Graph(ws))
+    print(f"MLflow: {done}")
 
 
 def _generate(options: argparse.Namespace) -> None:

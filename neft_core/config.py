@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -12,7 +12,7 @@ from ruamel.yaml.error import YAMLError
 
 from neft_core.errors import NeftError
 
-NO_FILE = "data/none"
+NO_FILE: Final = "data/none"
 """An empty file in every workspace: DVC needs a path to watch, and some sources have none."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -20,7 +20,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 def _refuse(message: str) -> PydanticCustomError:
     """An error whose text is shown as it is (braces in pydantic's templates need doubling)."""
-    return PydanticCustomError("neft", message.replace("{", "{{").replace("}", "}}"))  # type: ignore[arg-type]
+    return PydanticCustomError("neft", message.replace("{", "{{").replace("}", "}}"))
 
 
 class Section(BaseModel):

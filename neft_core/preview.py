@@ -31,7 +31,19 @@ def describe(params: Params, ws: Workspace | None) -> str:
         return "\n".join(lines)
     from neft_core.graph import Graph
 
-    return "\n".join(lines + [f"  {line}" for line in Graph(ws).outlook()])
+    graph = Graph(ws)
+    stale: set[str] = set()
+    for stage in graph.stages:
+        changes = graph.changes(stage.name)
+        state = "up to date"
+        if changes:
+            state = "; ".join([*changes.inputs, *changes.outputs][:3])
+        elif stale.intersection(stage.upstream):
+            state = "depends on what " + min(stale.intersection(stage.upstream)) + " makes"
+        if state != "up to date":
+            stale.add(stage.name)
+        lines.append(f"  {stage.name}: {state}")
+    return "\n".join(lines)
 
 
 def _model(model: config.BuiltModel | config.LocalModel | config.HubModel) -> str:

@@ -22,7 +22,7 @@ def form(section: Any) -> Any:
     return Form("instruction", PLAIN_TURN if section.prompt == "plain" else section.prompt)
 
 
-def asked_and_answered(row: Mapping[str, Any]) -> dict[str, Any]:
+def asked_and_answered(row: dict[str, Any]) -> dict[str, Any]:
     """What a test row asks, and its references: the form that hypotheses are kept in."""
     from neft_core.rows import answers
 
@@ -85,7 +85,7 @@ def _load(ws: Workspace, card: Any, params: Params, directory: Path | None = Non
 
 def _optimisation(section: Any) -> dict[str, Any]:
     """The fields that every training section shares with a recipe."""
-    return section.model_dump(include=set(config.Optimisation.model_fields))
+    return dict(section.model_dump(include=set(config.Optimisation.model_fields)))
 
 
 def warmup(ws: Workspace, task: str) -> None:

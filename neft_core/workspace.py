@@ -115,7 +115,7 @@ def init_workspace(folder: Path, params: str, *, cache: Path | None = None) -> W
 
 
 def init_from(folder: Path, template: Path | None, cache: Path | None) -> Workspace:
-    """Make a workspace of a template: a folder with params.yaml and, mostly, a README.
+    """Make a workspace of a template: a folder with params.yaml and what else it comes with.
 
     Args:
         folder: the directory; made where missing.
@@ -135,8 +135,9 @@ def init_from(folder: Path, template: Path | None, cache: Path | None) -> Worksp
         known = ", ".join(sorted(p.parent.name for p in packaged.glob(f"*/{Params.FILE}")))
         raise NeftError(f"{template}: no template (a folder with params.yaml); there are {known}")
     ws = init_workspace(folder, (source / Params.FILE).read_text("utf-8"), cache=cache)
-    if (source / "README.md").is_file() and not (folder / "README.md").exists():
-        shutil.copyfile(source / "README.md", folder / "README.md")
+    for file in source.iterdir():
+        if file.is_file() and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
     return ws
 
 
