@@ -316,7 +316,7 @@ def test_commands(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow, prefect = ui_commands(ws)
     assert f"ui --backend-store-uri 'sqlite:///{ws.root}/mlflow.db' --host 127.0.0.1" in mlflow
     assert "--workers 1" in mlflow
-    assert prefect.endswith("prefect server start --host 127.0.0.1 --port 4200")
+    assert prefect.endswith("prefect server start --host 127.0.0.1 --port 4200 --analytics-off")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@host/mlflow")
     monkeypatch.setenv("PREFECT_API_URL", "http://host:4200/api")
     assert ui_commands(ws) == ["MLflow: https://host/mlflow", "Prefect: http://host:4200"]
