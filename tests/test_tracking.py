@@ -197,6 +197,7 @@ def test_a_training_is_shown_live_and_resumed_without_repetition(
 
     def interrupted() -> None:
         with tracker.follow(graph, "full"):
+            time.sleep(0.3)  # the old file's row must not be taken for this training's
             (live / "train.csv").write_text("".join(rows[:3]) + rows[3][:5])
             wait_for(lambda: shown("RUNNING", 2))
             raise KeyboardInterrupt
