@@ -15,7 +15,7 @@ from pathlib import Path
 from neft_core import __version__
 from neft_core.errors import NeftError
 
-Command = Callable[[argparse.Namespace], None]
+Command = Callable[[argparse.Namespace], int | None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What libraries will change in their next major version is no news for a user.
         warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        command(options)
+        return command(options) or 0
     except NeftError as fault:
         return _say(str(fault), 2)
     except OSError as fault:
@@ -43,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return 1
-    return 0
 
 
 def _say(message: str, code: int) -> int:
     for line in message.splitlines():
-        print(f"neft: {line}", file=sys.stderr)
+        # What a stage said in a process of its own has the prefix already.
+        print(f"neft: {line.removeprefix('neft: ')}", file=sys.stderr)
     return code
 
 
@@ -99,33 +99,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     from neft_core import overrides
 
     if options.dry_run:
         from neft_core.preview import describe
 
         print(describe(*overrides.preview(options.params, options.set)))
-        return
+        return 0
     ws = overrides.apply(options.params, options.set)
     from flows.pipeline import run_pipeline
     from neft_core.repro import StageFailed
+    from neft_core.tracking import ui_commands
 
     try:
         result = run_pipeline(ws, force=options.force)
     except StageFailed as fault:
-        sys.exit(_say(str(fault), 1))
-    print(f"\n{result.table}" if result.table else "")
+        return _say(str(fault), 1)
+    if result.table:
+        print(f"\n{result.table}")
     counts = Counter(result.outcomes.values())
     did = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     print(f"{len(result.outcomes)} stages in {result.seconds:.0f} s: {did}")
     for name, what in ARTEFACTS.items():
         print(f"  {ws.path(name)}: {what}")
-    from neft_core.tracking import ui_commands
-
-    print("see the runs:")
-    for line in ui_commands(ws):
-        print(f"  {line}")
+    print("to look at the runs:", *ui_commands(ws), sep="\n  ")
+    return 0
 
 
 def _stage(options: argparse.Namespace) -> None:
@@ -139,8 +138,9 @@ def _stage(options: argparse.Namespace) -> None:
     items = ITEMS.get(options.name, "")
     known = list(getattr(params, items)) if items else []
     if options.item not in (known or [None]):
-        wants = f"one of {', '.join(known)}" if known else "no item"
-        raise NeftError(f"stage {options.name}: got item {options.item!r}; it takes {wants}")
+        wants = f"one of {', '.join(known)}" if known else "none"
+        got = f"item '{options.item}'" if options.item else "no item"
+        raise NeftError(f"stage {options.name}: got {got}; it takes {wants}")
     name = "-".join(filter(None, (options.name, options.item)))
     _exit_with_owner()
     with hold(ws.state("locks", name), f"stage {name}"):
@@ -196,11 +196,12 @@ def _init(options: argparse.Namespace) -> None:
 def _track(_options: argparse.Namespace) -> None:
     from neft_core.graph import Graph
     from neft_core.tracking import sync
-    from neft_core.workspace import find_workspace
+    from neft_core.workspace import find_workspace, hold
 
     ws = find_workspace()
-    done = sync(ws, Graph(ws))
-    print(f"MLflow: {done}")
+    with hold(ws.state("lock"), str(ws.root)):
+        done = sync(ws, Graph(ws))
+    print(f"MLflow at {done.uri}: {done.created} runs new, {done.updated} brought up to date")
 
 
 def _generate(options: argparse.Namespace) -> None:

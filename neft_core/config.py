@@ -3,10 +3,18 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -15,7 +23,8 @@ from neft_core.errors import NeftError
 NO_FILE: Final = "data/none"
 """An empty file in every workspace: DVC needs a path to watch, and some sources have none."""
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+"""Names of tasks and runs: a dot would be a level of keys to DVC."""
 
 
 def _refuse(message: str) -> PydanticCustomError:
@@ -26,19 +35,34 @@ def _refuse(message: str) -> PydanticCustomError:
 class Section(BaseModel):
     """A mapping of params.yaml: unknown keys are refused, values keep their YAML type."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
-                    hint = f"did you mean '{near[0]}'?" if near else "known here: "
-                    known = "" if near else ", ".join(cls.model_fields)
-                    raise _refuse(f"unknown key '{key}'; {hint}{known}")
-        return data
+    def _nearest_keys(cls, data: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
+        """Tell for each unknown key which one may be meant; other faults stay as they are."""
+        try:
+            return check(data)
+        except ValidationError as fault:
+            errors: list[InitErrorDetails] = []
+            for error in fault.errors(include_url=False):
+                kind: str | PydanticCustomError = error["type"]
+                if kind == "extra_forbidden" and len(error["loc"]) == 1:
+                    kind = _unknown(str(error["loc"][0]), list(cls.model_fields))
+                elif kind == "neft":
+                    kind = _refuse(error["msg"])
+                errors.append(
+                    InitErrorDetails(
+                        type=kind, loc=error["loc"], input=error["input"], ctx=error.get("ctx", {})
+                    )
+                )
+            raise ValidationError.from_exception_data(cls.__name__, errors) from None
+
+
+def _unknown(key: str, known: list[str]) -> PydanticCustomError:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+    return _refuse(f"unknown key; {hint}")
 
 
 class Pretraining(Section):
@@ -265,9 +289,10 @@ class Compute(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of frozen weights; `auto`: float32 on CPU, bfloat16 on GPU. What trains is float32."""
+    """Type of frozen weights; `auto`: bfloat16 on a GPU with mixed precision, else float32. What
+    trains is float32."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Accelerate's autocast; `auto`: none on CPU, bf16 on GPU."""
+    """Autocast; `auto`: bf16 on a GPU or where dtype is not float32, else none."""
     threads: int = Field(default=2, ge=1)
     """CPU threads; another number can change the last bits of a sum."""
 
@@ -451,13 +476,14 @@ class Params(Section):
                 if not NAME.fullmatch(name):
                     raise _refuse(
                         f"{section}: got the name '{name}'; "
-                        "names are lower-case letters, digits, '.', '_', '-'"
+                        "names are lower-case letters, digits, '_', '-'"
                     )
         for name, run in self.runs.items():
             if run.task not in self.tasks:
                 near = difflib.get_close_matches(run.task, self.tasks, n=1)
                 hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(self.tasks)}"
                 raise _refuse(f"runs.{name}.task: got '{run.task}'; {hint}")
+        self._autocast_where_types_differ()
         if isinstance(self.model, BuiltModel):
             for name, task in self.tasks.items():
                 if task.format.max_tokens > self.model.context:
@@ -465,15 +491,27 @@ class Params(Section):
                         f"tasks.{name}.format.max_tokens: got {task.format.max_tokens}; "
                         f"at most model.context, {self.model.context}"
                     )
-            if not any(_has_pretraining(task.source) for task in self.tasks.values()):
+            if not any(has_pretraining(task.source) for task in self.tasks.values()):
                 raise _refuse(
                     "model: kind 'built' needs a task with pre-training rows; "
                     "set source.pretrain or splits.pretrain of one task"
                 )
         return self
 
+    def _autocast_where_types_differ(self) -> None:
+        """What trains is float32; amid frozen layers of another type it needs autocast."""
+        if self.compute.mixed_precision == "no" and self.compute.dtype in ("bfloat16", "float16"):
+            for name, run in self.runs.items():
+                if isinstance(run.method, InOut | Embed):
+                    raise _refuse(
+                        f"compute.mixed_precision: got 'no' with dtype {self.compute.dtype} and "
+                        f"method {run.method.name} of run {name}; set dtype: float32, or "
+                        "mixed_precision: auto"
+                    )
 
-def _has_pretraining(source: Section) -> bool:
+
+def has_pretraining(source: Section) -> bool:
+    """Whether a source gives rows for the built model."""
     if isinstance(source, GeneratedSource):
         return source.pretrain > 0
     return isinstance(source, Rows) and source.splits.pretrain is not None
@@ -489,6 +527,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NeftError(f"{path}: not found; run 'neft init DIR' to make a workspace") from None
+    except OSError as fault:
+        raise NeftError(f"{path}: {fault.strerror}; give a file that can be read") from None
     except (YAMLError, UnicodeDecodeError) as fault:
         line = getattr(getattr(fault, "problem_mark", None), "line", None)
         at = "" if line is None else f"line {line + 1}: "
@@ -552,9 +592,39 @@ def _describe(error: Any, data: Any) -> str:
         if kind == "union_tag_not_found":
             return f"{where}.{tag}: missing; it is required"
         return f"{where}.{tag}: got '{context.get('tag')}'; allowed are {allowed}"
+    if error["loc"][-1] == "[key]":
+        return f"{where}: got a name that is no text; put it in quotes"
     bounds = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-    limits = [f"{text} {context[key]}" for key, text in bounds.items() if key in context]
+    limits = [f"{text} {context[key]:g}" for key, text in bounds.items() if key in context]
     if kind == "literal_error":
         limits = [f"allowed are {context['expected']}".replace("'", "").replace(" or ", ", ")]
-    allowed = limits[0] if limits else message[0].lower() + message[1:]
-    return f"{where}: got {data!r}; {allowed}"
+    if kind in ("too_short", "too_long"):
+        few = kind == "too_short"
+        number = context["min_length" if few else "max_length"]
+        limits = [f"at {'least' if few else 'most'} {number} of them"]
+    allowed = limits[0] if limits else _NEEDED.get(kind, message[0].lower() + message[1:])
+    return f"{where}: got {_as_yaml(data)}; {allowed}"
+
+
+_NEEDED = {
+    "int_type": "a whole number is needed",
+    "float_type": "a number is needed",
+    "finite_number": "a finite number is needed",
+    "bool_type": "true or false is needed",
+    "string_type": "text is needed",
+    "string_too_short": "text is needed",
+    "list_type": "a list is needed",
+    "dict_type": "a mapping of keys is needed",
+    "model_type": "a mapping of keys is needed",
+    "model_attributes_type": "a mapping of keys is needed",
+}
+"""What the types of pydantic's errors ask for."""
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as the user wrote it: `true`, not `True`."""
+    return (
+        {True: "true", False: "false"}[value]
+        if isinstance(value, bool)
+        else ("nothing" if value is None else repr(value))
+    )

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from neft_core.errors import NeftError
 from neft_core.progress import Progress
 
 
@@ -16,6 +17,7 @@ def generate(
     *,
     batch_size: int,
     max_new_tokens: int,
+    context: int,
     label: str,
 ) -> list[str]:
     """Continue prompts greedily.
@@ -29,12 +31,25 @@ def generate(
         prompts: token ids of each prompt, without padding.
         batch_size: prompts generated at once.
         max_new_tokens: longest continuation, in tokens.
+        context: longest sequence of the model, in tokens; 0 where it is not known.
         label: for progress.
 
     Returns:
         The continuations as text, without special tokens, stripped.
+
+    Raises:
+        NeftError: the longest prompt leaves no room for the longest continuation.
     """
+    longest = max(map(len, prompts), default=0)
+    if context and longest + max_new_tokens > context:
+        raise NeftError(
+            f"params.yaml: evaluation.max_new_tokens: got {max_new_tokens}; at most "
+            f"{context - longest}, as the longest prompt has {longest} tokens and the model "
+            f"takes {context}"
+        )
     model.eval()
+    # The model's own generation_config may penalise or forbid tokens; this is plain greedy.
+    model.generation_config = type(model.generation_config)()
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))

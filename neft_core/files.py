@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,15 +35,15 @@ def replacing(path: Path) -> Iterator[Path]:
         with _told(path, only=_DISK):
             yield temporary
         with _told(path):
-            if path.is_dir():
-                shutil.rmtree(path)
+            if path.is_dir() or temporary.is_dir():
+                _remove(path)
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             _remove(temporary)
 
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -50,12 +51,22 @@ def _told(path: Path, only: tuple[int, ...] = ()) -> Iterator[None]:
     """Say a refusal of the system in one line; with `only`, those with these numbers."""
     try:
         yield
-    except OSError as fault:
-        if only and fault.errno not in only:
+    except Exception as fault:
+        number = _system_error(fault)
+        if number is None or (only and number not in only):
             raise
         raise NeftError(
-            f"{path}: can't be written ({fault.strerror or fault}); free space or check the path"
+            f"{path}: can't be written ({os.strerror(number)}); free space or check the path"
         ) from fault
+
+
+def _system_error(fault: Exception) -> int | None:
+    """The number of the system's error, where there is one."""
+    if isinstance(fault, OSError):
+        return fault.errno
+    # Libraries in Rust (safetensors, tokenizers) raise types of their own.
+    told = re.search(r"\(os error (\d+)\)", str(fault))
+    return int(told[1]) if told else None
 
 
 def _remove(path: Path) -> None:

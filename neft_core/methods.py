@@ -84,6 +84,8 @@ def _lora(model: Any, options: Mapping[str, Any], _mask: Mask, _type: str) -> An
         lora_alpha=options.get("alpha") or 2 * rank,
         lora_dropout=options.get("dropout", 0.0),
         target_modules="all-linear",
+        # GPT-2's layers store [in, out]; PEFT warns where it has to find that out itself.
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -101,10 +103,10 @@ def _load_lora(model: Any, state: Mapping[str, Tensor]) -> None:
     from peft import set_peft_model_state_dict
 
     outcome = set_peft_model_state_dict(model, dict(state))
-    if outcome.unexpected_keys:
-        raise NeftError(
-            f"adapter: {outcome.unexpected_keys[0]} isn't in this model; run 'neft run'"
-        )
+    # The base's own weights count as missing too.
+    odd = outcome.unexpected_keys + [key for key in outcome.missing_keys if "lora_" in key]
+    if odd:
+        raise NeftError(f"adapter: {odd[0]} is on one side only; the adapter is of another model")
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:

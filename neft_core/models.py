@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neft_core import checkpoints
 from neft_core.errors import NeftError
+from neft_core.neurons import count_parameters, family
 
 if TYPE_CHECKING:
     import torch
@@ -122,45 +124,34 @@ def inspect(directory: Path, *, trust_remote_code: bool = False) -> tuple[str, i
             that isn't whole, a value that is not finite.
     """
     import torch
-    from safetensors import SafetensorError, safe_open
 
     if not directory.is_dir():
         raise NeftError(f"{directory}: no such directory; set model.path to a model's directory")
-    config_file = directory / "config.json"
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise NeftError(
-            f"{config_file}: missing or no JSON; a model in the Hub's layout has it"
-        ) from None
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
+    config = checkpoints.config(directory)
+    if not any(directory.glob("*.safetensors")):
         pickled = sorted(p.name for p in directory.glob("*.bin")) or sorted(
             p.name for p in directory.glob("*.pt*")
         )
         found = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
         raise NeftError(f"{directory}: {found}; *.safetensors are needed, pickle is never loaded")
     _refuse_other_architectures(directory, config, trust_remote_code)
-    digest = hashlib.sha256(config_file.read_bytes())
-    parameters = 0
-    for path in files:
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    shapes = checkpoints.shapes(directory)
+    # Other files of weights may lie there too: what the index doesn't name is never loaded.
+    for path in sorted(set(checkpoints.locate(directory).values())):
         with path.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                    tensor = tensors.get_tensor(name)
-                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                        raise NeftError(
-                            f"{path}: {name} holds a value that is not finite; get a sound copy"
-                        )
-                    parameters += tensor.numel()
-        except SafetensorError as fault:
-            raise NeftError(
-                f"{path}: not a whole safetensors file ({fault}); copy it again"
-            ) from None
+        with checkpoints.opened(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    raise NeftError(
+                        f"{path}: {name} holds a value that is not finite; get a sound copy"
+                    )
+    model_type = str(config["model_type"])
+    tied = bool(config.get("tie_word_embeddings", family(model_type).tied))
     context = int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
-    return str(config["model_type"]), parameters, context, digest.hexdigest()
+    return model_type, count_parameters(shapes, tied), context, digest.hexdigest()
 
 
 def _refuse_other_architectures(directory: Path, config: dict[str, Any], trust: bool) -> None:
@@ -191,16 +182,31 @@ def load_model(directory: Path, dtype: "torch.dtype", *, trust_remote_code: bool
 
     _quiet()
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             str(directory),
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, KeyError) as fault:
-        reason = str(fault).strip().splitlines()[0]
-        raise NeftError(f"{directory}: can't be loaded ({reason}); check the directory") from None
+    except Exception as fault:  # the library raises a dozen unrelated types
+        raise NeftError(
+            f"{directory}: can't be loaded ({_one_line(fault)}); check the directory"
+        ) from fault
+    # The library would go on with random weights there.
+    odd = sorted(found["missing_keys"]) + sorted(str(key[0]) for key in found["mismatched_keys"])
+    if odd:
+        raise NeftError(
+            f"{directory}: its weights lack {odd[0]} in the shape that config.json asks for; "
+            "fetch the model again"
+        )
+    return model
+
+
+def _one_line(fault: Exception) -> str:
+    return " ".join(str(fault).split())[:200] or type(fault).__name__
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -216,9 +222,13 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as fault:
-        reason = str(fault).strip().splitlines()[0]
-        raise NeftError(f"{directory}: no usable tokenizer ({reason}); add its files") from None
+    except Exception as fault:  # as in `load_model`
+        raise NeftError(
+            f"{directory}: no usable tokenizer ({_one_line(fault)}); add its files"
+        ) from fault
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # Some classes start without any file, and know nothing then.
+        raise NeftError(f"{directory}: no usable tokenizer (no vocabulary); add its files")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

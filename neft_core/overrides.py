@@ -13,6 +13,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from neft_core import runs
 from neft_core.config import NO_FILE, Params, parse_params, read_yaml
 from neft_core.errors import NeftError
 from neft_core.files import replacing
@@ -20,11 +21,11 @@ from neft_core.workspace import Workspace, find_workspace, init_workspace
 
 
 def preview(file: Path | None, settings: Sequence[str]) -> tuple[Params, Workspace | None]:
-    """Checked params with overrides, nothing written, and the workspace they belong to."""
+    """Checked params with overrides, nothing written; and the workspace whose params they are."""
     ws = _owner(file)
     path = file or (ws or find_workspace()).params_file
-    text, _ = _changed(path, settings)
-    return parse_params(_mapping(text), path.name), ws
+    text, changes = _changed(path, settings)
+    return _checked(text, path.name), None if changes else ws
 
 
 def apply(file: Path | None, settings: Sequence[str]) -> Workspace:
@@ -38,7 +39,7 @@ def apply(file: Path | None, settings: Sequence[str]) -> Workspace:
         assert file is not None
         ws = _private_workspace(file)
     text, changes = _changed(ws.params_file, settings)
-    parse_params(_mapping(text), Params.FILE)
+    _checked(text, Params.FILE)
     if changes:
         with replacing(ws.params_file) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -77,18 +78,19 @@ def _absolute(node: Any, folder: Path) -> None:
         for key, value in node.items():
             if key == "path" and isinstance(value, str) and value != NO_FILE:
                 node[key] = str(folder / Path(value).expanduser())
+            elif key == "id" and isinstance(value, str) and (folder / value).is_dir():
+                node[key] = str(folder / value)
             else:
                 _absolute(value, folder)
 
 
 def _changed(path: Path, settings: Sequence[str]) -> tuple[str, list[str]]:
     """A params file's text with settings applied, and what they changed."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    read_yaml(path)
+    text = path.read_text(encoding="utf-8")
     if not settings:
-        read_yaml(path)
         return text, []
     yaml = _round_trip()
-    read_yaml(path)
     document = yaml.load(text)
     changes = []
     for setting in settings:
@@ -125,7 +127,11 @@ def _round_trip() -> YAML:
     return yaml
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def _checked(text: str, where: str) -> Params:
+    """Params, with what only the stages would find out of them: the prompts' placeholders."""
     data = YAML(typ="safe").load(text)
     assert isinstance(data, dict)
-    return data
+    params = parse_params(data, where)
+    for task in params.tasks:
+        runs.form(params, task)
+    return params

@@ -1,5 +1,7 @@
 """`neft run --dry-run`: what the params ask for, and what would run."""
 
+from collections.abc import Iterator
+
 from neft_core import config
 from neft_core.config import Params
 from neft_core.workspace import PIPELINE, Workspace
@@ -29,21 +31,21 @@ def describe(params: Params, ws: Workspace | None) -> str:
     if ws is None:
         lines += [f"  {stage}" for stage in stages]
         return "\n".join(lines)
+    return "\n".join(lines + [f"  {line}" for line in _outlook(ws)])
+
+
+def _outlook(ws: Workspace) -> Iterator[str]:
+    """Each stage of a workspace, and why it would run."""
     from neft_core.graph import Graph
 
-    graph = Graph(ws)
-    stale: set[str] = set()
+    graph, stale = Graph(ws), set[str]()
     for stage in graph.stages:
         changes = graph.changes(stage.name)
-        state = "up to date"
-        if changes:
-            state = "; ".join([*changes.inputs, *changes.outputs][:3])
-        elif stale.intersection(stage.upstream):
-            state = "depends on what " + min(stale.intersection(stage.upstream)) + " makes"
-        if state != "up to date":
+        reasons = [*changes.inputs, *changes.outputs]
+        reasons += [f"{name} runs" for name in stage.upstream if name in stale]
+        if reasons:
             stale.add(stage.name)
-        lines.append(f"  {stage.name}: {state}")
-    return "\n".join(lines)
+        yield f"{stage.name}: {reasons[0] if reasons else 'up to date'}"
 
 
 def _model(model: config.BuiltModel | config.LocalModel | config.HubModel) -> str:

@@ -12,14 +12,22 @@ from neft_core.files import replacing, write_json
 from neft_core.workspace import Workspace
 
 
-def form(section: Any) -> Any:
-    """A `format` section as tasks.py takes it."""
+def form(params: Params, task: str) -> Any:
+    """A task's `format` section as tasks.py takes it.
+
+    Raises:
+        NeftError: a placeholder of the prompt is unknown, missing or broken.
+    """
     from neft_core.tasks import PLAIN_TURN, Form
 
-    if isinstance(section, config.Translation):
-        languages = (section.source_language, section.target_language)
-        return Form("translation", section.prompt, languages=languages)
-    return Form("instruction", PLAIN_TURN if section.prompt == "plain" else section.prompt)
+    section = params.tasks[task].format
+    try:
+        if isinstance(section, config.Translation):
+            languages = (section.source_language, section.target_language)
+            return Form("translation", section.prompt, languages=languages)
+        return Form("instruction", PLAIN_TURN if section.prompt == "plain" else section.prompt)
+    except NeftError as fault:
+        raise NeftError(f"{Params.FILE}: tasks.{task}.format.{fault}") from None
 
 
 def asked_and_answered(row: dict[str, Any]) -> dict[str, Any]:
@@ -44,10 +52,25 @@ def base_card(ws: Workspace) -> tuple[Any, Any]:
 def placement(params: Params) -> dict[str, Any]:
     """Accelerate's placement: `cpu` and `mixed_precision`."""
     cpu = device(params) == "cpu"
-    precision = params.compute.mixed_precision
-    if precision == "auto":
-        precision = "no" if cpu else "bf16"
-    return {"cpu": cpu, "mixed_precision": precision}
+    return {"cpu": cpu, "mixed_precision": _precision(params)}
+
+
+def _precision(params: Params) -> str:
+    """Autocast's type: `no`, `bf16` or `fp16`."""
+    cpu, wanted = device(params) == "cpu", params.compute.mixed_precision
+    if wanted == "auto":
+        wanted = "no" if cpu and params.compute.dtype in ("auto", "float32") else "bf16"
+    if cpu and wanted == "fp16":
+        raise NeftError("params.yaml: compute.mixed_precision: got fp16; on a CPU no or bf16")
+    return wanted
+
+
+def autocast(params: Params) -> Any:
+    """The precision of training, for generation: fp32 weights may stand amid bf16 ones."""
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(_precision(params))
+    return torch.autocast(device(params), dtype=dtype, enabled=dtype is not None)
 
 
 def device(params: Params) -> str:
@@ -75,7 +98,7 @@ def _load(ws: Workspace, card: Any, params: Params, directory: Path | None = Non
 
     name = params.compute.dtype
     if name == "auto":
-        name = "float32" if device(params) == "cpu" else "bfloat16"
+        name = "float32" if _precision(params) == "no" or device(params) == "cpu" else "bfloat16"
     return models.load_model(
         directory or card.directory(ws.root),
         getattr(torch, name),
@@ -354,14 +377,16 @@ def _evaluate(
     arrays, _ = load_encoded(folder / "test.safetensors")
     starts = zip(arrays["offsets"], arrays["prompts"], strict=False)
     prompts = [arrays["tokens"][start : start + length].tolist() for start, length in starts]
-    hypotheses = evaluation.generate(
-        model,
-        tokenizer,
-        prompts,
-        batch_size=params.evaluation.batch_size,
-        max_new_tokens=params.evaluation.max_new_tokens,
-        label=label,
-    )
+    with autocast(params):
+        hypotheses = evaluation.generate(
+            model,
+            tokenizer,
+            prompts,
+            batch_size=params.evaluation.batch_size,
+            max_new_tokens=params.evaluation.max_new_tokens,
+            context=base_card(ws)[0].context,
+            label=label,
+        )
     if section.task == "translation":
         hypotheses = [evaluation.first_line(text) for text in hypotheses]
     scores = score_text(hypotheses, [row["references"] for row in rows], section.target_language)

@@ -16,6 +16,8 @@ def show(ws: Workspace, run: str, seed: int | None, prompt: str | None, count: i
     params = ws.params()
     if run not in params.runs:
         raise NeftError(f"run '{run}': unknown; params.yaml has {', '.join(params.runs)}")
+    if count < 1:
+        raise NeftError(f"--count {count}: at least 1 sentence")
     entry = params.runs[run]
     chosen = entry.seeds[0] if seed is None else seed
     if chosen not in entry.seeds:
@@ -37,18 +39,20 @@ def show(ws: Workspace, run: str, seed: int | None, prompt: str | None, count: i
         rows = [row]
     else:
         rows = read_rows(ws.path("corpus", entry.task, "test.jsonl"))[:count]
-    how = runs.form(form)
+    how = runs.form(params, entry.task)
     prompts = [encode_prompt(row, how, tokenizer) for row in rows]
     answers = {}
     for name, model in (("base", runs.load_base(ws)), (run, tuned)):
-        texts = evaluation.generate(
-            model,
-            tokenizer,
-            prompts,
-            batch_size=params.evaluation.batch_size,
-            max_new_tokens=params.evaluation.max_new_tokens,
-            label=f"generate {name}",
-        )
+        with runs.autocast(params):
+            texts = evaluation.generate(
+                model,
+                tokenizer,
+                prompts,
+                batch_size=params.evaluation.batch_size,
+                max_new_tokens=params.evaluation.max_new_tokens,
+                context=runs.base_card(ws)[0].context,
+                label=f"generate {name}",
+            )
         answers[name] = [evaluation.first_line(text) for text in texts] if translation else texts
     width = max(len("reference"), len(run))
     for number, row in enumerate(rows):

@@ -119,7 +119,7 @@ def _pretrain(ws: Workspace, params: Params, choice: config.BuiltModel, folder: 
     texts: list[str] = []
     for name, task in params.tasks.items():
         form = task.format
-        if isinstance(form, config.Translation):
+        if isinstance(form, config.Translation) and config.has_pretraining(task.source):
             languages = (form.source_language, form.target_language)
             for row in read_rows(ws.path("pretrain", f"{name}.jsonl")):
                 texts += tasks.pretraining_texts(row, languages)
@@ -140,7 +140,8 @@ def prepare(ws: Workspace, task: str) -> None:
     from neft_core import encoding
     from neft_core.rows import read_rows, write_rows
 
-    form = ws.params().tasks[task].format
+    params = ws.params()
+    form = params.tasks[task].format
     found, tokenizer = runs.base_card(ws)
     if found.context and form.max_tokens > found.context:
         raise NeftError(
@@ -154,7 +155,7 @@ def prepare(ws: Workspace, task: str) -> None:
             rows = read_rows(ws.path("corpus", task, f"{name}.jsonl"))
             arrays, stats[name] = encoding.encode_split(
                 rows,
-                runs.form(form),
+                runs.form(params, task),
                 tokenizer,
                 max_tokens=form.max_tokens,
                 where=f"task {task}: {name}",

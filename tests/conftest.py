@@ -1,6 +1,7 @@
 """Tiny models and rows, built in milliseconds."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +122,52 @@ def tiny_workspace(folder: Path):
     )
     write_rows(folder / "data/pairs/pretrain.jsonl", tiny_pairs(40, "one two six ten", seed=1))
     return ws
+
+
+def run_stages(ws, *names: str) -> None:
+    """Every stage of the pipeline in this process, or those named, in order."""
+    from neft_core.cli import ITEMS
+    from neft_core.stages import STAGES
+
+    params = ws.params()
+    for name in names or STAGES:
+        for item in list(getattr(params, ITEMS[name])) if name in ITEMS else [None]:
+            STAGES[name](ws, *([item] if item else []))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A tiny workspace after every stage; only to be read."""
+    ws = tiny_workspace(tmp_path_factory.mktemp("finished"))
+    run_stages(ws)
+    return ws
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The finished tiny workspace in a directory of its own, free to be changed."""
+    from neft_core.workspace import Workspace
+
+    return Workspace(shutil.copytree(finished.root, tmp_path / "copied"))
+
+
+@pytest.fixture
+def neft(monkeypatch, capsys):
+    """`neft` in a workspace, in this process: exit status and the lines on stderr."""
+    from neft_core import cli
+
+    def run(ws, *argv: str) -> tuple[int, list[str]]:
+        monkeypatch.chdir(getattr(ws, "root", ws))
+        capsys.readouterr()
+        return cli.main(argv), capsys.readouterr().err.splitlines()
+
+    return run
+
+
+def edit(ws, *changes: tuple[str, str]) -> None:
+    """Replace texts of the workspace's params.yaml."""
+    text = ws.params_file.read_text()
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new, 1)
+    ws.params_file.write_text(text)

@@ -1,0 +1,189 @@
+"""params.yaml: what is refused, in which words; that every section says what its keys are."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import TINY_PARAMS
+
+from neft_core import config
+from neft_core.config import load_params, parse_params, read_yaml
+from neft_core.errors import NeftError
+
+ROOT = Path(__file__).resolve().parents[1]
+GENERATED = "kind: generated\n      languages: {}\n      pretrain: 4\n      train: 5\n"
+LOCAL = (
+    "kind: local\n      path: data/pairs\n"
+    "      splits: {train: train.jsonl, pretrain: pretrain.jsonl}\n"
+)
+
+
+def refused(tmp_path: Path, *changes: tuple[str, str], text: str = TINY_PARAMS) -> list[str]:
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new, 1)
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(NeftError) as fault:
+        load_params(path)
+    return [line.removeprefix(f"{tmp_path}/") for line in str(fault.value).splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        # misspelt keys and names
+        ("percent: 9", "percnt: 9",
+         "runs.neft.method.percnt: unknown key; did you mean 'percent'?"),
+        ("lr: 1e-3,", "lr: 1e-3, qqq: 1,", "warmup.qqq: unknown key; known here: lr, batch_size, "
+         "accumulation, max_grad_norm, weight_decay, gradient_checkpointing, checkpoint_every, "
+         "steps, seed"),
+        ("kind: built", "kind: buit", "model.kind: got 'buit'; allowed are built, local, hub"),
+        ("  kind: built\n", "", "model.kind: missing; it is required"),
+        ("name: full", "name: ful", "runs.full.method.name: got 'ful'; allowed are full, in_out, "
+         "embed, lora, neft"),
+        ("layout: mlp", "layout: mpl", "scoring.layout: got 'mpl'; allowed are mlp, mlp+gate"),
+        ("task: en-fr", "task: en-ff", "runs.full.task: got 'en-ff'; did you mean 'en-fr'?"),
+        ("task: en-fr", "task: zzz", "runs.full.task: got 'zzz'; known: en-fr"),
+        ("  full:", "  full.1:", "runs: got the name 'full.1'; names are lower-case letters, "
+         "digits, '_', '-'"),
+        ("  full:", "  1:", "runs.1: got a name that is no text; put it in quotes"),
+        # wrong types: YAML's own count, nothing is guessed
+        ("rank: 2", "rank: '2'", "runs.lora.method.rank: got '2'; a whole number is needed"),
+        ("rank: 2", "rank: true", "runs.lora.method.rank: got true; a whole number is needed"),
+        ("rank: 2", "rank: 2.5", "runs.lora.method.rank: got 2.5; a whole number is needed"),
+        ("lr: 1e-3", "lr: '1e-3'", "warmup.lr: got '1e-3'; a number is needed"),
+        ("lr: 1e-3", "lr: true", "warmup.lr: got true; a number is needed"),
+        ("lr: 1e-3", "lr: .inf", "warmup.lr: got inf; a finite number is needed"),
+        ("epochs: 2", "epochs: .nan", "training.epochs: got nan; a finite number is needed"),
+        ("path: data/pairs", "path: 7", "tasks.en-fr.source.path: got 7; text is needed"),
+        ("seeds: [1, 2]", "seeds: 1", "runs.neft.seeds: got 1; a list is needed"),
+        ("seeds: [1, 2]", "seeds: [1, a]", "runs.neft.seeds.1: got 'a'; a whole number is needed"),
+        ("{name: full}", "full", "runs.full.method: got 'full'; a mapping of keys is needed"),
+        ("scoring: {layout: mlp}", "scoring:", "scoring: got nothing; a mapping of keys is needed"),
+        # out of range
+        ("percent: 9", "percent: 140", "runs.neft.method.percent: got 140; at most 100"),
+        ("percent: 9", "percent: 0", "runs.neft.method.percent: got 0; more than 0"),
+        ("percent: 9", "neurons: 0", "runs.neft.method.neurons: got 0; at least 1"),
+        ("percent: 9", "share: 1.5", "runs.neft.method.share: got 1.5; at most 1"),
+        ("steps: 6", "steps: 0", "warmup.steps: got 0; at least 1"),
+        ("lr: 1e-3", "lr: 0", "warmup.lr: got 0; more than 0"),
+        ("seeds: [1, 2]", "seeds: [1, -1]", "runs.neft.seeds.1: got -1; at least 0"),
+        ("seeds: [1, 2]", "seeds: []", "runs.neft.seeds: got []; at least 1 of them"),
+        ("dtype: auto", "dtype: float64",
+         "compute.dtype: got 'float64'; allowed are auto, float32, bfloat16, float16"),
+        (LOCAL, GENERATED.format("[en]"),
+         "tasks.en-fr.source.languages: got ['en']; at least 2 of them"),
+        (LOCAL, GENERATED.format("[en, de]"),
+         "tasks.en-fr.source.languages: got 'de'; allowed are en, fr, zh, hi"),
+        # what contradicts itself
+        ("percent: 9", "neurons: 5, share: 0.5", "runs.neft.method.budget: got neurons and share; "
+         "give exactly one of percent, neurons, share"),
+        (", percent: 9", "", "runs.neft.method.budget: got none; "
+         "give exactly one of percent, neurons, share"),
+        ("rank: 2", "rank: 2, percent: 9", "runs.lora.method.percent: unknown key; "
+         "known here: name, rank, alpha, dropout"),
+        ("seeds: [1, 2]", "seeds: [1, 1]", "runs.neft.seeds: got [1, 1]; each seed once"),
+        ("heads: 2", "heads: 3",
+         "model.heads: got 3 with hidden 16; hidden / heads must be even"),
+        ("max_tokens: 160", "max_tokens: 161",
+         "tasks.en-fr.format.max_tokens: got 161; at most model.context, 160"),
+        (", pretrain: pretrain.jsonl", "", "model: kind 'built' needs a task with pre-training "
+         "rows; set source.pretrain or splits.pretrain of one task"),
+        ("      dev: 6\n", "", "tasks.en-fr.source.dev: missing; give splits.dev, or how many rows "
+         "to split off"),
+        (LOCAL, GENERATED.format("[fr, fr]"),
+         "tasks.en-fr.source.languages: got 'fr' twice; source and target must differ"),
+        ("device: cpu, dtype: auto, mixed_precision: auto",
+         "device: cpu, dtype: bfloat16, mixed_precision: 'no'", None),
+    ],
+)  # fmt: skip
+def test_one_fault_is_one_line(tmp_path, old, new, line):
+    if line is None:
+        old_method, new_method = "{name: lora, rank: 2}", "{name: in_out}"
+        found = refused(tmp_path, (old, new), (old_method, new_method))
+        assert found == [
+            "params.yaml: compute.mixed_precision: got 'no' with dtype bfloat16 and method in_out "
+            "of run lora; set dtype: float32, or mixed_precision: auto"
+        ]
+    else:
+        assert refused(tmp_path, (old, new)) == [f"params.yaml: {line}"]
+
+
+def test_several_faults_are_several_lines(tmp_path):
+    assert refused(
+        tmp_path,
+        ("steps: 6", "steps: 0"),
+        ("epochs: 2", "epochs: x, epoch: 2, patienc: 3"),
+        ("rank: 2", "rnk: 2"),
+        ("bootstrap: 100", "bootstrap: 1"),
+    ) == [
+        "params.yaml: warmup.steps: got 0; at least 1",
+        "params.yaml: training.epochs: got 'x'; a number is needed",
+        "params.yaml: training.epoch: unknown key; did you mean 'epochs'?",
+        "params.yaml: training.patienc: unknown key; did you mean 'patience'?",
+        "params.yaml: runs.lora.method.rank: missing; it is required",
+        "params.yaml: runs.lora.method.rnk: unknown key; did you mean 'rank'?",
+        "params.yaml: evaluation.bootstrap: got 1; at least 100",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "params.yaml: holds no mapping; see the README for its sections"),
+        ("- a\n", "params.yaml: holds no mapping; see the README for its sections"),
+        ("a: 1\nb: [\n", "params.yaml: line 3: did not find expected node content; mend the YAML"),
+        ("a: 1\n\tb: 2\n", "params.yaml: line 2: found"),
+        ("a: 1\na: 2\n", 'params.yaml: line 2: found duplicate key "a" with value "2" (original'),
+    ],
+)
+def test_what_is_no_yaml_is_told_with_its_line(tmp_path, text, line):
+    (found,) = refused(tmp_path, text=text)
+    assert found.startswith(line)
+
+
+def test_files_that_can_not_be_read(tmp_path):
+    with pytest.raises(NeftError, match=r"params\.yaml: not found; run 'neft init DIR'"):
+        read_yaml(tmp_path / "params.yaml")
+    with pytest.raises(NeftError, match="Is a directory; give a file that can be read"):
+        read_yaml(tmp_path)
+    (tmp_path / "params.yaml").write_bytes(b"a: \xff\n")
+    with pytest.raises(NeftError, match=r"params\.yaml: not UTF-8 text; mend the YAML"):
+        read_yaml(tmp_path / "params.yaml")
+
+
+def test_braces_in_a_message_stay_as_they_are(tmp_path):
+    (line,) = refused(tmp_path, ("percent: 9", "'{percent}': 9"))
+    assert line.startswith("params.yaml: runs.neft.method.{percent}: unknown key; did you mean")
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "params.yaml", *sorted(ROOT.glob("examples/*/params.yaml"))], ids=str
+)
+def test_every_params_file_of_this_repository_is_valid(path):
+    params = load_params(path)
+    assert params == parse_params(params.model_dump(), "again")
+
+
+def test_a_yaml_number_without_a_dot_is_a_number(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(TINY_PARAMS)
+    params = load_params(path)
+    assert (params.warmup.lr, params.training.epochs) == (1e-3, 2)
+
+
+def test_every_key_is_documented():
+    """A field of a section is followed by the text that explains it."""
+    tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
+    fields = 0
+    for section in (n for n in tree.body if isinstance(n, ast.ClassDef)):
+        assert ast.get_docstring(section), section.name
+        for field, after in zip(section.body, [*section.body[1:], None], strict=True):
+            plain = isinstance(field, ast.AnnAssign) and field.target.id.islower()
+            if plain and section.name != "Section":
+                fields += 1
+                said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert said, f"{section.name}.{field.target.id}"
+                assert after.value.value.strip()
+    assert fields > 60

@@ -1,0 +1,154 @@
+"""`--set` and `--params`: what is changed, and that a refusal changes nothing."""
+
+from pathlib import Path
+
+import pytest
+from conftest import TINY_PARAMS
+
+from neft_core import overrides
+from neft_core.errors import NeftError
+from neft_core.workspace import Workspace, init_workspace
+
+TEXT = f"# Ours.\n{TINY_PARAMS}# The end.\n".replace(
+    "  full:\n", "\n  # The reference.\n  full:  # all of it\n"
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return init_workspace(tmp_path_factory.mktemp("overrides"), TEXT)
+
+
+@pytest.fixture
+def ws(made, monkeypatch):
+    made.params_file.write_text(TEXT)
+    monkeypatch.chdir(made.root)
+    return made
+
+
+def lines(text: str) -> set[str]:
+    return set(text.splitlines())
+
+
+def test_set_changes_one_line_and_keeps_comments(ws, capsys):
+    assert overrides.apply(None, ["runs.full.lr=2e-3", "warmup.steps=7"]) == ws
+    text = ws.params_file.read_text()
+    assert [line for line in TEXT.splitlines() if "#" in line] == [
+        line for line in text.splitlines() if "#" in line
+    ]
+    params = ws.params()
+    assert (params.runs["full"].lr, params.warmup.steps) == (2e-3, 7)
+    assert len(lines(text) ^ lines(TEXT)) == 3  # a new line, and one that is another now
+    assert capsys.readouterr().out.splitlines() == [
+        "params.yaml: runs.full.lr: None is now 0.002",
+        "params.yaml: warmup.steps: 6 is now 7",
+    ]
+
+
+def test_a_whole_run_can_be_set(ws):
+    overrides.apply(None, ["runs.more={task: en-fr, method: {name: embed}, seeds: [3]}"])
+    assert ws.params().runs["more"].seeds == [3]
+    assert list(ws.params().runs) == ["full", "lora", "neft", "more"]
+
+
+def test_the_same_value_again_writes_nothing(ws, capsys):
+    before = ws.params_file.stat().st_mtime_ns
+    overrides.apply(None, ["warmup.steps=6"])
+    assert ws.params_file.stat().st_mtime_ns == before
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("warmup.steps=0", "params.yaml: warmup.steps: got 0; at least 1"),
+        ("warmup.stepz=3", "params.yaml: warmup.stepz: unknown key; did you mean 'steps'?"),
+        ("warmup.steps=yes please", "params.yaml: warmup.steps: got 'yes please'; a whole number"),
+        ("warmup.steps", "--set warmup.steps: got no value; write --set key.path=value"),
+        ("=3", "--set =3: got no value; write --set key.path=value"),
+        ("warmup.steps={", "--set warmup.steps={: the value is no YAML; quote it"),
+        ("runs.nefft.lr=1", "--set runs.nefft.lr=1: no 'nefft' there; known: full, lora, neft"),
+        ("warmup.steps.a=1", "--set warmup.steps.a=1: warmup.steps holds no keys"),
+        ("warmup.steps.a.b=1", "--set warmup.steps.a.b=1: no 'a' there; known: no keys"),
+        ("tasks.en-fr.format.prompt='{sorce}'",
+         "params.yaml: tasks.en-fr.format.prompt: unknown placeholder {sorce}; "),
+        ("tasks.en-fr.format.prompt=Translate!",
+         "params.yaml: tasks.en-fr.format.prompt: {source} stands 0 times; once is needed"),
+    ],
+)  # fmt: skip
+def test_a_refusal_leaves_the_file_as_it_was(ws, setting, message):
+    for act in (overrides.apply, overrides.preview):
+        with pytest.raises(NeftError) as fault:
+            act(None, ["training.epochs=9", setting])
+        assert str(fault.value).startswith(message)
+        assert "\n" not in str(fault.value)
+        assert ws.params_file.read_text() == TEXT
+
+
+def test_a_preview_writes_nothing(ws):
+    params, owner = overrides.preview(None, ["warmup.steps=7"])
+    assert params.warmup.steps == 7
+    assert owner is None, "what DVC knows is of other params"
+    assert overrides.preview(None, [])[1] == ws
+    assert ws.params_file.read_text() == TEXT
+
+
+def test_a_params_file_that_is_no_text(ws):
+    ws.params_file.write_bytes(b"a: \xff\n")
+    for settings in ([], ["a=1"]):
+        with pytest.raises(NeftError, match=r"params\.yaml: not UTF-8 text; mend the YAML"):
+            overrides.apply(None, settings)
+
+
+def test_another_file_runs_in_a_workspace_of_its_own(ws, tmp_path):
+    (tmp_path / "ds").mkdir()
+    file = tmp_path / "other.yaml"
+    file.write_text(TEXT.replace("experiment: tiny", "experiment: mine"))
+    own = overrides.apply(file, ["warmup.steps=8"])
+    assert own == Workspace(ws.root / ".neft" / "workspaces" / "other")
+    source = own.params().tasks["en-fr"].source
+    assert source.path == str(tmp_path / "data" / "pairs"), "paths keep their meaning"
+    assert own.params().model.path == "data/none"
+    assert (own.params().warmup.steps, own.params().tracking.experiment) == (8, "mine")
+    assert "# all of it" in own.params_file.read_text()
+    assert f"dir = {ws.root}" in (own.root / ".dvc" / "config.local").read_text()
+    assert ws.params_file.read_text() == TEXT
+    assert file.read_text() == TEXT.replace("experiment: tiny", "experiment: mine")
+    # Again with another text: the file is what counts, not what was set last time.
+    assert overrides.apply(file, []).params().warmup.steps == 6
+
+
+def test_directories_in_the_hubs_layout_keep_their_meaning(ws, tmp_path):
+    (tmp_path / "ds").mkdir()
+    source = "kind: hub\n      path: ds\n      id: {}\n      splits: {{train: train}}\n"
+    local = TEXT[TEXT.index("kind: local") : TEXT.index("      dev: 6")]
+    text = TEXT.replace("kind: built", "kind: local").replace("path: data/none", "path: base")
+    start = text.index("  vocabulary")
+    text = text[:start] + text[text.index("tasks:") :]
+    for name, wanted in (("ds", str(tmp_path / "ds")), ("owner/name", "owner/name")):
+        file = tmp_path / "hub.yaml"
+        file.write_text(text.replace(local, source.format(name)))
+        params = overrides.apply(file, []).params()
+        assert params.tasks["en-fr"].source.id == wanted
+        assert params.tasks["en-fr"].source.path == str(tmp_path / "ds")
+        assert params.model.path == str(tmp_path / "base")
+
+
+def test_params_of_another_workspace_run_there(ws, tmp_path):
+    other = init_workspace(tmp_path / "w", TEXT)
+    assert overrides.apply(other.params_file, ["warmup.steps=9"]) == other
+    assert other.params().warmup.steps == 9
+    assert ws.params().warmup.steps == 6
+
+
+def test_a_file_that_is_not_there(ws):
+    with pytest.raises(NeftError, match=r"zzz\.yaml: not found"):
+        overrides.apply(Path("zzz.yaml"), [])
+
+
+def test_a_wrong_file_makes_no_workspace(ws, tmp_path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(TEXT.replace("steps: 6", "steps: 0"))
+    with pytest.raises(NeftError, match=r"wrong\.yaml: warmup\.steps: got 0; at least 1"):
+        overrides.apply(file, [])
+    assert not (ws.root / ".neft" / "workspaces" / "wrong").exists()

@@ -1,0 +1,98 @@
+"""Workspaces: found, made, held by one process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from neft_core.errors import NeftError
+from neft_core.workspace import PIPELINE, find_workspace, hold, init_dvc, init_from, init_workspace
+
+
+def test_found_from_any_directory_below(finished):
+    assert find_workspace(finished.path("train", "full")).root == finished.root
+
+
+def test_no_workspace(tmp_path):
+    with pytest.raises(NeftError) as fault:
+        find_workspace(tmp_path)
+    assert str(fault.value) == (
+        f"{tmp_path}: no workspace here (dvc.yaml and params.yaml); run 'neft init DIR' to make one"
+    )
+
+
+def test_one_process_at_a_time_and_free_after_a_kill(tmp_path):
+    lock = tmp_path / "locks" / "a"
+    code = (
+        "import pathlib, sys, time; from neft_core.workspace import hold\n"
+        "with hold(pathlib.Path(sys.argv[1]), 'a'):\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(NeftError) as fault, hold(lock, "stage train-a"):
+        pytest.fail("two at once")
+    assert str(fault.value) == (
+        f"stage train-a: process {child.pid} is at work on it; wait for it, or stop it first"
+    )
+    child.kill()
+    child.communicate()
+    with hold(lock, "a"):
+        assert lock.read_text() == str(os.getpid())
+    with hold(lock, "a"):
+        pass
+
+
+def test_init_keeps_what_is_there(tmp_path):
+    folder = tmp_path / "w"
+    ws = init_workspace(folder, "a: 1\n")
+    assert (folder / "dvc.yaml").read_bytes() == PIPELINE.read_bytes()
+    assert (folder / "data" / "none").read_bytes() == b""
+    (folder / "params.yaml").write_text("b: 2\n")
+    (folder / ".gitignore").write_text("x\n")
+    (folder / "dvc.yaml").write_text("old\n")
+    assert init_workspace(folder, "c: 3\n", cache=tmp_path / "cache") == ws
+    assert (folder / "params.yaml").read_text() == "b: 2\n"
+    assert (folder / ".gitignore").read_text() == "x\n"
+    assert (folder / "dvc.yaml").read_bytes() == PIPELINE.read_bytes()
+    config = (folder / ".dvc" / "config.local").read_text()
+    assert "analytics = false" in config
+    assert "check_update = false" in config
+    assert f"dir = {tmp_path / 'cache'}" in config
+
+
+def test_init_from_a_template(tmp_path):
+    template = tmp_path / "t"
+    template.mkdir()
+    (template / "params.yaml").write_text("a: 1\n")
+    (template / "README.md").write_text("how\n")
+    ws = init_from(tmp_path / "w", template, None)
+    assert ws.params_file.read_text() == "a: 1\n"
+    assert (ws.root / "README.md").read_text() == "how\n"
+    named = init_from(tmp_path / "v", template.parent / "examples" / "tatoeba-en-fr", None)
+    assert named.params().model.kind == "local"
+    default = init_from(tmp_path / "u", None, None)
+    assert default.params().model.kind == "built"
+
+
+def test_a_template_that_is_not_there(tmp_path):
+    with pytest.raises(NeftError, match=r"zzz: no template \(a folder with params.yaml\); there a"):
+        init_from(tmp_path / "w", tmp_path / "zzz", None)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_place_that_can_not_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NeftError, match="; choose a directory you can write"):
+            init_workspace(place, "")
+
+
+def test_what_dvc_says_is_shown(tmp_path):
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config").write_text("[[[")
+    with pytest.raises(NeftError, match=r"'dvc config .*' failed: .*config file error"):
+        init_dvc(tmp_path)
