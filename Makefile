@@ -38,4 +38,4 @@ test: install
 check: lint test
 
 clean:
-	rm -rf work .neft mlflow.db mlruns
+	rm -rf work .neft mlflow.db mlruns dvc_plots

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from neft_core.config import NO_FILE, Params, load_params
 from neft_core.errors import NeftError
+from neft_core.plots import PAGE, init_plots
 
 PACKAGE = Path(__file__).parent
 PIPELINE = PACKAGE / "pipeline.yaml"
 """The pipeline definition; every workspace's dvc.yaml is this file."""
 
-IGNORED = "/work/\n/.neft/\n/mlflow.db\n/mlruns/\n"
+IGNORED = "/work/\n/.neft/\n/mlflow.db\n/mlruns/\n/dvc_plots/\n"
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,10 @@ def init_from(folder: Path, template: Path | None, cache: Path | None) -> Worksp
 
 
 def init_dvc(folder: Path, *, cache: Path | None = None) -> None:
-    """Make a directory a DVC repository without telemetry, unless it is one.
+    """Make a directory a DVC repository without telemetry, unless it is one, and ready for plots.
 
     Raises:
-        NeftError: dvc fails; its last line is shown.
+        NeftError: dvc fails (its last line is shown), or the directory can't be written.
     """
     dvc = [sys.executable, "-m", "dvc"]
     commands = []
@@ -155,6 +156,7 @@ def init_dvc(folder: Path, *, cache: Path | None = None) -> None:
         commands.append([*dvc, "init", "-q", *git])
     for key in ("core.analytics", "core.check_update"):
         commands.append([*dvc, "config", "--local", key, "false"])
+    commands.append([*dvc, "config", "--local", "plots.html_template", PAGE])
     if cache:
         commands.append([*dvc, "cache", "dir", "--local", "-q", str(cache.resolve())])
     for command in commands:
@@ -162,3 +164,4 @@ def init_dvc(folder: Path, *, cache: Path | None = None) -> None:
         if done.returncode:
             last = (done.stderr.strip() or "no message").splitlines()[-1]
             raise NeftError(f"{folder}: 'dvc {' '.join(command[3:])}' failed: {last}")
+    init_plots(folder / ".dvc")
