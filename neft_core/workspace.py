@@ -2,10 +2,9 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,20 +147,22 @@ def init_dvc(folder: Path, *, cache: Path | None = None) -> None:
     Raises:
         NeftError: dvc fails (its last line is shown), or the directory can't be written.
     """
-    dvc = [sys.executable, "-m", "dvc"]
-    commands = []
-    if not (folder / ".dvc").is_dir():
-        # In the middle of somebody's git repository `--subdir` would tie the two together.
-        git = [] if (folder / ".git").exists() else ["--no-scm"]
-        commands.append([*dvc, "init", "-q", *git])
-    for key in ("core.analytics", "core.check_update"):
-        commands.append([*dvc, "config", "--local", key, "false"])
-    commands.append([*dvc, "config", "--local", "plots.html_template", PAGE])
-    if cache:
-        commands.append([*dvc, "cache", "dir", "--local", "-q", str(cache.resolve())])
-    for command in commands:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise NeftError(f"{folder}: 'dvc {' '.join(command[3:])}' failed: {last}")
-    init_plots(folder / ".dvc")
+    from dvc.config import Config
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    own = folder / ".dvc"
+    # In the middle of somebody's git repository `subdir` would tie the two together.
+    git = (folder / ".git").exists()
+    logging.getLogger("dvc").setLevel(logging.WARNING)  # it says what we say ourselves
+    try:
+        if not own.is_dir():
+            Repo.init(str(folder), no_scm=not git).close()
+        with Config(str(own.resolve())).edit("local") as settings:
+            settings["core"] = {"analytics": False, "check_update": False, "no_scm": not git}
+            settings["plots"] = {"html_template": PAGE}
+            if cache:
+                settings["cache"] = {"dir": str(cache.resolve())}
+    except (DvcException, OSError) as fault:
+        raise NeftError(f"{folder}: DVC can't be set up here ({fault}); check the path") from None
+    init_plots(own)
