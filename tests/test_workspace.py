@@ -94,5 +94,5 @@ def test_a_place_that_can_not_be_written(tmp_path):
 def test_what_dvc_says_is_shown(tmp_path):
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc" / "config").write_text("[[[")
-    with pytest.raises(NeftError, match="DVC can't be set up here \(.*config"):
+    with pytest.raises(NeftError, match=r"DVC can't be set up here \(.*config"):
         init_dvc(tmp_path)
