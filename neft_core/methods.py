@@ -34,7 +34,7 @@ class Method:
 
     prepare: Prepare
     adapter: Callable[[Any], dict[str, Tensor]]
-    load: Callable[[Any, Mapping[str, Tensor]], None]
+    load: Callable[[Any, dict[str, Tensor]], None]
     finish: Callable[[Any], None] = lambda _model: None
 
 

@@ -114,10 +114,9 @@ def _optimisation(section: Any) -> dict[str, Any]:
 def warmup(ws: Workspace, task: str) -> None:
     """K steps of full fine-tuning; the candidates of every layout stay in fp32."""
     from neft_core import models, training
-    from neft_core.checkpoints import shapes
     from neft_core.encoding import load_encoded
     from neft_core.methods import METHODS, trained_parameters
-    from neft_core.neurons import candidates
+    from neft_core.neurons import candidates, family
 
     params = ws.params()
     card, tokenizer = base_card(ws)
@@ -146,11 +145,14 @@ def warmup(ws: Workspace, task: str) -> None:
         **placement(params),
     )
     course = trainer.run()
-    directory = card.directory(ws.root)
-    scored = [g.module for g in candidates(shapes(directory), card.model_type, "mlp+gate")]
+    tuned = trainer.release().cpu()
+    # The model's own names: those in the base's files may lack a prefix.
+    shapes = {name: tuple(tensor.shape) for name, tensor in tuned.state_dict().items()}
+    layout = "mlp+gate" if "gate" in family(card.model_type).parts else "mlp"
+    scored = [group.module for group in candidates(shapes, card.model_type, layout)]
     with replacing(ws.path("warmup", task)) as folder:
         folder.mkdir()
-        models.save_checkpoint(trainer.release().cpu(), folder, scored, stored)
+        models.save_checkpoint(tuned, folder, scored, stored)
         training.write_table(folder / "train.csv", training.TRAIN_COLUMNS, course.train)
         write_json(
             folder / "provenance.json",

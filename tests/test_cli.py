@@ -1,0 +1,83 @@
+"""The command line: commands, exit statuses, what is printed where."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from neft_core import cli
+from neft_core.errors import NeftError
+from neft_core.stages import STAGES
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"\n    {name} " in out for name in ("run", "stage", "init", "track", "generate"))
+
+
+@pytest.mark.parametrize("argv", [[], ["rnu"], ["stage"], ["generate"]])
+def test_a_command_that_does_not_exist(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(argv)
+    assert end.value.code == 2
+    assert "neft" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "lines"),
+    [
+        (NeftError("a: b; c\nd: e; f"), 2, ["neft: a: b; c", "neft: d: e; f"]),
+        (NeftError("neft: a: b; c"), 2, ["neft: a: b; c"]),
+        (OSError(errno.ENOSPC, "No space", "/x"), 2,
+         ["neft: /x: no space left on the disk; free some and run again"]),
+        (KeyboardInterrupt(), 130,
+         ["neft: interrupted; what is finished is kept, run again to go on"]),
+        (ValueError("odd"), 1, None),
+        (OSError(errno.EIO, "broken"), 1, None),
+    ],
+)  # fmt: skip
+def test_exit_status(finished, neft, monkeypatch, fault, code, lines):
+    def stage(_ws):
+        raise fault
+
+    monkeypatch.setitem(STAGES, "summary", stage)
+    got, said = neft(finished, "stage", "summary")
+    assert got == code
+    if lines is None:
+        assert said[0].startswith("Traceback")
+    else:
+        assert said == lines
+
+
+def test_init_makes_a_workspace_and_says_how_to_go_on(tmp_path, neft, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "w", "--from", "examples/tatoeba-en-fr"]) == 0
+    out = capsys.readouterr().out
+    assert out == f"workspace {tmp_path / 'w'} is ready; next: cd w && neft run\n"
+    assert cli.main(["init", "v", "--from", "nothing"]) == 2
+    assert "nothing: no template" in capsys.readouterr().err
+
+
+def test_a_stage_ends_with_the_process_that_wants_it(finished, tmp_path):
+    owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    code = (
+        "import time; from neft_core import cli; cli._exit_with_owner(); "
+        "print('on', flush=True); time.sleep(60)"
+    )
+    worker = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "NEFT_OWNER_PID": str(owner.pid)},
+        stdout=subprocess.PIPE,
+    )
+    assert worker.stdout.readline() == b"on\n"
+    owner.communicate(b"\n")
+    began = time.monotonic()
+    assert worker.wait(timeout=30) == 1
+    assert time.monotonic() - began < 10
+    worker.stdout.close()

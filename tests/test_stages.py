@@ -1,0 +1,148 @@
+"""Stages on other bases and methods than the tiny pipeline's own."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import edit, run_stages
+from safetensors.torch import load_file, save_file
+from test_methods import tiny_gpt2
+
+from neft_core import models, runs
+from neft_core.workspace import Workspace
+
+METHODS = {
+    "full": "{name: full}",
+    "in_out": "{name: in_out}",
+    "embed": "{name: embed}",
+    "lora": "{name: lora, rank: 2}",
+    "neft": "{name: neft, share: 0.4}",
+}
+
+
+@pytest.fixture(scope="module")
+def gpt2(finished, tmp_path_factory):
+    """A finished workspace whose base is a tiny GPT-2, with a run of every method."""
+    ws = Workspace(shutil.copytree(finished.root, tmp_path_factory.mktemp("gpt2") / "w"))
+    (ws.root / "gpt2").mkdir()
+    tokenizer = json.loads((ws.path("base") / "config.json").read_text())["vocab_size"]
+    model = tiny_gpt2()
+    model.resize_token_embeddings(tokenizer)
+    model.config.bos_token_id, model.config.eos_token_id = 1, 2
+    models.save_checkpoint(model, ws.root / "gpt2")
+    for path in ws.path("base").glob("token*"):
+        shutil.copy(path, ws.root / "gpt2")
+    text = ws.params_file.read_text()
+    text = "model: {kind: local, path: gpt2}\n" + text[text.index("tasks:") :]
+    entries = "".join(f"  {n}: {{task: en-fr, method: {m}}}\n" for n, m in METHODS.items())
+    text = text[: text.index("runs:")] + f"runs:\n{entries}" + text[text.index("evaluation:") :]
+    ws.params_file.write_text(text.replace("max_tokens: 160", "max_tokens: 64"))
+    run_stages(ws, "base", "prepare", "warmup", "score", "select", "train", "evaluate")
+    return ws
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gpt2_goes_through_every_stage(gpt2, name):
+    metrics = json.loads(gpt2.path("train", name, "seed-1", "metrics.json").read_text())
+    base = load_file(gpt2.root / "gpt2" / "model.safetensors")
+    total = sum(tensor.numel() for tensor in base.values())
+    assert metrics["trainable_percent"] == pytest.approx(
+        100 * metrics["trainable_parameters"] / total
+    )
+    expected = {"full": total, "embed": base["transformer.wte.weight"].numel(),
+                "in_out": 2 * 2 * 16 * 24, "neft": int(2 * 2 * 24 * 0.4) * 16}  # fmt: skip
+    if name in expected:
+        assert metrics["trainable_parameters"] == expected[name]
+    with gpt2.path("train", name, "seed-1", "dev.csv").open(newline="") as handle:
+        losses = [float(row["loss"]) for row in csv.DictReader(handle)]
+    assert metrics["best_dev_loss"] == min(losses)
+    assert losses[-1] < losses[0], "it learns"
+
+
+def test_gpt2_unselected_weights_are_the_bases_bits(gpt2):
+    base = load_file(gpt2.root / "gpt2" / "model.safetensors")
+    metrics = json.loads(gpt2.path("train", "neft", "seed-1", "metrics.json").read_text())
+    assert metrics["unselected_weights_verified"] == (
+        sum(tensor.numel() for tensor in base.values()) - metrics["trainable_parameters"]
+    )
+    model, _ = runs.load_trained(gpt2, "neft", 1)
+    moved = sum(
+        int((tensor != base[name.replace(".base.", ".")]).sum())
+        for name, tensor in model.named_parameters()
+        if not name.endswith(".values")
+    )
+    assert 0.9 * metrics["trainable_parameters"] < moved <= metrics["trainable_parameters"]
+
+
+def test_scored_weights_stay_fp32_under_the_bases_own_names(gpt2, tmp_path):
+    """GPT-2's files on the Hub name no `transformer.`, and a bf16 tuned model would lose digits."""
+    ws = Workspace(shutil.copytree(gpt2.root, tmp_path / "w"))
+    place = ws.root / "gpt2" / "model.safetensors"
+    renamed = {n.removeprefix("transformer."): t for n, t in load_file(place).items()}
+    save_file(renamed, place, metadata={"format": "pt"})
+    runs_of = ("  in_out: {task: en-fr, method: {name: in_out}}\n",
+               "  embed: {task: en-fr, method: {name: embed}}\n")  # fmt: skip
+    edit(ws, ("dtype: auto, mixed_precision: auto", "dtype: bfloat16, mixed_precision: 'no'"),
+         *((entry, "") for entry in runs_of))  # fmt: skip
+    run_stages(ws, "base", "warmup", "score", "select")
+    tuned = load_file(ws.path("warmup", "en-fr", "model.safetensors"))
+    kinds = {name: tensor.dtype for name, tensor in tuned.items()}
+    fp32 = {name for name, kind in kinds.items() if kind == torch.float32}
+    assert fp32 == {
+        f"transformer.h.{n}.mlp.{part}.weight" for n in (0, 1) for part in ("c_fc", "c_proj")
+    }
+    assert set(kinds.values()) == {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.parametrize("run", ["full", "lora", "neft"])
+def test_a_trained_run_has_the_dev_loss_that_it_had(finished, run):
+    """What is loaded is the best checkpoint: its loss on dev is that of the training's record."""
+    from neft_core.encoding import load_encoded
+    from neft_core.training import mean_loss
+
+    dev, _ = load_encoded(finished.path("prepared", "en-fr", "dev.safetensors"))
+    model, tokenizer = runs.load_trained(finished, run, 1)
+    metrics = json.loads(finished.path("train", run, "seed-1", "metrics.json").read_text())
+    loss = mean_loss(model, dev, 16, tokenizer.pad_token_id, "cpu")
+    assert loss == metrics["best_dev_loss"]
+
+
+def test_base_and_run_side_by_side(finished, neft, capsys):
+    from neft_core.samples import show
+
+    show(finished, "neft", None, None, 2)
+    out = capsys.readouterr().out
+    for word in ("source", "reference", "base", "neft"):
+        assert sum(line.startswith(f"{word} ") for line in out.splitlines()) == 2
+    show(finished, "full", None, "the cat sees a dog", 5)
+    out = capsys.readouterr().out
+    assert "source     the cat sees a dog\n" in out
+    assert "reference" not in out
+
+
+def test_a_dry_run_says_what_would_run(copied, neft, capsys):
+    from neft_core.overrides import preview
+    from neft_core.preview import describe
+
+    edit(copied, ("seeds: [1, 2]", "seeds: [1, 2]\n    lr: 2e-3"))
+    lines = describe(*preview(copied.params_file, [])).splitlines()
+    assert lines[0] == "model: built, 2 layers, hidden 16, intermediate 24, vocabulary 300"
+    assert "task en-fr: translation from data/pairs, all training rows" in lines
+    assert "run neft: neft policy=lowest percent=9.0 seed=1 on en-fr, lr 0.002, 2 epochs, " \
+        "seeds 1, 2" in lines  # fmt: skip
+    stages = [line for line in lines if line.startswith("  ")]
+    assert f"params are valid; {len(stages)} stages" in lines
+    assert "  corpus@en-fr: made for the first time" in stages
+    without = describe(*preview(copied.params_file, ["warmup.steps=7"])).splitlines()
+    assert "  corpus@en-fr" in without
+
+
+def test_what_trains_is_told_apart_by_its_seed(finished):
+    one, two = (
+        load_file(finished.path("train", "neft", f"seed-{n}", "adapter.safetensors"))
+        for n in (1, 2)
+    )
+    assert one.keys() == two.keys()
+    assert not all(torch.equal(one[name], two[name]) for name in one)
