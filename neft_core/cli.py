@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(options) or 0
     except NeftError as fault:
         return _say(str(fault), 2)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as fault:
         if fault.errno == errno.ENOSPC:
             where = fault.filename or Path.cwd()
