@@ -1,5 +1,9 @@
-# make demo: set up and run the default job; make test: set up and pass the tests.
-PYTHON ?= python3.11
+# make demo: set up and run the default job; make test: set up and pass the tests;
+# make install: set up alone; make lint: style and types; make check: lint and test.
+# The first of these names that is Python 3.11 or newer; PYTHON=... chooses another.
+PYTHON ?= $(shell for name in python3.11 python3; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
+	echo $$name && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
@@ -11,6 +15,8 @@ export DO_NOT_TRACK := true
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || \
+	{ echo "make: no Python 3.11 found; install it, or give PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -32,4 +38,4 @@ test: install
 check: lint test
 
 clean:
-	rm -rf work .neft mlflow.db mlruns
+	rm -rf work .neft mlflow.db mlruns dvc_plots

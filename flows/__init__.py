@@ -9,6 +9,6 @@ for name, value in {
     "DO_NOT_TRACK": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     f"{STANDARD}_FLOW_RUN_FMT": "%(asctime)s %(message)s",
-    f"{STANDARD}_TASK_RUN_FMT": "%(asctime)s %(task_run_name)s: %(message)s",
+    f"{STANDARD}_TASK_RUN_FMT": "%(asctime)s %(message)s",
 }.items():
     os.environ.setdefault(name, value)

@@ -4,6 +4,7 @@ DVC decides what is up to date; Prefect shows it, retries, logs and cancels.
 """
 
 import contextlib
+import functools
 import logging
 import sys
 import time
@@ -93,11 +94,11 @@ def _walk(workspace: Workspace, force: bool) -> Result:
             changes[stage.name] = graph.changes(stage.name)
         broken = [n for n in stage.upstream if result.outcomes[n] in ("failed", "skipped")]
         if broken:
-            work = _skip(broken[0])
+            work = _skip(stage, broken[0])
         elif force or changes[stage.name]:
             work = _make(stage, graph, changes[stage.name], tracker, params, force)
         else:
-            work = _cached
+            work = functools.partial(_cached, stage)
         try:
             state = _task(stage, params, work)()
         except (NeftError, StageFailed) as fault:
@@ -136,14 +137,14 @@ def _task(stage: Stage, params: Params, work: Callable[[], State]) -> Callable[[
     )(work)
 
 
-def _cached() -> State:
-    get_run_logger().info("up to date")
+def _cached(stage: Stage) -> State:
+    get_run_logger().info("%s: up to date", stage.name)
     return Completed(name="Cached", message="up to date")
 
 
-def _skip(cause: str) -> Callable[[], State]:
+def _skip(stage: Stage, cause: str) -> Callable[[], State]:
     def skip() -> State:
-        get_run_logger().warning("skipped, as %s failed", cause)
+        get_run_logger().warning("%s: skipped, as %s failed", stage.name, cause)
         return Cancelled(name="Skipped", message=f"{cause} failed")
 
     return skip
@@ -161,7 +162,7 @@ def _make(
         log = get_run_logger()
         began = time.monotonic()
         why = "; ".join([*changes.inputs, *changes.outputs][:3]) or "forced"
-        log.info("starts (%s)", why)
+        log.info("%s: starts (%s)", stage.name, why)
         with contextlib.ExitStack() as stack:
             if stage.family in ON_DEVICE and _on_accelerator(params):
                 stack.enter_context(concurrency("gpu", occupy=1, strict=False))
@@ -171,9 +172,9 @@ def _make(
         if stage.family in ("train", "evaluate"):
             tracker.sync(graph)
         if outcome == "unchanged":
-            return _cached()
+            return _cached(stage)
         took = f"{outcome} in {time.monotonic() - began:.1f} s"
-        log.info(took)
+        log.info("%s: %s", stage.name, took)
         # A state's name is what Prefect's pages show.
         return Completed(name="Ran" if outcome == "ran" else "Restored", message=took)
 

@@ -41,7 +41,7 @@ def api() -> Iterator[bool]:
     """
     settings = get_current_settings()
     if settings.api.url:
-        if not _answers(settings.api.url, patience=10):
+        if not _answers(settings.api.url, patience=5):
             raise NeftError(
                 f"PREFECT_API_URL: {settings.api.url} does not answer; "
                 "start that server, or unset it to run without one"

@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(options) or 0
     except NeftError as fault:
         return _say(str(fault), 2)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as fault:
         if fault.errno == errno.ENOSPC:
             where = fault.filename or Path.cwd()
@@ -117,7 +122,11 @@ def _run(options: argparse.Namespace) -> int:
         return _say(str(fault), 1)
     if result.table:
         print(f"\n{result.table}")
-    print(f"results: {ws.path('summary')}; adapters: {ws.path('train')}")
+    counts = Counter(result.outcomes.values())
+    did = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    print(f"{len(result.outcomes)} stages in {result.seconds:.0f} s: {did}")
+    for name, what in ARTEFACTS.items():
+        print(f"  {ws.path(name)}: {what}")
     print("to look at the runs:", *ui_commands(ws), sep="\n  ")
     return 0
 
@@ -153,6 +162,15 @@ ITEMS = {
     "evaluate": "runs",
 }
 """Section of params that a stage's items come from; the other stages take none."""
+
+
+ARTEFACTS = {
+    "summary": "the table above (summary.md, summary.csv) and the curves",
+    "train": "adapters, metrics and loss curves of each run and seed",
+    "masks": "the selected neurons of each run",
+    "evaluation": "hypotheses beside their references",
+}
+"""What a user looks for after a run, by folder of `work/`."""
 
 
 def _exit_with_owner() -> None:

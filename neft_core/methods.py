@@ -16,7 +16,8 @@ from neft_core.errors import NeftError
 from neft_core.masks import NeuronMask
 from neft_core.neurons import candidates
 
-Prepare = Callable[[Any, Mapping[str, Any], NeuronMask | None, str], Any]
+Mask = NeuronMask | None
+Prepare = Callable[[Any, Mapping[str, Any], Mask, str], Any]
 
 
 @dataclass(frozen=True)
@@ -50,33 +51,31 @@ def _train_only(model: nn.Module, chosen: Callable[[str], bool]) -> None:
             parameter.data = parameter.data.float()
 
 
-def _full(model: Any, _options: Mapping[str, Any], _mask: NeuronMask | None, _type: str) -> Any:
+def _full(model: Any, _options: Mapping[str, Any], _mask: Mask, _type: str) -> Any:
     _train_only(model, lambda _name: True)
     return model
 
 
-def _in_out(
-    model: Any, _options: Mapping[str, Any], _mask: NeuronMask | None, model_type: str
-) -> Any:
+def _in_out(model: Any, _options: Mapping[str, Any], _mask: Mask, model_type: str) -> Any:
     stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     modules = {group.module for group in candidates(stored, model_type, "mlp")}
     _train_only(model, lambda name: name.removesuffix(".weight") in modules)
     return model
 
 
-def _embed(model: Any, _options: Mapping[str, Any], _mask: NeuronMask | None, _type: str) -> Any:
+def _embed(model: Any, _options: Mapping[str, Any], _mask: Mask, _type: str) -> Any:
     embedding = model.get_input_embeddings().weight
     names = {name for name, parameter in model.named_parameters() if parameter is embedding}
     _train_only(model, names.__contains__)
     return model
 
 
-def _neft(model: Any, _options: Mapping[str, Any], mask: NeuronMask | None, _type: str) -> Any:
+def _neft(model: Any, _options: Mapping[str, Any], mask: Mask, _type: str) -> Any:
     assert mask is not None
     return sparse.attach(model, mask)
 
 
-def _lora(model: Any, options: Mapping[str, Any], _mask: NeuronMask | None, _type: str) -> Any:
+def _lora(model: Any, options: Mapping[str, Any], _mask: Mask, _type: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     rank = options["rank"]
@@ -124,12 +123,16 @@ def _load_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             parameter.copy_(state[name])
 
 
+def _load_sparse(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    sparse.load_sparse_state(model, dict(state))
+
+
 METHODS: dict[str, Method] = {
     "full": Method(_full, _parameters, _load_parameters),
     "in_out": Method(_in_out, _parameters, _load_parameters),
     "embed": Method(_embed, _parameters, _load_parameters),
     "lora": Method(_lora, _lora_adapter, _load_lora),
-    "neft": Method(_neft, sparse.sparse_state, sparse.load_sparse_state, sparse.sync),
+    "neft": Method(_neft, sparse.sparse_state, _load_sparse, sparse.sync),
 }
 
 

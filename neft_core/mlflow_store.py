@@ -72,6 +72,7 @@ class Store:
         self.client = client
         self.experiment = experiment
         self.workspace = workspace
+        self._new: set[str] = set()
 
     def find(self, key: str) -> Any | None:
         """The MLflow run with this key."""
@@ -92,7 +93,9 @@ class Store:
         commit = _commit(self.workspace.root)
         if commit:
             source["mlflow.source.git.commit"] = commit
-        return self.client.create_run(self.experiment, run_name=name, tags={**source, **tags})
+        made = self.client.create_run(self.experiment, run_name=name, tags={**source, **tags})
+        self._new.add(made.info.run_id)
+        return made
 
     def execution(self, key: str) -> str:
         """Id of the MLflow run that holds the trainings of an execution."""
@@ -152,7 +155,7 @@ class Store:
 
     def deliver(self, wanted: Wanted) -> tuple[int, int]:
         """Deliver what is missing; the number of MLflow runs created, and of others changed."""
-        created = updated = 0
+        changed = set()
         for key, item in wanted.trainings.items():
             before = self.find(key)
             known = before.data.tags if before else {}
@@ -162,15 +165,14 @@ class Store:
             run_id = self._complete(item, wanted.execution)
             if score is not None and known.get(SCORES) != score:
                 self._score(run_id, item, score)
-            created += before is None
-            updated += before is not None
+            changed.add(run_id)
         if wanted.summary:
             before = self.find(wanted.execution)
             if before is None or before.data.tags.get(SUMMARY) != wanted.summary:
-                self._summarise(self.execution(wanted.execution), wanted.summary)
-                created += before is None
-                updated += before is not None
-        return created, updated
+                run_id = self.execution(wanted.execution)
+                self._summarise(run_id, wanted.summary)
+                changed.add(run_id)
+        return len(self._new), len(changed - self._new)
 
     def _complete(self, item: Mapping[str, Any], origin: str) -> str:
         """Deliver all that a finished training left."""
@@ -282,8 +284,9 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     uri = tracking_uri(workspace)
     own = workspace.root / "mlflow.db" if uri.endswith(f"{workspace.root}/mlflow.db") else None
     home = workspace.root
@@ -291,20 +294,20 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
         home = Path(uri.removeprefix("sqlite:///")).resolve().parent
     # Without a root MLflow would write below the current directory.
     artifacts = None if is_server(uri) else (home / "mlruns").as_uri()
-    name = workspace.params().tracking.experiment
+    experiment_name = workspace.params().tracking.experiment
     try:
         with _one_at_a_time(workspace):
             if own:
                 _set_aside(own)
             client = MlflowClient(tracking_uri=uri)
-            found = client.get_experiment_by_name(name)
+            found = client.get_experiment_by_name(experiment_name)
             if found is None:
-                experiment = client.create_experiment(name, artifact_location=artifacts)
+                experiment = client.create_experiment(experiment_name, artifact_location=artifacts)
             else:
                 experiment = found.experiment_id
         if found is not None and found.lifecycle_stage == "deleted":
             raise NeftError(
-                f"params.yaml: tracking.experiment: '{name}' is deleted in MLflow at "
+                f"params.yaml: tracking.experiment: '{experiment_name}' is deleted in MLflow at "
                 f"{public(uri)}; restore it there, or choose another name"
             )
         if found is not None and own and found.artifact_location != artifacts:
@@ -314,7 +317,10 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
             )
         yield Store(client, experiment, workspace)
     except (MlflowException, SQLAlchemyError, OSError) as fault:
-        reason = " ".join(str(fault).split())[:300].replace(uri, public(uri))
+        reason = " ".join(str(fault).partition("[SQL:")[0].split())[:300]
+        if "Max retries exceeded" in reason:
+            reason = "does not answer"
+        reason = reason.replace(uri, public(uri))
         raise NeftError(f"MLflow at {public(uri)}: {reason}; check MLFLOW_TRACKING_URI") from fault
 
 

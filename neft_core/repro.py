@@ -88,6 +88,9 @@ def _repro(graph: Graph, name: str, on_line: Callable[[str], None], force: bool)
         status = child.wait()
     graph.refresh()
     if status:
+        if error and outcome == "unchanged":
+            reason = error.removeprefix(f"failed to reproduce '{name}': ").rstrip(".")
+            raise NeftError(f"stage '{name}': {reason}; mend params.yaml or dvc.yaml")
         raise _failure(graph.workspace, name, error, told[0] if told else "", status)
     return outcome
 

@@ -108,8 +108,7 @@ def _load(ws: Workspace, card: Any, params: Params, directory: Path | None = Non
 
 def _optimisation(section: Any) -> dict[str, Any]:
     """The fields that every training section shares with a recipe."""
-    fields: dict[str, Any] = section.model_dump(include=set(config.Optimisation.model_fields))
-    return fields
+    return dict(section.model_dump(include=set(config.Optimisation.model_fields)))
 
 
 def warmup(ws: Workspace, task: str) -> None:

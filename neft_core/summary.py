@@ -1,6 +1,7 @@
 """The result table: base, tuned model and every run side by side, with significance."""
 
 import csv
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def summarise(ws: Workspace) -> None:
         write_json(folder / "metrics.json", metrics)
         for name in ("train", "dev"):
             _curves(ws, params, name, folder / f"{name}.csv")
-    print(_markdown(rows))
+    if "NEFT_OWNER_PID" not in os.environ:  # `neft run` shows the table at its end
+        print(_markdown(rows))
 
 
 def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[dict[str, Any]]:
@@ -72,7 +74,7 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[dict[str
             read_json(ws.path("train", name, f"seed-{s}", "metrics.json")) for s in run.seeds
         ]
         cost = read_json(ws.path("cost", f"{name}.json"))["seeds"]
-        row = {
+        row: dict[str, Any] = {
             "task": task,
             "name": name,
             "method": _method(run.method),

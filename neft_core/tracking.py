@@ -51,11 +51,16 @@ def ui_commands(workspace: Workspace) -> list[str]:
         store = ["--backend-store-uri", public(uri)]
         place = ["--host", HOST, "--port", str(MLFLOW_PORT)]
         mlflow = shlex.join([str(tool / "mlflow"), "ui", *store, *place, "--workers", "1"])
+        # Without its job runners it is one process instead of ten.
+        mlflow = f"DO_NOT_TRACK=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {mlflow}"
     prefect = os.environ.get("PREFECT_API_URL")
     if prefect:
         return [mlflow, f"Prefect: {public(prefect).removesuffix('/api')}"]
     place = ["--host", HOST, "--port", str(PREFECT_PORT)]
-    return [mlflow, shlex.join([str(tool / "prefect"), "server", "start", *place])]
+    return [
+        mlflow,
+        shlex.join([str(tool / "prefect"), "server", "start", *place, "--analytics-off"]),
+    ]
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,22 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from neft_core.config import NO_FILE, Params, load_params
 from neft_core.errors import NeftError
+from neft_core.plots import PAGE, init_plots
 
 PACKAGE = Path(__file__).parent
 PIPELINE = PACKAGE / "pipeline.yaml"
 """The pipeline definition; every workspace's dvc.yaml is this file."""
 
-IGNORED = "/work/\n/.neft/\n/mlflow.db\n/mlruns/\n"
+IGNORED = "/work/\n/.neft/\n/mlflow.db\n/mlruns/\n/dvc_plots/\n"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def init_workspace(folder: Path, params: str, *, cache: Path | None = None) -> W
 
 
 def init_from(folder: Path, template: Path | None, cache: Path | None) -> Workspace:
-    """Make a workspace of a template: a folder with params.yaml and, mostly, a README.
+    """Make a workspace of a template: a folder with params.yaml and what else it comes with.
 
     Args:
         folder: the directory; made where missing.
@@ -135,29 +135,34 @@ def init_from(folder: Path, template: Path | None, cache: Path | None) -> Worksp
         known = ", ".join(sorted(p.parent.name for p in packaged.glob(f"*/{Params.FILE}")))
         raise NeftError(f"{template}: no template (a folder with params.yaml); there are {known}")
     ws = init_workspace(folder, (source / Params.FILE).read_text("utf-8"), cache=cache)
-    if (source / "README.md").is_file() and not (folder / "README.md").exists():
-        shutil.copyfile(source / "README.md", folder / "README.md")
+    for file in source.iterdir():
+        if file.is_file() and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
     return ws
 
 
 def init_dvc(folder: Path, *, cache: Path | None = None) -> None:
-    """Make a directory a DVC repository without telemetry, unless it is one.
+    """Make a directory a DVC repository without telemetry, unless it is one, and ready for plots.
 
     Raises:
-        NeftError: dvc fails; its last line is shown.
+        NeftError: dvc fails (its last line is shown), or the directory can't be written.
     """
-    dvc = [sys.executable, "-m", "dvc"]
-    commands = []
-    if not (folder / ".dvc").is_dir():
-        # In the middle of somebody's git repository `--subdir` would tie the two together.
-        git = [] if (folder / ".git").exists() else ["--no-scm"]
-        commands.append([*dvc, "init", "-q", *git])
-    for key in ("core.analytics", "core.check_update"):
-        commands.append([*dvc, "config", "--local", key, "false"])
-    if cache:
-        commands.append([*dvc, "cache", "dir", "--local", "-q", str(cache.resolve())])
-    for command in commands:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise NeftError(f"{folder}: 'dvc {' '.join(command[3:])}' failed: {last}")
+    from dvc.config import Config
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    own = folder / ".dvc"
+    # In the middle of somebody's git repository `subdir` would tie the two together.
+    git = (folder / ".git").exists()
+    logging.getLogger("dvc").setLevel(logging.WARNING)  # it says what we say ourselves
+    try:
+        if not own.is_dir():
+            Repo.init(str(folder), no_scm=not git).close()
+        with Config(str(own.resolve())).edit("local") as settings:
+            settings["core"] = {"analytics": False, "check_update": False, "no_scm": not git}
+            settings["plots"] = {"html_template": PAGE}
+            if cache:
+                settings["cache"] = {"dir": str(cache.resolve())}
+    except (DvcException, OSError) as fault:
+        raise NeftError(f"{folder}: DVC can't be set up here ({fault}); check the path") from None
+    init_plots(own)

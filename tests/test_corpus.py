@@ -8,9 +8,10 @@ import unicodedata
 
 import pytest
 
-from neft_core import corpus, grammar_fr, grammar_hi
+from neft_core import corpus
+from neft_core.corpus import grammar_fr, grammar_hi
+from neft_core.corpus.meaning import HE, ME, SHE, THEY, WE, YOU, Clause, Phrase, lexicon
 from neft_core.errors import NeftError
-from neft_core.meaning import HE, ME, SHE, THEY, WE, YOU, Clause, Phrase, lexicon
 
 LEXICON = lexicon()
 NOUN = {word.en: word for word in LEXICON.nouns}

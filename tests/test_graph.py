@@ -216,6 +216,15 @@ def test_a_missing_input_is_named(ws: Workspace) -> None:
         make(ws, "part@a")
 
 
+def test_a_missing_param_is_the_users_mistake(made: Workspace) -> None:
+    (made.root / "params.yaml").write_text("size: 3\n")
+    with pytest.raises(
+        NeftError, match=r"stage 'last': Parameters 'nested\.lr' are missing"
+    ) as fault:
+        make(made, "last")
+    assert "\n" not in str(fault.value)
+
+
 @pytest.mark.parametrize(
     ("file", "text", "found"),
     [

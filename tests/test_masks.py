@@ -126,10 +126,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     mask([0]).save(path)
 
     def fails(*_):
-        raise OSError("disk full")
+        raise OSError(28, "disk full")
 
     monkeypatch.setattr("os.replace", fails)
-    with pytest.raises(NeftError, match="disk full"):
+    with pytest.raises(NeftError, match="No space left"):
         mask([1]).save(path)
     assert content(NeuronMask.load(path)) == {UP: [0]}
     assert len(list(tmp_path.iterdir())) == 1

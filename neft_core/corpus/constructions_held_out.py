@@ -5,9 +5,21 @@ Each docstring is a sentence of its construction.
 
 from dataclasses import replace
 
-from neft_core.constructions import Draw, order, possession
-from neft_core.meaning import HE, ME, SHE, THEY, WE, YOU, Clause, Noun, Phrase, Pronoun, lexicon
-from neft_core.sampler import (
+from neft_core.corpus.constructions import Draw, order, possession
+from neft_core.corpus.meaning import (
+    HE,
+    ME,
+    SHE,
+    THEY,
+    WE,
+    YOU,
+    Clause,
+    Noun,
+    Phrase,
+    Pronoun,
+    lexicon,
+)
+from neft_core.corpus.sampler import (
     MOODS,
     OWNERS,
     PERSONS,

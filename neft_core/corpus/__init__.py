@@ -8,12 +8,12 @@ draw a meaning that belongs to no language; `grammar_en`, `grammar_fr`, `grammar
 import random
 from collections.abc import Callable, Iterator
 
-from neft_core import grammar_en, grammar_fr, grammar_hi, grammar_zh
-from neft_core.constructions import SIMPLE as _SIMPLE
-from neft_core.constructions_held_out import HELD_OUT as _HELD_OUT
+from neft_core.corpus import grammar_en, grammar_fr, grammar_hi, grammar_zh
+from neft_core.corpus.constructions import SIMPLE as _SIMPLE
+from neft_core.corpus.constructions_held_out import HELD_OUT as _HELD_OUT
+from neft_core.corpus.meaning import Clause
+from neft_core.corpus.sampler import Sampler
 from neft_core.errors import NeftError
-from neft_core.meaning import Clause
-from neft_core.sampler import Sampler
 
 LANGUAGES = {"en": "English", "fr": "French", "zh": "Chinese", "hi": "Hindi"}
 GRAMMARS: dict[str, Callable[[Clause], str]] = {

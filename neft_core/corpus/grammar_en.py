@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from neft_core.meaning import Clause, Name, Noun, Phrase, Place, Pronoun, Verb
+from neft_core.corpus.meaning import Clause, Name, Noun, Phrase, Place, Pronoun, Verb
 
 NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 OBJECT = {"I": "me", "you": "you", "he": "him", "she": "her", "we": "us", "they": "them"}

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TypeVar
 
-from neft_core.meaning import (
+from neft_core.corpus.meaning import (
     HE,
     ME,
     SHE,

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from neft_core.meaning import Clause, Name, Phrase, Place, Pronoun
+from neft_core.corpus.meaning import Clause, Name, Phrase, Place, Pronoun
 
 NUMBERS = "两三四五六七八九十"
 PRONOUN = {"I": "我", "you": "你", "he": "他", "she": "她", "we": "我们", "they": "他们"}

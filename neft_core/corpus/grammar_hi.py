@@ -5,7 +5,7 @@ The corpus takes तुम for "you"; elder relatives take the honorific plural.
 
 from functools import cache
 
-from neft_core.meaning import YOU, Clause, Name, Noun, Phrase, Place, Pronoun, Verb
+from neft_core.corpus.meaning import YOU, Clause, Name, Noun, Phrase, Place, Pronoun, Verb
 
 NUMBERS = ["दो", "तीन", "चार", "पाँच", "छह", "सात", "आठ", "नौ", "दस"]
 DIRECT = {"I": "मैं", "you": "तुम", "he": "वह", "she": "वह", "we": "हम", "they": "वे"}

@@ -7,7 +7,7 @@ every l', d', qu', du, au and aux comes from one place.
 import re
 from functools import cache
 
-from neft_core.meaning import Adjective, Clause, Name, Noun, Phrase, Place, Pronoun, Verb
+from neft_core.corpus.meaning import Adjective, Clause, Name, Noun, Phrase, Place, Pronoun, Verb
 
 NUMBERS = ["deux", "trois", "quatre", "cinq", "six", "sept", "huit", "neuf", "dix"]
 SUBJECT = {"I": "je", "you": "tu", "he": "il", "she": "elle", "we": "nous", "they": "ils"}

@@ -6,8 +6,16 @@ Each docstring is a sentence of its construction.
 from collections.abc import Callable
 from dataclasses import replace
 
-from neft_core.meaning import YOU, Clause, Noun, Phrase
-from neft_core.sampler import STAYS_SINGLE, Sampler, adjectives, nouns, ownable, places, verbs
+from neft_core.corpus.meaning import YOU, Clause, Noun, Phrase
+from neft_core.corpus.sampler import (
+    STAYS_SINGLE,
+    Sampler,
+    adjectives,
+    nouns,
+    ownable,
+    places,
+    verbs,
+)
 
 
 def action(s: Sampler) -> Clause:

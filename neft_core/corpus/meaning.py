@@ -244,7 +244,7 @@ class Lexicon:
 @cache
 def lexicon() -> Lexicon:
     """Read `lexicon.tsv`."""
-    text = normalize("NFC", files("neft_core").joinpath("lexicon.tsv").read_text("utf-8"))
+    text = normalize("NFC", files("neft_core.corpus").joinpath("lexicon.tsv").read_text("utf-8"))
     rows: dict[str, list[list[str]]] = {}
     for line in text.splitlines():
         if not line.startswith("#"):

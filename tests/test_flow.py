@@ -1,0 +1,218 @@
+"""The flow against a real Prefect server, MLflow and DVC, on stages that compute nothing."""
+
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import fabricated
+import pytest
+
+from neft_core.workspace import Workspace, init_dvc
+
+pytestmark = pytest.mark.integration
+
+STAGES = 13
+"""Stages of the fabricated workspace."""
+
+
+@pytest.fixture(scope="module")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("template") / "ws"
+    fabricated.make(root)
+    init_dvc(root)
+    return root
+
+
+@pytest.fixture
+def ws(template: Path, tmp_path: Path) -> Workspace:
+    return Workspace(Path(shutil.copytree(template, tmp_path / "ws")))
+
+
+@pytest.fixture
+def env(prefect_home: Path, tmp_path: Path) -> dict[str, str]:
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "MLFLOW"))}
+    return {
+        **keep,
+        "PYTHONPATH": str(fabricated.PROJECT),
+        "PREFECT_HOME": str(prefect_home),
+        "DVC_SITE_CACHE_DIR": str(tmp_path / "site"),
+    }
+
+
+def start(ws: Workspace, env: dict[str, str]) -> subprocess.Popen[str]:
+    """The flow in a process group of its own, as a shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.pipeline"],
+        cwd=ws.root,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(ws: Workspace, env: dict[str, str], status: int = 0) -> list[str]:
+    """Run the flow to its end: its lines without the time of day."""
+    with start(ws, env) as process:
+        told = process.communicate(timeout=300)[0]
+    assert process.returncode == status, told
+    return [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in told.splitlines()]
+
+
+def states(home: Path) -> Counter[str]:
+    """Names of the task runs' states in the newest flow run."""
+    query = (
+        "SELECT state_name FROM task_run WHERE flow_run_id = "
+        "(SELECT id FROM flow_run ORDER BY created DESC LIMIT 1)"
+    )
+    connection = sqlite3.connect(home / "prefect.db")
+    try:
+        return Counter(name for (name,) in connection.execute(query))
+    finally:
+        connection.close()
+
+
+def trainings(ws: Workspace) -> dict[str, tuple[str, int]]:
+    """For each MLflow training: status, and number of its training losses."""
+    query = (
+        "SELECT r.name, r.status, (SELECT count(*) FROM metrics m "
+        "WHERE m.run_uuid = r.run_uuid AND m.key = 'train/loss') FROM runs r "
+        "WHERE r.lifecycle_stage = 'active' AND r.name LIKE '% seed %'"
+    )
+    connection = sqlite3.connect(ws.root / "mlflow.db")
+    try:
+        rows = connection.execute(query).fetchall()
+    finally:
+        connection.close()
+    assert len({name for name, _, _ in rows}) == len(rows)
+    return {name: (status, count) for name, status, count in rows}
+
+
+def left_over(env: dict[str, str]) -> Iterator[str]:
+    """Command lines of living processes that belong to these workspaces."""
+    mark = f"DVC_SITE_CACHE_DIR={env['DVC_SITE_CACHE_DIR']}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (folder / "environ").read_bytes():
+                yield (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+
+
+def test_everything_then_nothing_then_only_what_changed(
+    ws: Workspace, env: dict[str, str], prefect_home: Path
+) -> None:
+    told = run(ws, env)
+    assert told[0] == f"{STAGES} stages, 0 up to date"
+    assert states(prefect_home) == {"Ran": STAGES}
+    assert "train@neft: train neft works" in told
+    assert not [line for line in told if "Traceback" in line or "WARNING" in line]
+    whole = {"full seed 1": ("FINISHED", 4), "neft seed 1": ("FINISHED", 4)}
+    whole["neft seed 2"] = ("FINISHED", 4)
+    assert trainings(ws) == whole
+
+    lock = (ws.root / "dvc.lock").read_bytes()
+    told = run(ws, env)
+    assert told[0] == f"{STAGES} stages, {STAGES} up to date"
+    assert len(told) == STAGES + 1
+    assert states(prefect_home) == {"Cached": STAGES}
+    assert trainings(ws) == whole
+    assert (ws.root / "dvc.lock").read_bytes() == lock
+
+    (ws.root / "ran.log").unlink()
+    params = ws.params_file.read_text()
+    ws.params_file.write_text(params.replace("lr: 3e-3", "lr: 4e-3"))
+    shutil.rmtree(ws.path("corpus"))
+    told = run(ws, env)
+    restored = "corpus@en-fr: work/corpus/en-fr: deleted; restored from the DVC cache"
+    assert restored in told
+    # The fabricated result does not depend on the learning rate, so its evaluation is not stale.
+    assert (ws.root / "ran.log").read_text().split("\n") == ["train neft", "summary ", ""]
+    assert states(prefect_home) == {"Cached": STAGES - 3, "Restored": 1, "Ran": 2}
+
+
+def test_a_failure_stops_only_what_needs_it(
+    ws: Workspace, env: dict[str, str], prefect_home: Path
+) -> None:
+    told = run(ws, {**env, "FAKE_FAIL": "train full"}, status=2)
+    assert told[-1] == "data/x.jsonl: line 7: no target; add one"
+    assert "train@full failed: data/x.jsonl: line 7: no target; add one" in told
+    assert "evaluate@full: skipped, as train@full failed" in told
+    assert not [line for line in told if "Traceback" in line or "Error" in line]
+    assert states(prefect_home) == {"Ran": STAGES - 3, "Failed": 1, "Skipped": 2}
+    assert trainings(ws).keys() == {"neft seed 1", "neft seed 2"}
+    run(ws, env)
+    assert states(prefect_home) == {"Ran": 3, "Cached": STAGES - 3}
+
+
+def test_interrupted_runs_leave_no_process_and_end_as_an_undisturbed_one(
+    ws: Workspace, env: dict[str, str], prefect_home: Path
+) -> None:
+    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        process = start(ws, {**env, "FAKE_DELAY": "1"})
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "train full works" in line:
+                break
+        rows = ws.state("live/train/full/seed-1/train.csv")
+        began = time.time()
+        while not rows.exists() or rows.stat().st_mtime < began + 2:
+            time.sleep(0.05)
+        if how == signal.SIGINT:
+            os.killpg(process.pid, how)  # as a terminal does
+        else:
+            process.send_signal(how)
+        began = time.monotonic()
+        process.communicate(timeout=30)
+        assert process.returncode == (130 if how == signal.SIGINT else -how)
+        while left := list(left_over(env)):
+            assert time.monotonic() - began < 20, left
+            time.sleep(0.1)
+
+    told = run(ws, env)
+    assert "Traceback" not in " ".join(told)
+    found = states(prefect_home)
+    assert found["Ran"] + found["Cached"] == STAGES
+    assert found["Cached"] >= 6
+    names = ("full seed 1", "neft seed 1", "neft seed 2")
+    assert trainings(ws) == dict.fromkeys(names, ("FINISHED", 4))
+
+
+def test_two_starts_at_once_on_a_fresh_home(
+    ws: Workspace, template: Path, env: dict[str, str], tmp_path: Path
+) -> None:
+    other = Workspace(Path(shutil.copytree(template, tmp_path / "other")))
+    env = {**env, "PREFECT_HOME": str(tmp_path / "home"), "FAKE_DELAY": "0.5"}
+    first, apart = start(ws, env), start(other, env)
+    while not ws.state("live").exists():
+        assert first.poll() is None
+        time.sleep(0.1)
+    told = run(ws, env, status=2)
+    assert told == [
+        f"{ws.root}: process {first.pid} is at work on it; wait for it, or stop it first"
+    ]
+    for process in (first, apart):
+        text = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, text
+
+
+def test_a_wrong_server_address_is_told(ws: Workspace, env: dict[str, str]) -> None:
+    told = run(ws, {**env, "PREFECT_API_URL": "http://127.0.0.1:9/api"}, status=2)
+    assert told == [
+        "PREFECT_API_URL: http://127.0.0.1:9/api does not answer; "
+        "start that server, or unset it to run without one"
+    ]

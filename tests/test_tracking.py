@@ -1,0 +1,324 @@
+import json
+import logging
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import fabricated
+import pytest
+
+from neft_core import tracking
+from neft_core.errors import NeftError
+from neft_core.graph import Graph, entry_key, locked
+from neft_core.mlflow_store import open_store, public, seed_key
+from neft_core.tracking import Delivery, Tracker, sync, ui_commands
+from neft_core.workspace import Workspace, init_dvc
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace whose stages are all made, and MLflow's empty database (5 s to make)."""
+    folder = tmp_path_factory.mktemp("template")
+    root = folder / "ws"
+    fabricated.make(root)
+    init_dvc(root)
+    dvc = [sys.executable, "-m", "dvc", "repro", "-q"]
+    subprocess.run(dvc, cwd=root, check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        with open_store(Workspace(root)) as store:
+            store.client.rename_experiment(store.experiment, "gone")
+    shutil.rmtree(root / ".neft")
+    return folder
+
+
+@pytest.fixture
+def ws(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    root = Path(shutil.copytree(template / "ws", tmp_path / "a workspace"))
+    shutil.copy(template / "mlflow.db", root)
+    return Workspace(root)
+
+
+def runs(ws: Workspace) -> dict[str, Any]:
+    """Active MLflow runs by name; two of the same name fail."""
+    with open_store(ws) as store:
+        found = store.client.search_runs([store.experiment])
+    assert len({run.info.run_name for run in found}) == len(found)
+    return {run.info.run_name: run for run in found}
+
+
+def steps(ws: Workspace, run: Any, name: str) -> list[tuple[int, float]]:
+    with open_store(ws) as store:
+        return [(m.step, m.value) for m in store.client.get_metric_history(run.info.run_id, name)]
+
+
+def test_everything_is_delivered_once(ws: Workspace) -> None:
+    graph = Graph(ws)
+    assert sync(ws, graph) == Delivery(f"sqlite:///{ws.root}/mlflow.db", created=4)
+    found = runs(ws)
+    names = sorted(found)
+    assert names[:3] == ["full seed 1", "neft seed 1", "neft seed 2"]
+    assert names[3].startswith("pipeline ")
+    run, parent = found["neft seed 2"], found[names[3]]
+    tags = run.data.tags
+    train = locked(ws)["train@neft"]
+    assert tags["mlflow.parentRunId"] == parent.info.run_id
+    assert tags["neft.key"] == seed_key(entry_key(train), 2) == seed_key(graph.key("train@neft"), 2)
+    assert tags["neft.bleu_signature"] == "nrefs:1"
+    assert tags["neft.adapter"] == "work/train/neft/seed-2/adapter.safetensors"
+    assert run.info.status == "FINISHED"
+    assert run.data.params["lr"] == "0.003"
+    assert run.data.params["seed"] == "2"
+    assert run.data.params["run.method.share"] == "0.5"
+    assert run.data.params["task.source.kind"] == "generated"
+    assert found["full seed 1"].data.params["lr"] == "0.001"
+    metrics = run.data.metrics
+    assert metrics["test/bleu"] == 21.5
+    assert metrics["cost/peak_bytes"] == 5
+    assert metrics["mask/neurons"] == 5
+    assert metrics["best_dev_loss"] == 2.5
+    assert "mask/neurons" not in found["full seed 1"].data.metrics
+    assert steps(ws, run, "train/loss") == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5)]
+    assert steps(ws, run, "dev/loss") == [(0, 3.5), (4, 2.5)]
+    inputs = {i.dataset.name: i.dataset for i in run.inputs.dataset_inputs}
+    assert sorted(inputs) == ["en-fr dev", "en-fr test", "en-fr train"]
+    listing = json.loads(
+        next(
+            p.read_text()
+            for p in (ws.root / ".dvc/cache/files").rglob("*.dir")
+            if "test.jsonl" in p.read_text()
+        )
+    )
+    assert inputs["en-fr test"].digest == {f["relpath"]: f["md5"] for f in listing}["test.jsonl"]
+    place = Path(run.info.artifact_uri.removeprefix("file://").replace("%20", " "))
+    assert ws.root in place.parents
+    files = sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_file())
+    assert files == ["adapter/adapter.safetensors", "hypotheses/seed-2.jsonl", "mask.json"]
+
+    assert (
+        sync(ws, graph) == sync(ws, graph, trust=True) == Delivery(f"sqlite:///{ws.root}/mlflow.db")
+    )
+    assert steps(ws, run, "train/loss") == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5)]
+    assert steps(ws, run, "test/bleu") == [(0, 21.5)]
+
+
+def elsewhere(ws: Workspace) -> list[str]:
+    """Synchronise in another process: the delivery, and which heavy packages it imported."""
+    script = (
+        "import sys; from pathlib import Path; from neft_core.graph import Graph\n"
+        "from neft_core.tracking import sync; from neft_core.workspace import Workspace\n"
+        "ws = Workspace(Path('.').resolve()); done = sync(ws, Graph(ws), trust=True)\n"
+        "print(done.created, done.updated, 'mlflow' in sys.modules, 'torch' in sys.modules)"
+    )
+    env = {"PYTHONPATH": str(fabricated.PROJECT), "DVC_SITE_CACHE_DIR": str(ws.root / "site")}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ws.root, env=env, capture_output=True, check=True)
+    assert not done.stderr
+    return done.stdout.decode().split()
+
+
+def test_nothing_new_needs_no_mlflow(ws: Workspace) -> None:
+    sync(ws, Graph(ws))
+    assert elsewhere(ws) == ["0", "0", "False", "False"]
+
+
+@pytest.mark.parametrize("harm", ["delete", "empty", "cut"])
+def test_a_lost_database_is_made_anew(ws: Workspace, template: Path, harm: str) -> None:
+    database = ws.root / "mlflow.db"
+    sync(ws, Graph(ws))
+    if harm == "delete":
+        database.unlink()
+    elif harm == "empty":  # as `mlflow ui` makes it after a deletion
+        shutil.copy(template / "mlflow.db", database)
+    else:
+        database.write_bytes(database.read_bytes()[:200_000])
+    assert elsewhere(ws) == ["4", "0", "True", "False"]
+    assert (ws.root / "mlflow.db.damaged").exists() == (harm == "cut")
+    assert elsewhere(ws) == ["0", "0", "False", "False"]
+
+
+def test_only_what_is_whole_is_delivered(ws: Workspace) -> None:
+    (ws.root / "work/train/neft/seed-1/dev.csv").write_text("step,epoch,loss\n0,0,9\n")
+    (ws.root / "work/evaluation/full/metrics.json").unlink()
+    assert sync(ws, Graph(ws)).created == 2  # the run and its execution
+    found = runs(ws)
+    assert "test/bleu" not in found["full seed 1"].data.metrics
+    subprocess.run([sys.executable, "-m", "dvc", "checkout", "-q", "-f"], cwd=ws.root, check=True)
+    assert sync(ws, Graph(ws)) == Delivery(f"sqlite:///{ws.root}/mlflow.db", created=2, updated=2)
+    assert runs(ws)["full seed 1"].data.metrics["test/bleu"] == 21.5
+
+
+def wait_for(found: Any, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def training(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Workspace, dict[str, str], Path]:
+    """A run that is about to train: its whole files set aside, old live files in place."""
+    monkeypatch.setattr(tracking, "POLL", 0.05)
+    whole = {
+        name: (ws.root / f"work/train/full/seed-1/{name}.csv").read_text()
+        for name in ("train", "dev")
+    }
+    live = ws.root / ".neft/live/train/full/seed-1"
+    live.mkdir(parents=True)
+    (live / "train.csv").write_text("step,epoch,loss\n77,0,77\n")
+    return ws, whole, live
+
+
+def test_a_training_is_shown_live_and_resumed_without_repetition(
+    training: tuple[Workspace, dict[str, str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    ws, whole, live = training
+    rows = whole["train"].splitlines(keepends=True)
+    graph, log = Graph(ws), logging.getLogger("test")
+
+    def shown(status: str, count: int) -> bool:
+        run = runs(ws).get("full seed 1")
+        return (
+            run is not None
+            and run.info.status == status
+            and len(steps(ws, run, "train/loss")) == count
+        )
+
+    tracker = Tracker(ws, log)
+
+    def interrupted() -> None:
+        with tracker.follow(graph, "full"):
+            time.sleep(0.3)  # the old file's row must not be taken for this training's
+            (live / "train.csv").write_text("".join(rows[:3]) + rows[3][:5])
+            wait_for(lambda: shown("RUNNING", 2))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert shown("KILLED", 2)
+
+    # Resumed from a checkpoint before the kill: the file is cut and grows again.
+    with tracker.follow(graph, "full"):
+        (live / "train.csv").write_text("".join(rows[:2]))
+        wait_for(lambda: shown("RUNNING", 2))
+        (live / "train.csv").write_text("".join(rows[:4]))
+        wait_for(lambda: shown("RUNNING", 3))
+    tracker.sync(graph)
+    run = runs(ws)["full seed 1"]
+    assert run.info.status == "FINISHED"
+    assert steps(ws, run, "train/loss") == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5)]
+    assert steps(ws, run, "train/lr") == [(1, 0.001), (2, 0.002), (3, 0.003), (4, 0.004)]
+    # A forced repetition with the same result touches nothing.
+    with tracker.follow(graph, "full"):
+        (live / "train.csv").write_text("".join(rows))
+        time.sleep(0.3)
+    assert runs(ws)["full seed 1"].info.status == "FINISHED"
+    assert not caplog.records
+
+
+def test_a_lost_training_that_ran_differently_is_replaced(
+    training: tuple[Workspace, dict[str, str], Path],
+) -> None:
+    ws, _, live = training
+    graph = Graph(ws)
+    with Tracker(ws, logging.getLogger("test")).follow(graph, "full"):
+        (live / "train.csv").write_text("step,epoch,loss\n1,0,2.0\n2,0,1.25\n")
+        wait_for(lambda: "full seed 1" in runs(ws))
+    sync(ws, graph)
+    found = runs(ws)["full seed 1"]
+    assert steps(ws, found, "train/loss") == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5)]
+
+
+def test_a_changed_evaluation_updates_the_same_run(ws: Workspace) -> None:
+    sync(ws, Graph(ws))
+    text = (ws.root / "params.yaml").read_text().replace("max_new_tokens: 8", "max_new_tokens: 9")
+    (ws.root / "params.yaml").write_text(text)
+    names = ["evaluate@full", "evaluate@neft"]
+    dvc = [sys.executable, "-m", "dvc", "repro", "-q", "-s", "-f"]
+    subprocess.run([*dvc, *names], cwd=ws.root, check=True)
+    assert sync(ws, Graph(ws)).updated == 3
+    assert len(runs(ws)) == 4
+
+
+def test_a_server_that_is_away_costs_one_line(
+    training: tuple[Workspace, dict[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ws, whole, live = training
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
+    graph = Graph(ws)
+    tracker = Tracker(ws, logging.getLogger("test"))
+    began = time.monotonic()
+    with tracker.follow(graph, "full"):
+        (live / "train.csv").write_text(whole["train"])
+        time.sleep(0.3)
+    tracker.sync(graph)
+    assert time.monotonic() - began < 15
+    ours = [r.getMessage() for r in caplog.records if r.name == "test"]
+    assert len(ours) == 1
+    assert ours[0].startswith(f"MLflow at http://127.0.0.1:{port}: ")
+    assert ours[0].endswith("the work goes on, 'neft track' delivers later")
+    assert "secret" not in caplog.text
+    with pytest.raises(NeftError, match="check MLFLOW_TRACKING_URI"):
+        sync(ws, graph)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert sync(ws, graph).created == 4
+
+
+def test_two_first_deliveries_at_once(ws: Workspace) -> None:
+    (ws.root / "mlflow.db").unlink()
+    threads = []
+    faults: list[BaseException] = []
+
+    def opened() -> None:
+        try:
+            with open_store(ws) as store:
+                store.client.search_runs([store.experiment])
+        except BaseException as fault:
+            faults.append(fault)
+
+    for _ in range(3):
+        threads.append(threading.Thread(target=opened))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+
+def test_a_moved_workspace_is_told(ws: Workspace) -> None:
+    sync(ws, Graph(ws))
+    moved = Workspace(ws.root.rename(ws.root.with_name("moved")))
+    with pytest.raises(NeftError, match=r"moved/mlflow\.db: belongs to a workspace at .*a%20work"):
+        sync(moved, Graph(moved))
+
+
+def test_a_large_adapter_stays_where_it_is(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neft_core.mlflow_store.LARGEST_ADAPTER", 10)
+    sync(ws, Graph(ws))
+    assert len(runs(ws)["full seed 1"].data.tags["neft.adapter.md5"]) == 32
+    assert not list((ws.root / "mlruns").rglob("*.safetensors"))
+
+
+def test_commands(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    mlflow, prefect = ui_commands(ws)
+    assert f"ui --backend-store-uri 'sqlite:///{ws.root}/mlflow.db' --host 127.0.0.1" in mlflow
+    assert "--workers 1" in mlflow
+    assert prefect.endswith("prefect server start --host 127.0.0.1 --port 4200 --analytics-off")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@host/mlflow")
+    monkeypatch.setenv("PREFECT_API_URL", "http://host:4200/api")
+    assert ui_commands(ws) == ["MLflow: https://host/mlflow", "Prefect: http://host:4200"]
+    assert public("sqlite:////a/b@c.db") == "sqlite:////a/b@c.db"
