@@ -9,13 +9,19 @@ import pytest
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = {path.stem: path for path in sorted((ROOT / "neft_core").glob("*.py"))}
+PACKAGE = ROOT / "neft_core"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 FLOWS = {f"flows.{path.stem}": path for path in sorted((ROOT / "flows").glob("*.py"))}
 
 CORE = {"neurons", "masks", "checkpoints", "similarity", "selection", "sparse"}
 """The numerical core, which takes plain arguments."""
 
-DATA = {"rows", "data", "splits", "tasks", "encoding", "metrics", "corpus", "meaning", "sampler"}
+DATA = {"rows", "data", "splits", "tasks", "encoding", "metrics"} | {
+    name for name in MODULES if name.split(".")[0] == "corpus"
+}
 
 OWNERS = {
     "transformers": {"models"},
@@ -26,7 +32,7 @@ OWNERS = {
     "peft": {"methods"},
     "sacrebleu": {"metrics"},
     "mlflow": {"mlflow_store"},
-    "dvc": {"graph"},
+    "dvc": {"graph", "workspace"},
     "prefect": set(FLOWS),
 }
 """Libraries and the only modules that import them."""
@@ -39,8 +45,8 @@ LONG = {
     "training": "the loop, its checkpoints and how it resumes, which only make sense together",
     "runs": "the stages that hold a model share how it is loaded and placed",
     "mlflow_store": "all that knows MLflow's client",
-    "grammar_hi": "one language's grammar",
-    "sampler": "all constructions draw from one sampler",
+    "corpus.grammar_hi": "one language's grammar",
+    "corpus.sampler": "all constructions draw from one sampler",
 }
 """Files of more than 350 lines, and why."""
 
@@ -68,8 +74,8 @@ def imports(path: Path, top_only: bool = False) -> set[str]:
 
 def ours(path: Path, top_only: bool = False) -> set[str]:
     """Modules of this package among them, by their own name."""
-    parts = (name.split(".") for name in imports(path, top_only))
-    return {part[1] for part in parts if part[0] == "neft_core" and len(part) > 1} & set(MODULES)
+    names = (name for name in imports(path, top_only) if name.startswith("neft_core."))
+    return {name.removeprefix("neft_core.") for name in names} & set(MODULES)
 
 
 def libraries(path: Path) -> set[str]:
