@@ -155,6 +155,8 @@ class GeneratedSource(Section):
     """Rows whose loss chooses the best checkpoint."""
     test: int = Field(ge=1)
     """Rows that are generated and scored."""
+    constructions: list[str] | None = Field(default=None, min_length=1)
+    """Constructions of train, dev and test (`HELD_OUT` in neft_core/corpus); null: all."""
     seed: int = Field(default=1, ge=0)
     """Seed of the meanings; the same for every language pair, so that pairs are parallel."""
 

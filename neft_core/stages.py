@@ -27,7 +27,8 @@ def corpus(ws: Workspace, task: str) -> None:
         from neft_core.corpus import generate_splits
 
         sizes = {name: getattr(source, name) for name in ("pretrain", "train", "dev", "test")}
-        splits = generate_splits(*source.languages, seed=source.seed, **sizes)
+        chosen = {"constructions": tuple(source.constructions)} if source.constructions else {}
+        splits = generate_splits(*source.languages, seed=source.seed, **sizes, **chosen)
         stats = {name: {"kept": len(rows)} for name, rows in splits.items()}
     else:
         read = _read_local if isinstance(source, config.LocalSource) else _read_hub
