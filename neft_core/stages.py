@@ -24,11 +24,12 @@ def corpus(ws: Workspace, task: str) -> None:
     source = ws.params().tasks[task].source
     stats: dict[str, Any]
     if isinstance(source, config.GeneratedSource):
-        from neft_core.corpus import generate_splits
+        from neft_core.corpus import HELD_OUT, generate_splits
 
-        sizes = {name: getattr(source, name) for name in ("pretrain", "train", "dev", "test")}
-        chosen = {"constructions": tuple(source.constructions)} if source.constructions else {}
-        splits = generate_splits(*source.languages, seed=source.seed, **sizes, **chosen)
+        sizes = source.model_dump(include={"pretrain", "train", "dev", "test"})
+        chosen = tuple(source.constructions or HELD_OUT)
+        first, second = source.languages
+        splits = generate_splits(first, second, seed=source.seed, constructions=chosen, **sizes)
         stats = {name: {"kept": len(rows)} for name, rows in splits.items()}
     else:
         read = _read_local if isinstance(source, config.LocalSource) else _read_hub

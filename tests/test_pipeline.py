@@ -1,0 +1,146 @@
+"""The whole pipeline as a user runs it: real stages, Prefect, DVC and MLflow on a tiny workspace."""
+
+import csv
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import tiny_workspace
+
+from neft_core.files import read_json
+from neft_core.workspace import Workspace
+
+pytestmark = pytest.mark.integration
+
+PROJECT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "MLFLOW"))}
+    home = tmp_path_factory.mktemp("home")
+    return {
+        **keep,
+        "PATH": f"{BIN}{os.pathsep}{keep['PATH']}",
+        "PYTHONPATH": str(PROJECT),
+        "PREFECT_HOME": str(home / "prefect"),
+        "DVC_SITE_CACHE_DIR": str(home / "site"),
+    }
+
+
+def told(ws: Workspace, env: dict[str, str], *command: str) -> list[str]:
+    """The lines of a command that succeeds, without the time of day."""
+    done = subprocess.run(
+        command, cwd=ws.root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 0, done.stdout
+    return [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in done.stdout.splitlines()]
+
+
+def neft(ws: Workspace, env: dict[str, str], *words: str) -> list[str]:
+    return told(ws, env, sys.executable, "-m", "neft_core.cli", *words)
+
+
+def ran(lines: list[str]) -> list[str]:
+    """Names of the stages that ran."""
+    return [match[1] for line in lines if (match := re.fullmatch(r"(\S+): ran in .* s", line))]
+
+
+def results(ws: Workspace) -> dict[str, object]:
+    """Every file of `work/` by content, without what tells of time."""
+    found: dict[str, object] = {}
+    for path in sorted(ws.path().rglob("*")):
+        name = str(path.relative_to(ws.path()))
+        if path.is_dir() or name.startswith("cost/") or path.name in (".gitignore", "summary.md"):
+            continue
+        if name == "summary/summary.csv":
+            with path.open(newline="") as handle:
+                found[name] = [{**row, "seconds": ""} for row in csv.DictReader(handle)]
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def mlflow_runs(ws: Workspace) -> list[str]:
+    connection = sqlite3.connect(ws.root / "mlflow.db")
+    try:
+        rows = connection.execute("SELECT name FROM runs WHERE lifecycle_stage = 'active'")
+        return sorted(name for (name,) in rows)
+    finally:
+        connection.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace that one `neft run` finished, in a git repository of its own."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "ws"
+    folder.mkdir()
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
+    subprocess.run([*git, "init", "-q"], cwd=folder, check=True)
+    ws = tiny_workspace(folder)
+    subprocess.run([*git, "add", "-A"], cwd=folder, check=True)
+    subprocess.run([*git, "commit", "-qm", "start"], cwd=folder, check=True)
+    lines = neft(ws, env, "run")
+    assert len(ran(lines)) == 16
+    assert any(line.startswith("| en-fr | neft ") for line in lines)
+    return ws
+
+
+def test_every_front_door_finds_it_up_to_date(undisturbed, env):
+    ws = undisturbed
+    before, runs = results(ws), mlflow_runs(ws)
+    assert "16 stages, 16 up to date" in told(ws, env, sys.executable, "-m", "flows.pipeline")
+    assert told(ws, env, "dvc", "repro")[-1] == "Data and pipelines are up to date."
+    assert told(ws, env, "dvc", "status") == ["Data and pipelines are up to date."]
+    assert ": 0 runs new, 0 brought up to date" in neft(ws, env, "track")[-1]
+    assert (results(ws), mlflow_runs(ws)) == (before, runs)
+    assert told(ws, env, "git", "status", "--porcelain") == ["?? dvc.lock"]
+
+
+def test_tracked_once_for_each_run_and_seed(undisturbed):
+    trainings = [name for name in mlflow_runs(undisturbed) if " seed " in name]
+    assert trainings == ["full seed 1", "lora seed 1", "neft seed 1", "neft seed 2"]
+
+
+def test_killed_and_run_again_ends_in_the_same_bits(undisturbed, env, tmp_path):
+    ws = tiny_workspace(tmp_path / "ws")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "neft_core.cli", "run"],
+        cwd=ws.root,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 240
+    while not ws.state("checkpoints", "train-neft").exists():
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < end, "never came so far"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "train@neft" in ran(neft(ws, env, "run"))
+    assert results(ws) == results(undisturbed)
+    assert mlflow_runs(ws) == mlflow_runs(undisturbed)
+
+
+def test_what_a_change_makes_run_again(undisturbed, env):
+    ws = undisturbed
+    lines = neft(ws, env, "run", "--set", "runs.full.lr=2e-3")
+    assert ran(lines) == ["train@full", "evaluate@full", "summary"]
+    lines = neft(ws, env, "run", "--set", "runs.more={task: en-fr, method: {name: embed}}")
+    assert ran(lines) == ["select@more", "train@more", "evaluate@more", "summary"]
+    metrics = read_json(ws.path("summary", "metrics.json"))["en-fr"]
+    assert set(metrics) == {"base", "tuned", "full", "lora", "neft", "more"}
+
+
+def test_base_and_run_side_by_side(undisturbed, env):
+    lines = neft(undisturbed, env, "generate", "--run", "neft", "--prompt", "the cat")
+    words = [line.split()[0] for line in lines if line.strip() and ": sentence" not in line]
+    assert words == ["source", "base", "neft"]
