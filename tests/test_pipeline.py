@@ -1,4 +1,4 @@
-"""The whole pipeline as a user runs it: real stages, Prefect, DVC and MLflow on a tiny workspace."""
+"""The pipeline as a user runs it: real stages, Prefect, DVC and MLflow on a tiny workspace."""
 
 import csv
 import os
