@@ -1,3 +1,4 @@
+import contextvars
 import json
 import logging
 import shutil
@@ -276,6 +277,28 @@ def test_a_server_that_is_away_costs_one_line(
         sync(ws, graph)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert sync(ws, graph).created == 4
+
+
+def test_what_is_told_beside_a_training_is_told_in_the_callers_context(
+    training: tuple[Workspace, dict[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect's log handler finds its server there, and starts a server where it finds none."""
+    ws, whole, live = training
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    place = contextvars.ContextVar("place", default="nowhere")
+    told = []
+
+    class Handler(logging.Handler):
+        def emit(self, _record: logging.LogRecord) -> None:
+            told.append(place.get())
+
+    log = logging.Logger("test of context")
+    log.addHandler(Handler())
+    place.set("here")
+    with Tracker(ws, log).follow(Graph(ws), "full"):
+        (live / "train.csv").write_text(whole["train"])
+        wait_for(lambda: bool(told))
+    assert told == ["here"]
 
 
 def test_two_first_deliveries_at_once(ws: Workspace) -> None:
