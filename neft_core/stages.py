@@ -27,7 +27,9 @@ def corpus(ws: Workspace, task: str) -> None:
         from neft_core.corpus import generate_splits
 
         sizes = {name: getattr(source, name) for name in ("pretrain", "train", "dev", "test")}
-        chosen = {"constructions": tuple(source.constructions)} if source.constructions else {}
+        chosen: dict[str, Any] = {}
+        if source.constructions:
+            chosen["constructions"] = tuple(source.constructions)
         splits = generate_splits(*source.languages, seed=source.seed, **sizes, **chosen)
         stats = {name: {"kept": len(rows)} for name, rows in splits.items()}
     else:
