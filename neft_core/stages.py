@@ -30,7 +30,8 @@ def corpus(ws: Workspace, task: str) -> None:
         chosen: dict[str, Any] = {}
         if source.constructions:
             chosen["constructions"] = tuple(source.constructions)
-        splits = generate_splits(*source.languages, seed=source.seed, **sizes, **chosen)
+        first, second = source.languages
+        splits = generate_splits(first, second, seed=source.seed, **sizes, **chosen)
         stats = {name: {"kept": len(rows)} for name, rows in splits.items()}
     else:
         read = _read_local if isinstance(source, config.LocalSource) else _read_hub
