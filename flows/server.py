@@ -20,6 +20,7 @@ from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_se
 
 from neft_core import processes
 from neft_core.errors import NeftError
+from neft_core.mlflow_store import public
 
 STARTUP = 120.0
 """Seconds that a server of our own may take to start; the first start makes its database."""
@@ -43,7 +44,7 @@ def api() -> Iterator[bool]:
     if settings.api.url:
         if not _answers(settings.api.url, patience=5):
             raise NeftError(
-                f"PREFECT_API_URL: {settings.api.url} does not answer; "
+                f"PREFECT_API_URL: {public(settings.api.url)} does not answer; "
                 "start that server, or unset it to run without one"
             )
         yield True

@@ -65,8 +65,13 @@ def _in_out(model: Any, _options: Mapping[str, Any], _mask: Mask, model_type: st
 
 def _embed(model: Any, _options: Mapping[str, Any], _mask: Mask, _type: str) -> Any:
     embedding = model.get_input_embeddings().weight
+    stored = embedding.dtype
     names = {name for name, parameter in model.named_parameters() if parameter is embedding}
     _train_only(model, names.__contains__)
+    # What follows takes the type of its own weights: a LayerNorm on a CPU refuses any other.
+    model.get_input_embeddings().register_forward_hook(
+        lambda _module, _inputs, output: output.to(stored)
+    )
     return model
 
 

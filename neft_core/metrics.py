@@ -50,7 +50,7 @@ def paired_bootstrap(
 
     The draws, the two-sided p-value and the default seed are those of `sacrebleu --paired-bs`.
     Unlike it, the seed is an argument and not an environment variable, the interval is that of the
-    difference, and systems with the same statistics throughout have p = 1 (there: 1 / 1001).
+    difference, and systems with exactly the same score have p = 1 (there often 1 / 1001).
 
     Args:
         hypotheses: texts of the system.
@@ -85,7 +85,6 @@ def paired_bootstrap(
     )
     distances = np.abs(deltas)
     exceeding = int(np.sum(distances - distances.mean() > abs(score - base)))
-    same = np.array_equal(system_stats, baseline_stats)
     deltas.sort()
     tail = samples // 40  # 2.5 % at each end
 
@@ -98,7 +97,8 @@ def paired_bootstrap(
         "delta": score - base,
         "low": float(deltas[tail]),
         "high": float(deltas[samples - 1 - tail]),
-        "p_value": 1.0 if same else (exceeding + 1) / (samples + 1),
+        # No difference is no evidence, whatever the resamples (sacrebleu's count takes it for one).
+        "p_value": 1.0 if score == base else (exceeding + 1) / (samples + 1),
         "signature": str(signature),
     }
 

@@ -344,7 +344,11 @@ def _set_aside(database: Path) -> None:
     except sqlite3.DatabaseError:
         whole = False
     if not whole:
-        database.replace(database.with_name("mlflow.db.damaged"))
+        aside = database.with_name("mlflow.db.damaged")
+        database.replace(aside)
+        logging.getLogger(__name__).warning(
+            "%s: damaged; kept as %s, made anew from the runs' files", database, aside.name
+        )
 
 
 def is_server(uri: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from neft_core import models, training
+from neft_core import __version__, models, training
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, longest: int) -> dict[str, np.ndarray]:
@@ -73,6 +73,7 @@ def build(
         lr_warmup=max(1, steps // 20),
         checkpoint_every=500,
     )
+    inputs = (sizes, vars(recipe), training.digest(arrays), mixed_precision, cpu, __version__)
     trainer = training.Trainer(
         model,
         dict(model.named_parameters()),
@@ -80,7 +81,7 @@ def build(
         arrays,
         None,
         pad=tokenizer.pad_token_id,
-        folder=resume / training.fingerprint(sizes, vars(recipe), training.digest(arrays)),
+        folder=resume / training.fingerprint(*inputs),
         label="base",
         mixed_precision=mixed_precision,
         cpu=cpu,

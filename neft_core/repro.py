@@ -73,7 +73,7 @@ def _repro(graph: Graph, name: str, on_line: Callable[[str], None], force: bool)
     }
     told: deque[str] = deque(maxlen=1)
     outcome: Outcome = "unchanged"
-    error = ""
+    error = busy = ""
     with processes.group(command, cwd=graph.workspace.root, env=env) as child:
         for line in processes.lines(child):
             if line == f"Running stage '{name}':":
@@ -82,12 +82,19 @@ def _repro(graph: Graph, name: str, on_line: Callable[[str], None], force: bool)
                 outcome = "restored"
             elif line.startswith("ERROR: ") and (name in line or outcome == "unchanged"):
                 error = error or line.removeprefix("ERROR: ")
+            elif blocker := _BLOCKER.match(line):
+                busy = busy or blocker[1]
             elif line.strip() and not _CHATTER.match(line):
                 on_line(line)
                 told.append(line)
         status = child.wait()
     graph.refresh()
     if status:
+        if busy or error.startswith("Unable to acquire lock"):
+            raise NeftError(
+                f"stage '{name}': another DVC process{busy and f' ({busy})'} is at work on it; "
+                "wait for it, or stop it first"
+            )
         if error and outcome == "unchanged":
             reason = error.removeprefix(f"failed to reproduce '{name}': ").rstrip(".")
             raise NeftError(f"stage '{name}': {reason}; mend params.yaml or dvc.yaml")
@@ -99,9 +106,12 @@ _CHATTER = re.compile(
     r"> |Stage '.*' didn't change, skipping|(Generating|Updating) lock file 'dvc\.lock'|"
     r"Use `dvc push` to|To track the changes with git|\tgit add|To enable auto staging|"
     r"\tdvc config core\.autostage|WARNING: '.*' is empty\.|WARNING: Process '.*' with \(Pid|"
-    r"Data and pipelines are up to date"
+    r"Data and pipelines are up to date|If there are no processes with such PIDs"
 )
 """What `dvc repro` says around a stage."""
+
+_BLOCKER = re.compile(r"  \(PID (\d+)\): ")
+"""How DVC names a process that holds what the stage needs."""
 
 
 def _failure(workspace: Workspace, name: str, error: str, told: str, status: int) -> Exception:

@@ -51,7 +51,12 @@ def corpus(ws: Workspace, task: str) -> None:
         for name in ("train", "dev", "test"):
             write_rows(folder / f"{name}.jsonl", splits[name])
         write_json(folder / "stats.json", stats)
-    write_rows(ws.path("pretrain", f"{task}.jsonl"), splits.get("pretrain", []))
+    form = ws.params().tasks[task].format
+    pretrain: list[dict[str, Any]] = []
+    if isinstance(form, config.Translation):
+        languages = [form.source_language, form.target_language]
+        pretrain = [row | {"languages": languages} for row in splits.get("pretrain", [])]
+    write_rows(ws.path("pretrain", f"{task}.jsonl"), pretrain)
     for name, counts in stats.items():
         print(f"corpus {task}: {name}: " + ", ".join(f"{n} {k}" for k, n in counts.items()))
 
@@ -62,6 +67,8 @@ def _read_local(ws: Workspace, source: Any, part: str) -> list[dict[str, Any]]:
     folder = ws.input(source.path)
     if not folder.exists():
         raise NeftError(f"{folder}: not found; put the data there, or set source.path")
+    if folder.is_file() and part != source.splits.train:
+        raise NeftError(f"{folder}: is one file; for a split '{part}' give source.path a folder")
     return data.read_local(folder / part if folder.is_dir() else folder, source.columns or None)
 
 
@@ -120,11 +127,9 @@ def _pretrain(ws: Workspace, params: Params, choice: config.BuiltModel, folder: 
 
     texts: list[str] = []
     for name, task in params.tasks.items():
-        form = task.format
-        if isinstance(form, config.Translation) and config.has_pretraining(task.source):
-            languages = (form.source_language, form.target_language)
+        if task.format.task == "translation" and config.has_pretraining(task.source):
             for row in read_rows(ws.path("pretrain", f"{name}.jsonl")):
-                texts += tasks.pretraining_texts(row, languages)
+                texts += tasks.pretraining_texts(row, tuple(row["languages"]))
     how = choice.pretraining
     pretraining.build(
         texts,

@@ -1,6 +1,7 @@
 """MLflow as a view of the run directories: delivered once, live while training, never twice."""
 
 import contextlib
+import contextvars
 import json
 import logging
 import os
@@ -141,7 +142,11 @@ class Tracker:
             except NeftError as fault:
                 self._give_up(fault)
 
-        thread = threading.Thread(target=work, name=f"mlflow-{run}", daemon=True)
+        # Prefect's logger finds its server by the context; without it, it would start another.
+        context = contextvars.copy_context()
+        thread = threading.Thread(
+            target=context.run, args=(work,), name=f"mlflow-{run}", daemon=True
+        )
         thread.start()
         try:
             yield

@@ -356,6 +356,9 @@ class Trainer:
             temporary.mkdir()
             save_tensors(temporary / "state.safetensors", tensors, {})
             write_json(temporary / "course.json", asdict(course))
+            files = [temporary / "state.safetensors", self._best_file(course.best_step)]
+            sums = {file.name: _sum(file) for file in files if file.exists()}
+            write_json(temporary / "sums.json", sums)
         for old in self.folder.glob("checkpoint-*"):
             if old != target:
                 shutil.rmtree(old)
@@ -370,9 +373,15 @@ class Trainer:
             try:
                 tensors, _ = load_tensors(folder / "state.safetensors", "")
                 saved = Course(**read_json(folder / "course.json"))
-                if saved.best_step and saved.dev:
-                    load_tensors(self._best_file(saved.best_step), "")
-            except (NeftError, TypeError):
+                # Bits may turn, and pages be lost with the power, in files of the right form.
+                places = {"state.safetensors": folder}
+                whole = all(
+                    _sum(places.get(name, self.folder) / name) == total
+                    for name, total in read_json(folder / "sums.json").items()
+                )
+            except (NeftError, OSError, TypeError):
+                whole = False
+            if not whole:
                 print(f"{self.label}: {folder.name} is damaged; left out", flush=True)
                 continue
             self.course = saved
@@ -396,6 +405,12 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(tensors[name])
+
+
+def _sum(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent
 PIPELINE = PACKAGE / "pipeline.yaml"
 """The pipeline definition; every workspace's dvc.yaml is this file."""
 
-IGNORED = "/work/\n/.neft/\n/mlflow.db\n/mlruns/\n/dvc_plots/\n"
+IGNORED = "/work/\n/.neft/\n/mlflow.db*\n/dvc.lock.damaged\n/mlruns/\n/dvc_plots/\n"
 
 
 @dataclass(frozen=True)

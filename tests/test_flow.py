@@ -211,7 +211,7 @@ def test_two_starts_at_once_on_a_fresh_home(
 
 
 def test_a_wrong_server_address_is_told(ws: Workspace, env: dict[str, str]) -> None:
-    told = run(ws, {**env, "PREFECT_API_URL": "http://127.0.0.1:9/api"}, status=2)
+    told = run(ws, {**env, "PREFECT_API_URL": "http://me:secret@127.0.0.1:9/api"}, status=2)
     assert told == [
         "PREFECT_API_URL: http://127.0.0.1:9/api does not answer; "
         "start that server, or unset it to run without one"

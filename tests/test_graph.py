@@ -1,6 +1,9 @@
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -208,6 +211,25 @@ def test_the_reason_of_a_failure(
         make(made, "last")
     assert str(fault.value).endswith(text)
     assert "\n" not in str(fault.value)
+
+
+def test_a_stage_that_another_dvc_process_works_on(made: Workspace) -> None:
+    (made.root / "last.sh").write_text("touch began; sleep 60\n")
+    began = made.root / "began"
+    dvc = [sys.executable, "-m", "dvc", "repro", "-s", "last"]
+    with subprocess.Popen(dvc, cwd=made.root, start_new_session=True) as other:
+        try:
+            while not began.exists():
+                assert other.poll() is None
+                time.sleep(0.05)
+            with pytest.raises(NeftError) as fault:
+                make(made, "last")
+        finally:
+            os.killpg(other.pid, signal.SIGKILL)
+    assert str(fault.value) == (
+        f"stage 'last': another DVC process ({other.pid}) is at work on it; "
+        "wait for it, or stop it first"
+    )
 
 
 def test_a_missing_input_is_named(ws: Workspace) -> None:

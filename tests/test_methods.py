@@ -138,15 +138,16 @@ def test_a_saved_adapter_gives_the_same_logits_again(tmp_path, name, dtype, tied
     assert logits(again).equal(expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", METHODS)
-def test_gpt2_trains_and_comes_back(tmp_path, name):
+def test_gpt2_trains_and_comes_back(tmp_path, name, dtype):
     method = METHODS[name]
-    model = prepared(name, tiny_gpt2(), "gpt2")
+    model = prepared(name, tiny_gpt2().to(dtype), "gpt2")
     train_a_little(model)
     method.finish(model)
     save_tensors(tmp_path / "adapter.safetensors", method.adapter(model), {})
     expected = logits(model)
-    again = prepared(name, tiny_gpt2(), "gpt2")
+    again = prepared(name, tiny_gpt2().to(dtype), "gpt2")
     method.load(again, load_tensors(tmp_path / "adapter.safetensors", "")[0])
     method.finish(again)
     assert logits(again).equal(expected)
@@ -155,7 +156,7 @@ def test_gpt2_trains_and_comes_back(tmp_path, name):
             f"transformer.h.{n}.mlp.{part}.weight" for n in (0, 1) for part in ("c_fc", "c_proj")
         }
     if name == "neft":
-        compared, moved = moved_outside(model, tiny_gpt2())
+        compared, moved = moved_outside(model, tiny_gpt2().to(dtype))
         assert not moved
         trained = mask_for(tiny_gpt2(), "gpt2").parameters
         assert compared == sum(p.numel() for p in tiny_gpt2().parameters()) - trained

@@ -180,6 +180,11 @@ def test_a_system_against_itself_is_no_difference():
     assert (ours["delta"], ours["low"], ours["high"], ours["p_value"]) == (0, 0, 0, 1)
 
 
+def test_equal_scores_of_different_texts_are_no_difference():
+    ours = paired_bootstrap(["qqq"] * len(GOLD), ["www zzz"] * len(GOLD), ONE, "fr", samples=100)
+    assert (ours["score"], ours["baseline"], ours["p_value"]) == (0, 0, 1)
+
+
 @pytest.mark.parametrize("language", ["French", "Chinese"])
 def test_empty_hypotheses_score_nothing_and_say_nothing(language, capfd, caplog):
     empty = [""] * len(GOLD)

@@ -1,3 +1,4 @@
+import contextvars
 import json
 import logging
 import shutil
@@ -109,7 +110,7 @@ def test_everything_is_delivered_once(ws: Workspace) -> None:
     assert steps(ws, run, "test/bleu") == [(0, 21.5)]
 
 
-def elsewhere(ws: Workspace) -> list[str]:
+def elsewhere(ws: Workspace, told: str = "") -> list[str]:
     """Synchronise in another process: the delivery, and which heavy packages it imported."""
     script = (
         "import sys; from pathlib import Path; from neft_core.graph import Graph\n"
@@ -120,7 +121,7 @@ def elsewhere(ws: Workspace) -> list[str]:
     env = {"PYTHONPATH": str(fabricated.PROJECT), "DVC_SITE_CACHE_DIR": str(ws.root / "site")}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ws.root, env=env, capture_output=True, check=True)
-    assert not done.stderr
+    assert done.stderr.decode() == told
     return done.stdout.decode().split()
 
 
@@ -139,7 +140,8 @@ def test_a_lost_database_is_made_anew(ws: Workspace, template: Path, harm: str) 
         shutil.copy(template / "mlflow.db", database)
     else:
         database.write_bytes(database.read_bytes()[:200_000])
-    assert elsewhere(ws) == ["4", "0", "True", "False"]
+    told = f"{database}: damaged; kept as mlflow.db.damaged, made anew from the runs' files\n"
+    assert elsewhere(ws, told if harm == "cut" else "") == ["4", "0", "True", "False"]
     assert (ws.root / "mlflow.db.damaged").exists() == (harm == "cut")
     assert elsewhere(ws) == ["0", "0", "False", "False"]
 
@@ -276,6 +278,28 @@ def test_a_server_that_is_away_costs_one_line(
         sync(ws, graph)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert sync(ws, graph).created == 4
+
+
+def test_what_is_told_beside_a_training_is_told_in_the_callers_context(
+    training: tuple[Workspace, dict[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect's log handler finds its server there, and starts a server where it finds none."""
+    ws, whole, live = training
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    place = contextvars.ContextVar("place", default="nowhere")
+    told = []
+
+    class Handler(logging.Handler):
+        def emit(self, _record: logging.LogRecord) -> None:
+            told.append(place.get())
+
+    log = logging.Logger("test of context")
+    log.addHandler(Handler())
+    place.set("here")
+    with Tracker(ws, log).follow(Graph(ws), "full"):
+        (live / "train.csv").write_text(whole["train"])
+        wait_for(lambda: bool(told))
+    assert told == ["here"]
 
 
 def test_two_first_deliveries_at_once(ws: Workspace) -> None:

@@ -116,11 +116,18 @@ def test_resumed_training_is_bit_identical(tmp_path, monkeypatch, stop):
         assert [int(r["step"]) for r in csv.DictReader(handle)] == list(range(1, 13))
 
 
-def test_damaged_checkpoint_is_told_and_left_out(tmp_path, capsys):
+@pytest.mark.parametrize("harm", ["cut", "turned", "gone"])
+@pytest.mark.parametrize("name", ["checkpoint-*/state", "best-*"])
+def test_damaged_checkpoint_is_told_and_left_out(tmp_path, capsys, name, harm):
     whole, _ = train(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    (state,) = (tmp_path / "b").glob("checkpoint-*/state.safetensors")
-    state.write_bytes(state.read_bytes()[:100])
+    (state,) = (tmp_path / "b").glob(f"{name}.safetensors")
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    if harm == "gone":
+        state.unlink()
+    else:
+        state.write_bytes(content if harm == "turned" else content[:100])
     again, _ = train(tmp_path / "b")
     assert "checkpoint-12 is damaged; left out" in capsys.readouterr().out
     assert same(weights(whole), weights(again))
