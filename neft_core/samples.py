@@ -1,5 +1,7 @@
 """`neft generate`: the base's and a run's answers, one under the other."""
 
+from typing import Any
+
 from neft_core import config, evaluation, runs
 from neft_core.encoding import encode_prompt
 from neft_core.errors import NeftError
@@ -26,7 +28,7 @@ def show(ws: Workspace, run: str, seed: int | None, prompt: str | None, count: i
     translation = isinstance(form, config.Translation)
     tuned, tokenizer = runs.load_trained(ws, run, chosen)
     if prompt is not None:
-        row = (
+        row: dict[str, Any] = (
             {"source": prompt, "target": ""}
             if translation
             else {
