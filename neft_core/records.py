@@ -129,7 +129,7 @@ def run_params(entries: Entries, run: str, seed: int) -> dict[str, str]:
     values: dict[str, Any] = {"run": section}
     for stage in (f"corpus@{task}", f"prepare@{task}", "base", f"warmup@{task}", f"score@{task}"):
         for name, value in entries.get(stage, {}).get("params", {}).items():
-            values[name.replace(f"tasks.{task}.", "task.")] = value
+            values[name.replace(f"tasks.{task}", "task")] = value
     values |= {name: value for name, value in mine.items() if name != f"runs.{run}"}
     for name in ("lr", "epochs"):
         own = section.get(name)
