@@ -21,7 +21,8 @@ def corpus(ws: Workspace, task: str) -> None:
     from neft_core.rows import write_rows
     from neft_core.splits import split_rows
 
-    source = ws.params().tasks[task].source
+    section = ws.params().tasks[task]
+    source = section.source
     stats: dict[str, Any]
     if isinstance(source, config.GeneratedSource):
         from neft_core.corpus import HELD_OUT, generate_splits
@@ -51,7 +52,7 @@ def corpus(ws: Workspace, task: str) -> None:
         for name in ("train", "dev", "test"):
             write_rows(folder / f"{name}.jsonl", splits[name])
         write_json(folder / "stats.json", stats)
-    form = ws.params().tasks[task].format
+    form = section.format
     pretrain: list[dict[str, Any]] = []
     if isinstance(form, config.Translation):
         languages = [form.source_language, form.target_language]
