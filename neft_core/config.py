@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from neft_core.errors import NeftError
+from neft_core.patterns import Patterns
 
 NO_FILE: Final = "data/none"
 """An empty file in every workspace: DVC needs a path to watch, and some sources have none."""
@@ -330,8 +331,33 @@ class Warmup(Optimisation):
 class Scoring(Section):
     """Which neurons are candidates."""
 
-    layout: Literal["mlp", "mlp+gate"] = "mlp"
-    """`mlp`: rows of up, columns of down (the paper's); `mlp+gate` adds rows of gate."""
+    layout: Literal["mlp", "mlp+gate", "all", "rows", "patterns"] = "mlp"
+    """`mlp`: rows of up, columns of down (the paper's); `mlp+gate`: rows of gate too; `all`: rows
+    of attention's query, key and value and columns of its output too; `rows`: rows of all these
+    weights; `patterns`: what `rows` and `columns` name."""
+    rows: list[Annotated[str, Field(min_length=1)]] = []
+    """Of `patterns`: modules whose rows are candidates. A name, or its end after a dot, with `*`,
+    `?` and `[...]` as in file names: `mlp.up_proj`, `layers.[0-3].*.q_proj`."""
+    columns: list[Annotated[str, Field(min_length=1)]] = []
+    """Of `patterns`: modules whose columns are candidates."""
+    transposed: bool = False
+    """Of `patterns`: these modules store [in, out]; known for the model types of the table."""
+
+    @model_validator(mode="after")
+    def _patterns_alone(self) -> "Scoring":
+        given = [key for key in ("rows", "columns", "transposed") if getattr(self, key)]
+        if self.layout == "patterns" and not (self.rows or self.columns):
+            raise _refuse("layout: got 'patterns' without any; give some in rows or columns")
+        if self.layout != "patterns" and given:
+            raise _refuse(f"{given[0]}: given with layout '{self.layout}'; set layout: patterns")
+        return self
+
+    @property
+    def candidates(self) -> str | Patterns:
+        """The layout as `neurons.candidates` takes it."""
+        if self.layout != "patterns":
+            return self.layout
+        return Patterns(tuple(self.rows), tuple(self.columns), self.transposed)
 
 
 class Training(Optimisation):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from neft_core.errors import NeftError
 from neft_core.files import load_tensors, save_tensors
-from neft_core.neurons import Group, candidates
+from neft_core.groups import Group
+from neft_core.neurons import candidates, in_memory
 
 _OWN_KEYS = ("kind", "groups", "total_parameters")
 _REMEDY = {"scores": "neft stage score", "mask": "neft stage select"}
@@ -158,8 +159,9 @@ class NeuronMask:
 
     def _check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Compare the candidates with those of a model."""
+        shapes = in_memory(shapes, self.provenance.get("model_type", ""), self.source)
         for module, group in self.groups.items():
-            shape = shapes.get(f"{module}.weight")
+            shape = shapes.get(group.parameter)
             if shape is None or not group.fits(shape):
                 found = "has no such module" if shape is None else f"has shape {shape} there"
                 raise NeftError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from neft_core import checkpoints
 from neft_core.errors import NeftError
-from neft_core.neurons import count_parameters, family
+from neft_core.neurons import count_parameters, is_tied
 
 if TYPE_CHECKING:
     import torch
@@ -149,9 +149,8 @@ def inspect(directory: Path, *, trust_remote_code: bool = False) -> tuple[str, i
                         f"{path}: {name} holds a value that is not finite; get a sound copy"
                     )
     model_type = str(config["model_type"])
-    tied = bool(config.get("tie_word_embeddings", family(model_type).tied))
     context = int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
-    return model_type, count_parameters(shapes, tied), context, digest.hexdigest()
+    return model_type, count_parameters(shapes, is_tied(config)), context, digest.hexdigest()
 
 
 def _refuse_other_architectures(directory: Path, config: dict[str, Any], trust: bool) -> None:
@@ -310,11 +309,11 @@ def save_checkpoint(
     Args:
         model: a transformers model.
         folder: an existing directory.
-        keep_float32: modules whose weights keep their precision.
+        keep_float32: names of weights that keep their precision.
         dtype: what the other weights are cast to; None leaves them.
     """
     _quiet()
-    kept = {f"{name}.weight" for name in keep_float32}
+    kept = set(keep_float32)
     state = {
         name: tensor if dtype is None or name in kept else tensor.to(dtype)
         for name, tensor in model.state_dict().items()

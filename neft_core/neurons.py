@@ -1,61 +1,23 @@
 """What a neuron is: the candidates of a layout, from the shapes of a model's weights alone.
 
-Shapes: H hidden size, I intermediate size. A *logical* weight is [out, in], whatever way the
-checkpoint stores it.
+Shapes: H hidden size, I intermediate size, E experts.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
+from neft_core import experts_apart
 from neft_core.errors import NeftError
+from neft_core.experts_apart import Shapes
+from neft_core.groups import COLUMNS, ROWS, Group, Part, Source, joined
+from neft_core.patterns import Patterns, matched
 
-ROWS, COLUMNS = 0, 1
-
-
-@dataclass(frozen=True)
-class Group:
-    """The candidate neurons of one module: a run of rows or columns of its logical weight.
-
-    Attributes:
-        module: name of the module, without `.weight`.
-        axis: 0 where the neurons are rows of the logical [out, in] weight, 1 for columns.
-        start: first row or column.
-        count: number of neurons.
-        length: weights in each neuron.
-        transposed: the weight is stored as [in, out], as in GPT-2's `Conv1D`.
-    """
-
-    module: str
-    axis: int
-    start: int
-    count: int
-    length: int
-    transposed: bool = False
-
-    def logical(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The [out, in] shape of a weight stored with `shape`."""
-        return shape[::-1] if self.transposed else shape
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a weight stored with `shape` has all the neurons of this group."""
-        if len(shape) != 2:
-            return False
-        logical = self.logical(shape)
-        return logical[self.axis] >= self.start + self.count and (
-            logical[1 - self.axis] == self.length
-        )
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where one role sits in a layer: part `index` of `of` equal parts of a weight's axis."""
-
-    suffix: str
-    axis: int
-    index: int = 0
-    of: int = 1
+LAYOUTS = ("mlp", "mlp+gate", "all", "rows")
+"""`mlp`: rows of up, columns of down; `mlp+gate`: rows of gate too; `all`: rows of query, key and
+value and columns of attention's output too; `rows`: the rows of all these weights."""
 
 
 @dataclass(frozen=True)
@@ -64,58 +26,95 @@ class Family:
 
     Attributes:
         layers: name of the list of layers, before the layer's number.
-        parts: where each role is, in the order of storage.
-        transposed: linear weights are stored as [in, out].
+        attention: where query, key and value (rows) and the output (columns) are.
+        mlps: where gate, up and down are in each kind of MLP that a layer may have; every layer
+            has one at least, or several side by side.
         tied: the output head shares the input embedding unless the model's config says otherwise.
     """
 
     layers: str
-    parts: Mapping[str, Part]
-    transposed: bool = False
+    attention: tuple[Part, ...]
+    mlps: tuple[Mapping[str, Part], ...]
     tied: bool = False
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All roles."""
+        return self.attention + tuple(part for mlp in self.mlps for part in mlp.values())
 
-def _plain(layers: str, up: str, down: str, transposed: bool = False, tied: bool = False) -> Family:
-    """A family whose MLP has no gate."""
-    parts = {"up": Part(up, ROWS), "down": Part(down, COLUMNS)}
-    return Family(layers, parts, transposed, tied)
+
+def _attention(
+    rows: str, columns: str, module: str = "self_attn", *, transposed: bool = False
+) -> tuple[Part, ...]:
+    """Projections whose rows are neurons, and the one whose columns are."""
+    return (
+        *(Part(f"{module}.{name}", ROWS, transposed=transposed) for name in rows.split()),
+        Part(f"{module}.{columns}", COLUMNS, transposed=transposed),
+    )
 
 
-_GATED = Family(
-    "layers",
-    {
-        "gate": Part("mlp.gate_proj", ROWS),
-        "up": Part("mlp.up_proj", ROWS),
-        "down": Part("mlp.down_proj", COLUMNS),
-    },
-)
-_GEMMA = replace(_GATED, tied=True)
+def _mlp(up: str, down: str, gate: str = "", *, transposed: bool = False) -> dict[str, Part]:
+    """An MLP with a weight for each role."""
+    return ({"gate": Part(gate, ROWS)} if gate else {}) | {
+        "up": Part(up, ROWS, transposed=transposed),
+        "down": Part(down, COLUMNS, transposed=transposed),
+    }
+
+
+def _experts(gate: str, up: str, down: str) -> dict[str, Part]:
+    """Experts: [E, 2I, H] with gate before up, and [E, H, I]; the names are those of one apart."""
+    fused = Part("mlp.experts.gate_up_proj", ROWS, 0, 2, experts=True, apart=gate)
+    return {
+        "gate": fused,
+        "up": replace(fused, index=1, apart=up),
+        "down": Part("mlp.experts.down_proj", COLUMNS, experts=True, apart=down),
+    }
+
+
+_Q_K_V_O = _attention("q_proj k_proj v_proj", "o_proj")
+_GATED = _mlp("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj")
+_4H = _mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+_LLAMA = Family("layers", _Q_K_V_O, (_GATED,))
+_GEMMA = replace(_LLAMA, tied=True)
+_PHI3 = {
+    "gate": Part("mlp.gate_up_proj", ROWS, 0, 2),
+    "up": Part("mlp.gate_up_proj", ROWS, 1, 2),
+    "down": Part("mlp.down_proj", COLUMNS),
+}
+_EXPERTS = _experts(*(f"mlp.experts.{{}}.{role}_proj" for role in ("gate", "up", "down")))
+_SHARED = _mlp(*(f"mlp.shared_expert.{role}_proj" for role in ("up", "down", "gate")))
+# [E, H, 2I] with gate and up by turns, and [E, I, H]; together on disk too.
+_GPT_OSS = {
+    role: replace(part, transposed=True, interleaved=part.of > 1, apart="")
+    for role, part in _EXPERTS.items()
+}
+_MIXTRAL = _experts(*(f"block_sparse_moe.experts.{{}}.{name}" for name in ("w1", "w3", "w2")))
 
 FAMILIES: dict[str, Family] = {
-    "llama": _GATED,
-    "mistral": _GATED,
-    "qwen2": _GATED,
-    "qwen3": _GATED,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    "phi3": Family(
-        "layers",
-        {
-            "gate": Part("mlp.gate_up_proj", ROWS, 0, 2),
-            "up": Part("mlp.gate_up_proj", ROWS, 1, 2),
-            "down": Part("mlp.down_proj", COLUMNS),
-        },
+    "phi3": Family("layers", _attention("qkv_proj", "o_proj"), (_PHI3,)),
+    "gpt2": Family(
+        "h",
+        _attention("c_attn", "c_proj", "attn", transposed=True),
+        (_mlp("mlp.c_fc", "mlp.c_proj", transposed=True),),
+        tied=True,
     ),
-    "gpt2": _plain("h", "mlp.c_fc", "mlp.c_proj", transposed=True, tied=True),
-    "gpt_neox": _plain("layers", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-    "opt": _plain("layers", "fc1", "fc2", tied=True),
-    "bloom": _plain("h", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", tied=True),
-}
-
-LAYOUTS: dict[str, tuple[str, ...]] = {
-    "mlp": ("up", "down"),
-    "mlp+gate": ("gate", "up", "down"),
+    "gpt_neox": Family("layers", _attention("query_key_value", "dense", "attention"), (_4H,)),
+    "bloom": Family("h", _attention("query_key_value", "dense", "self_attention"), (_4H,), True),
+    "opt": Family(
+        "layers", _attention("q_proj k_proj v_proj", "out_proj"), (_mlp("fc1", "fc2"),), True
+    ),
+    "qwen3_moe": Family("layers", _Q_K_V_O, (_EXPERTS, _GATED)),
+    "qwen2_moe": Family("layers", _Q_K_V_O, (_EXPERTS, _SHARED, _GATED)),
+    "olmoe": Family("layers", _Q_K_V_O, (_EXPERTS,)),
+    "mixtral": Family("layers", _Q_K_V_O, (_MIXTRAL,)),
+    "gpt_oss": Family("layers", _Q_K_V_O, (_GPT_OSS,)),
 }
 
 # Older checkpoints also hold causal masks and rotary tables, which nothing trains.
@@ -131,60 +130,83 @@ def family(model_type: str) -> Family:
     """
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise NeftError(f"model_type: got {model_type!r}; known: {known}")
+        raise NeftError(
+            f"model_type: got {model_type!r}; known: {known}; for others give the layout as "
+            "patterns of modules"
+        )
     return FAMILIES[model_type]
 
 
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the head shares the input embedding, from a model's config.json."""
+    known = FAMILIES.get(str(config.get("model_type")))
+    return bool(config.get("tie_word_embeddings", known is not None and known.tied))
+
+
 def candidates(
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
     model_type: str,
-    layout: str = "mlp",
+    layout: str | Patterns = "mlp",
     where: str = "model",
 ) -> list[Group]:
-    """The neurons that may be selected, by layer and within it gate, up, down.
+    """The neurons that may be selected, by layer and within it query, key, value, output, gate,
+    up, down.
 
-    Names are matched by their end, so `model.layers.0...` and `layers.0...` both work; parts of
-    one fused weight that lie side by side become one group.
+    Names are matched by their end, so `model.layers.0...` and `layers.0...` both work. Parts of
+    one fused weight that lie side by side become one group. Experts that a checkpoint keeps apart
+    are given under the name of the 3-D parameter that they form in memory; `sources` names the
+    stored weights.
 
     Args:
-        shapes: name and stored shape of every weight of the checkpoint.
+        shapes: name and stored shape of every weight of the checkpoint or the model.
         model_type: the `model_type` of the model's config.
-        layout: which neurons are candidates, a key of `LAYOUTS`.
+        layout: which neurons are candidates: a name of `LAYOUTS`, patterns, or their text.
         where: what messages call the model, such as its directory.
 
     Returns:
         One group per module, with the names as the checkpoint has them.
 
     Raises:
-        NeftError: an unknown type or layout, or weights that do not have the family's form.
+        NeftError: an unknown type or layout, weights that do not have the family's form, or a
+            pattern that matches nothing.
 
     Source: Xu et al. 2024, sections 4.2 and 5.1: their 150,000 x 4096 parameters are rows of
     `up_proj` and columns of `down_proj`.
     """
+    if isinstance(layout, str) and layout.startswith("{"):
+        layout = Patterns.parse(layout)
+    if isinstance(layout, Patterns):
+        own = FAMILIES.get(model_type)
+        stored = layout.transposed or (own is not None and all(p.transposed for p in own.parts))
+        shapes = in_memory(shapes, model_type, where)
+        return matched(shapes, replace(layout, transposed=stored), where)
     known = family(model_type)
     if layout not in LAYOUTS:
         raise NeftError(f"layout: got {layout!r}; known: {', '.join(LAYOUTS)}")
-    roles = LAYOUTS[layout]
-    absent = [role for role in roles if role not in known.parts]
-    if absent:
+    if layout == "mlp+gate" and not any("gate" in mlp for mlp in known.mlps):
         raise NeftError(
-            f"layout: got {layout!r}, but models of type {model_type!r} have no {absent[0]}; "
-            "use 'mlp'"
+            f"layout: got {layout!r}, but models of type {model_type!r} have no gate; use 'mlp'"
         )
+    shapes = experts_apart.in_memory(shapes, known.parts, where)
     groups: list[Group] = []
     for layer in _layers(shapes, known, model_type, where):
-        found = [_group(shapes, layer, known, known.parts[role], where) for role in roles]
-        if len({(group.count, group.length) for group in found}) != 1:
-            sizes = ", ".join(f"{g.module} {shapes[g.module + '.weight']}" for g in found)
-            raise NeftError(
-                f"{where}: the weights of an MLP do not fit each other: {sizes}; "
-                "use a checkpoint that is not quantised"
-            )
-        groups.extend(_joined(found))
+        groups.extend(_chosen(shapes, layer, known, layout, where))
     return groups
 
 
-def count_parameters(shapes: Mapping[str, tuple[int, ...]], tied: bool = False) -> int:
+def sources(group: Group, shapes: Shapes, model_type: str) -> list[Source]:
+    """Where a group's candidates are stored: `experts_apart.sources` by type."""
+    known = FAMILIES.get(model_type)
+    return experts_apart.sources(group, shapes, known.parts if known else ())
+
+
+def in_memory(shapes: Shapes, model_type: str, where: str = "model") -> dict[str, tuple[int, ...]]:
+    """Shapes under the names of the model in memory: `experts_apart.in_memory` by type."""
+    known = FAMILIES.get(model_type)
+    return experts_apart.in_memory(shapes, known.parts if known else (), where)
+
+
+def count_parameters(shapes: Shapes, tied: bool = False) -> int:
     """Number of parameters of a checkpoint, without buffers and with a tied head counted once."""
     return sum(
         prod(shape)
@@ -193,12 +215,12 @@ def count_parameters(shapes: Mapping[str, tuple[int, ...]], tied: bool = False) 
     )
 
 
-def _layers(
-    shapes: Mapping[str, tuple[int, ...]], known: Family, model_type: str, where: str
-) -> list[str]:
+def _layers(shapes: Shapes, known: Family, model_type: str, where: str) -> list[str]:
     """The layers' names, such as `model.layers.0`, by number."""
-    suffixes = "|".join(re.escape(part.suffix) for part in known.parts.values())
-    pattern = re.compile(rf"((?:.+\.)?{known.layers})\.(\d+)\.(?:{suffixes})\.weight")
+    # An MLP shows a stack: towers of other kinds share the names of attention.
+    parts = [part for mlp in known.mlps for part in mlp.values()]
+    endings = "|".join(re.escape(part.parameter("")) for part in parts)
+    pattern = re.compile(rf"((?:.+\.)?{known.layers})\.(\d+)(?:{endings})")
     numbers: set[int] = set()
     stacks: set[str] = set()
     for name in shapes:
@@ -206,10 +228,10 @@ def _layers(
             stacks.add(match[1])
             numbers.add(int(match[2]))
     if not stacks:
-        up = known.parts["up"].suffix
+        up = known.mlps[0]["up"].parameter(f"{known.layers}.N")
         raise NeftError(
-            f"{where}: none of {len(shapes)} weights is named '{known.layers}.N.{up}.weight'; "
-            f"check that this is a {model_type!r} model"
+            f"{where}: none of {len(shapes)} weights is named '{up}'; "
+            f"check that this is a {model_type!r} model, and not quantised"
         )
     if len(stacks) > 1:
         raise NeftError(
@@ -220,36 +242,36 @@ def _layers(
     return [f"{stack}.{number}" for number in sorted(numbers)]
 
 
-def _group(
-    shapes: Mapping[str, tuple[int, ...]], layer: str, known: Family, part: Part, where: str
-) -> Group:
+def _chosen(shapes: Shapes, layer: str, known: Family, layout: str, where: str) -> Iterator[Group]:
+    """The candidates of one layer."""
+    blocks = [
+        [mlp["up"], mlp["down"]] if layout == "mlp" else list(mlp.values())
+        for mlp in known.mlps
+        if any(part.parameter(layer) in shapes for part in mlp.values())
+    ]
+    for block in blocks:
+        _check_mlp(shapes, [_group(shapes, layer, part, where) for part in block], where)
+    if layout in ("all", "rows"):
+        blocks.insert(0, list(known.attention))
+    for block in blocks:
+        parts = [replace(part, axis=ROWS) for part in block] if layout == "rows" else block
+        yield from joined([_group(shapes, layer, part, where) for part in parts])
+
+
+def _group(shapes: Shapes, layer: str, part: Part, where: str) -> Group:
     """The neurons of one role in one layer."""
-    module = f"{layer}.{part.suffix}"
-    shape = shapes.get(f"{module}.weight")
-    if shape is None:
-        raise NeftError(
-            f"{where}: {layer} has no {part.suffix}.weight; the checkpoint is incomplete"
-        )
-    if len(shape) != 2:
-        raise NeftError(f"{where}: {module}.weight has shape {shape}; a matrix is needed")
-    logical = shape[::-1] if known.transposed else shape
-    count = logical[part.axis] // part.of
-    if count * part.of != logical[part.axis]:
-        raise NeftError(
-            f"{where}: {module}.weight has {logical[part.axis]} rows; "
-            f"{part.of} parts of equal size are needed"
-        )
-    length = logical[1 - part.axis]
-    return Group(module, part.axis, part.index * count, count, length, known.transposed)
+    name = part.parameter(layer)
+    if name not in shapes:
+        missing = name.removeprefix(f"{layer}.")
+        raise NeftError(f"{where}: {layer} has no {missing}; the checkpoint is incomplete")
+    return part.group(layer, shapes[name], where)
 
 
-def _joined(groups: list[Group]) -> list[Group]:
-    """Groups with neighbouring parts of the same weight made one."""
-    joined = groups[:1]
-    for group in groups[1:]:
-        last = joined[-1]
-        if group.module == last.module:
-            joined[-1] = replace(last, count=last.count + group.count)
-        else:
-            joined.append(group)
-    return joined
+def _check_mlp(shapes: Shapes, groups: list[Group], where: str) -> None:
+    """Every role has the same number of neurons, of the hidden size each."""
+    if len({(group.count, group.length) for group in groups}) != 1:
+        sizes = ", ".join(f"{group.module} {shapes[group.parameter]}" for group in groups)
+        raise NeftError(
+            f"{where}: the weights of an MLP do not fit each other: {sizes}; "
+            "use a checkpoint that is not quantised"
+        )

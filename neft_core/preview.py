@@ -15,7 +15,7 @@ def describe(params: Params, ws: Workspace | None) -> str:
     step = params.warmup.batch_size * params.warmup.accumulation
     lines.append(
         f"warm-up: {params.warmup.steps} steps of {step} rows at lr {params.warmup.lr:g}; "
-        f"layout {params.scoring.layout}"
+        f"layout {params.scoring.candidates}"
     )
     for name, run in params.runs.items():
         options = run.method.model_dump(exclude_none=True, exclude={"name"})

@@ -116,7 +116,7 @@ def warmup(ws: Workspace, task: str) -> None:
     from neft_core import models, training
     from neft_core.encoding import load_encoded
     from neft_core.methods import METHODS, trained_parameters
-    from neft_core.neurons import candidates, family
+    from neft_core.patterns import scorable
 
     params = ws.params()
     card, tokenizer = base_card(ws)
@@ -148,8 +148,7 @@ def warmup(ws: Workspace, task: str) -> None:
     tuned = trainer.release().cpu()
     # The model's own names: those in the base's files may lack a prefix.
     shapes = {name: tuple(tensor.shape) for name, tensor in tuned.state_dict().items()}
-    layout = "mlp+gate" if "gate" in family(card.model_type).parts else "mlp"
-    scored = [group.module for group in candidates(shapes, card.model_type, layout)]
+    scored = scorable(shapes)
     with replacing(ws.path("warmup", task)) as folder:
         folder.mkdir()
         models.save_checkpoint(tuned, folder, scored, stored)

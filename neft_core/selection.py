@@ -122,7 +122,7 @@ def _by_module(scores: NeuronScores, chosen: Tensor) -> dict[str, Tensor]:
     selected[chosen] = True
     sizes = [len(scores.sensitivity[module]) for module in scores.groups]
     for (module, group), mine in zip(scores.groups.items(), selected.split(sizes), strict=True):
-        rows = mine.nonzero().flatten() + group.start
+        rows = group.indices(mine.nonzero().flatten())
         if len(rows):
             indices[module] = rows
     return indices
@@ -139,7 +139,7 @@ def _refuse_nan(scores: NeuronScores) -> None:
         bad = scores.sensitivity[module].isnan().nonzero()
         if len(bad):
             raise NeftError(
-                f"scores: {module} neuron {group.start + int(bad[0])} is not a number; "
+                f"scores: {module} neuron {int(group.indices(bad[0]))} is not a number; "
                 "run 'neft stage score'"
             )
 

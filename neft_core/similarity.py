@@ -12,8 +12,16 @@ from torch import Tensor
 
 from neft_core import checkpoints
 from neft_core.errors import NeftError
+from neft_core.groups import Group, Source
 from neft_core.masks import NeuronScores
-from neft_core.neurons import Group, candidates, count_parameters, family
+from neft_core.neurons import (
+    candidates,
+    count_parameters,
+    in_memory,
+    is_tied,
+    sources,
+)
+from neft_core.patterns import Patterns
 
 # Weights per piece: three float64 buffers of it stay near the processor's cache.
 _PIECE = 1 << 20
@@ -54,7 +62,7 @@ def sensitivity(base: Tensor, tuned: Tensor) -> Tensor:
 def score(
     base_dir: str | Path,
     tuned_dir: str | Path,
-    layout: str = "mlp",
+    layout: str | Patterns = "mlp",
     *,
     provenance: Mapping[str, str] | None = None,
     device: str = "cpu",
@@ -84,24 +92,31 @@ def score(
     """
     config = checkpoints.config(base_dir)
     model_type = str(config.get("model_type"))
-    tied = bool(config.get("tie_word_embeddings", family(model_type).tied))
     shapes = checkpoints.shapes(base_dir)
     groups = candidates(shapes, model_type, layout, where=str(base_dir))
-    names = _pair(groups, shapes, Path(base_dir), Path(tuned_dir), model_type, layout)
+    pairs = _pair(groups, shapes, Path(base_dir), Path(tuned_dir), model_type, layout)
     base_files, tuned_files = checkpoints.locate(base_dir), checkpoints.locate(tuned_dir)
     sensitivities: dict[str, Tensor] = {}
     for done, group in enumerate(groups, start=1):
-        base, tuned = f"{group.module}.weight", f"{names[group.module]}.weight"
-        sensitivities[group.module] = _score_group(
-            group, (base_files[base], base), (tuned_files[tuned], tuned), device, piece
+        sensitivities[group.module] = torch.cat(
+            [
+                _score_source(
+                    (base_files[base.parameter], base),
+                    (tuned_files[tuned.parameter], tuned),
+                    group.length,
+                    device,
+                    piece,
+                )
+                for base, tuned in pairs[group.module]
+            ]
         )
         if progress is not None:
             progress(done, len(groups))
     return NeuronScores(
         sensitivities,
         {group.module: group for group in groups},
-        count_parameters(shapes, tied),
-        {**(provenance or {}), "model_type": model_type, "layout": layout},
+        count_parameters(shapes, is_tied(config)),
+        {**(provenance or {}), "model_type": model_type, "layout": str(layout)},
     )
 
 
@@ -149,72 +164,77 @@ def _pair(
     base_dir: Path,
     tuned_dir: Path,
     model_type: str,
-    layout: str,
-) -> dict[str, str]:
-    """The tuned checkpoint's name of each of the base's modules."""
+    layout: str | Patterns,
+) -> dict[str, list[tuple[Source, Source]]]:
+    """Where each module's candidates lie in the base and in the tuned checkpoint, in order."""
     tuned_shapes = checkpoints.shapes(tuned_dir)
     tuned = {
-        _tail(group.module): group.module
+        _tail(group.module): group
         for group in candidates(tuned_shapes, model_type, layout, where=str(tuned_dir))
     }
-    names: dict[str, str] = {}
+    base_memory = in_memory(shapes, model_type)
+    tuned_memory = in_memory(tuned_shapes, model_type)
+    pairs: dict[str, list[tuple[Source, Source]]] = {}
     for group in groups:
-        name = tuned.pop(_tail(group.module), None)
-        if name is None:
+        other = tuned.pop(_tail(group.module), None)
+        if other is None:
             raise NeftError(
-                f"{tuned_dir}: has no {group.module}.weight, {base_dir} has; "
+                f"{tuned_dir}: has no {group.parameter}, {base_dir} has; "
                 "give two checkpoints of one model"
             )
-        here, there = shapes[f"{group.module}.weight"], tuned_shapes[f"{name}.weight"]
+        here, there = base_memory[group.parameter], tuned_memory[other.parameter]
         if here != there:
             raise NeftError(
-                f"{tuned_dir}: {name}.weight has shape {there}, that of {base_dir} {here}; "
+                f"{tuned_dir}: {other.parameter} has shape {there}, that of {base_dir} {here}; "
                 "give two checkpoints of one model"
             )
-        names[group.module] = name
+        pairs[group.module] = list(
+            zip(
+                sources(group, shapes, model_type),
+                sources(other, tuned_shapes, model_type),
+                strict=True,
+            )
+        )
     if tuned:
         raise NeftError(
-            f"{tuned_dir}: has {next(iter(tuned.values()))}.weight, {base_dir} has not; "
+            f"{tuned_dir}: has {next(iter(tuned.values())).parameter}, {base_dir} has not; "
             "give two checkpoints of one model"
         )
-    return names
+    return pairs
 
 
-def _score_group(
-    group: Group, base: tuple[Path, str], tuned: tuple[Path, str], device: str, piece: int
+def _score_source(
+    base: tuple[Path, Source], tuned: tuple[Path, Source], length: int, device: str, piece: int
 ) -> Tensor:
-    """Sensitivity of one module's candidates, [count]; `base` and `tuned` are file and name."""
-    result = torch.empty(group.count, dtype=torch.float64)
-    step = max(1, piece // max(1, group.length))
-    stored_axis = 1 - group.axis if group.transposed else group.axis
+    """Sensitivity of the neurons of one source, [n]; `base` and `tuned` are file and source."""
+    count = base[1].count
+    result = torch.empty(count, dtype=torch.float64)
+    step = max(1, piece // max(1, length))
     with (
         checkpoints.opened(base[0], "pt") as base_file,
         checkpoints.opened(tuned[0], "pt") as tuned_file,
     ):
-        slices = [base_file.get_slice(base[1]), tuned_file.get_slice(tuned[1])]
-        for offset in range(0, group.count, step):
-            first = group.start + offset
-            last = min(first + step, group.start + group.count)
-            pieces = [
-                (part[first:last] if stored_axis == 0 else part[:, first:last].t()).to(device)
-                for part in slices
-            ]
+        slices = [
+            base_file.get_slice(base[1].parameter),
+            tuned_file.get_slice(tuned[1].parameter),
+        ]
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            cuts = [source.cut(first, last) for _, source in (base, tuned)]
+            pieces = [cut.read(part).to(device) for cut, part in zip(cuts, slices, strict=True)]
             values = _sensitivity(pieces[0], pieces[1])
             if values.isnan().any():
-                _refuse(pieces, [base, tuned], group, first)
-            result[offset : offset + last - first] = values.cpu()
+                _refuse(pieces, [base[0], tuned[0]], cuts)
+            result[first:last] = values.cpu()
     return result
 
 
-def _refuse(
-    pieces: list[Tensor], sources: list[tuple[Path, str]], group: Group, first: int
-) -> None:
+def _refuse(pieces: list[Tensor], paths: list[Path], cuts: list[Source]) -> None:
     """Name the file, the tensor and the neuron with a value that is not finite."""
-    for weights, (path, name) in zip(pieces, sources, strict=True):
+    for weights, path, cut in zip(pieces, paths, cuts, strict=True):
         bad = (~weights.isfinite()).any(dim=1).nonzero()
         if len(bad):
-            kind = "column" if group.axis else "row"
             raise NeftError(
-                f"{path}: {name} has a value that is not finite in {kind} {first + int(bad[0])}; "
-                "make the model again"
+                f"{path}: {cut.parameter} has a value that is not finite in "
+                f"{cut.words(int(bad[0]))}; make the model again"
             )

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from neft_core.errors import NeftError
+from neft_core.groups import ROWS
 from neft_core.masks import NeuronMask
-from neft_core.neurons import ROWS
 
 
 class RowLinear(torch.autograd.Function):

@@ -192,7 +192,7 @@ def score(ws: Workspace, task: str) -> None:
     scores = similarity.score(
         card.directory(ws.root),
         tuned,
-        params.scoring.layout,
+        params.scoring.candidates,
         provenance={
             "base": card.hash,
             "steps": str(origin["steps"]),

@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -180,3 +181,42 @@ def test_another_model_is_refused(tmp_path):
     ):
         with pytest.raises(NeftError, match=re.escape(found)):
             read.check(shapes=wrong)
+
+
+EXPERTS = "layers.0.mlp.experts.gate_up_proj"
+
+
+def expert_mask(*neurons) -> NeuronMask:
+    """Of two experts' up rows by turns with gate: candidates 1, 3, 5, 7."""
+    groups = {EXPERTS: Group(EXPERTS, 0, 1, 4, 3, True, experts=2, width=4, step=2)}
+    made = {"base": "0" * 64, "layout": "mlp", "model_type": "gpt_oss"}
+    return NeuronMask({EXPERTS: torch.tensor(neurons)}, groups, 100, made)
+
+
+def test_masks_of_experts_are_sets_too(tmp_path):
+    a, b = expert_mask(1, 3, 7), expert_mask(3, 5)
+    assert content(a | b) == {EXPERTS: [1, 3, 5, 7]}
+    assert content(a - b) == {EXPERTS: [1, 7]}
+    assert content(a & b) == {EXPERTS: [3]}
+    assert a.overlap(b) == pytest.approx(1 / 3)
+    assert (a.parameters, a.percent, a.by_module()) == (9, 9.0, {EXPERTS: Count(3, 4)})
+    a.save(tmp_path / "m")
+    read = NeuronMask.load(tmp_path / "m")
+    assert (read.groups, content(read)) == (a.groups, content(a))
+
+
+def test_masks_of_experts_are_checked():
+    down = "layers.0.mlp.experts.down_proj"
+    groups = {**expert_mask(1).groups, down: Group(down, 1, 0, 4, 3, True, experts=2, width=2)}
+    chosen = replace(expert_mask(1), groups=groups)
+    chosen.check(shapes={EXPERTS: (2, 3, 4), down: (2, 2, 3)})
+    for shape in ((3, 3, 4), (2, 4, 3), (2, 3, 6), (3, 4)):
+        with pytest.raises(NeftError, match=re.escape(f"{EXPERTS}, this model has shape {shape}")):
+            chosen.check(shapes={EXPERTS: shape, down: (2, 2, 3)})
+
+
+def test_a_file_from_before_experts_is_read(tmp_path):
+    old = {"module": UP, "axis": 0, "start": 0, "count": 6, "length": 4, "transposed": False}
+    metadata = {"kind": "mask", "groups": json.dumps([old]), "total_parameters": "9"}
+    save_file({UP: torch.tensor([1])}, tmp_path / "m", metadata=metadata)
+    assert NeuronMask.load(tmp_path / "m").groups == {UP: GROUPS[UP]}

@@ -91,7 +91,9 @@ def test_scored_weights_stay_fp32_under_the_bases_own_names(gpt2, tmp_path):
     kinds = {name: tensor.dtype for name, tensor in tuned.items()}
     fp32 = {name for name, kind in kinds.items() if kind == torch.float32}
     assert fp32 == {
-        f"transformer.h.{n}.mlp.{part}.weight" for n in (0, 1) for part in ("c_fc", "c_proj")
+        f"transformer.h.{n}.{part}.weight"
+        for n in (0, 1)
+        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
     assert set(kinds.values()) == {torch.float32, torch.bfloat16}
 
