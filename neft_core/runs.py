@@ -117,6 +117,7 @@ def warmup(ws: Workspace, task: str) -> None:
     from neft_core.encoding import load_encoded
     from neft_core.methods import METHODS, trained_parameters
     from neft_core.neurons import candidates, family
+    from neft_core.steps import Recipe
 
     params = ws.params()
     card, tokenizer = base_card(ws)
@@ -125,7 +126,7 @@ def warmup(ws: Workspace, task: str) -> None:
     model = _load(ws, card, params)
     stored = model.dtype
     model = METHODS["full"].prepare(model, {}, None, card.model_type)
-    recipe = training.Recipe(steps=section.steps, seed=section.seed, **_optimisation(section))
+    recipe = Recipe(steps=section.steps, seed=section.seed, **_optimisation(section))
     inputs = training.fingerprint(
         section.model_dump(),
         params.compute.model_dump(),
@@ -228,6 +229,7 @@ def _train_seed(
     from neft_core import training
     from neft_core.files import save_tensors
     from neft_core.methods import METHODS, moved_outside, trained_parameters
+    from neft_core.steps import Recipe, steps_in_epoch
 
     params = ws.params()
     entry, section = params.runs[run], params.training
@@ -239,8 +241,8 @@ def _train_seed(
     model = method.prepare(model, options, mask, card.model_type)
     shared = _optimisation(section) | ({"lr": entry.lr} if entry.lr else {})
     rows = len(splits["train"]["offsets"]) - 1
-    per_epoch = training.steps_in_epoch(rows, section.batch_size, section.accumulation)
-    recipe = training.Recipe(
+    per_epoch = steps_in_epoch(rows, section.batch_size, section.accumulation)
+    recipe = Recipe(
         steps=max(1, round((entry.epochs or section.epochs) * per_epoch)),
         seed=seed,
         evaluate_every=section.evaluate_every or 0,

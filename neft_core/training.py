@@ -1,11 +1,4 @@
-"""The training loop, on Accelerate: one for pre-training, warm-up and every method.
-
-Rows are planned ahead: a step is a list of micro-batches of row numbers, fixed by the seed. So a
-training resumes at any step with nothing but its tensors, and splitting a step into micro-batches
-changes no row of it. The loss of a step is the mean over its trained tokens.
-
-Shapes: B rows of a micro-batch, T tokens of its longest row.
-"""
+"""The training loop, on Accelerate: one for pre-training, warm-up and every method."""
 
 import csv
 import hashlib
@@ -15,7 +8,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,42 +20,19 @@ from torch import Tensor, nn
 from neft_core.errors import NeftError
 from neft_core.files import load_tensors, read_json, replacing, save_tensors, write_json
 from neft_core.progress import Progress
-
-Arrays = Mapping[str, np.ndarray]
-"""An encoded split: `tokens` int32 and `trained` uint8 [sum of T], `offsets` int64 [rows + 1]."""
+from neft_core.steps import (
+    Arrays,
+    Recipe,
+    collate,
+    learning_rate,
+    loss_sum,
+    mean_loss,
+    plan_steps,
+    steps_in_epoch,
+)
 
 TRAIN_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm")
 DEV_COLUMNS = ("step", "epoch", "loss")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that a training's course depends on, besides model and data."""
-
-    lr: float
-    """Peak learning rate."""
-    steps: int
-    """Optimiser steps in all."""
-    batch_size: int
-    """Rows in a micro-batch."""
-    seed: int
-    """Seed of the order of rows and of dropout."""
-    accumulation: int = 1
-    """Micro-batches in a step."""
-    lr_warmup: int = 0
-    """Steps over which the learning rate rises from zero."""
-    max_grad_norm: float = 1.0
-    """Norm that the gradient of what trains is clipped to."""
-    weight_decay: float = 0.0
-    """Decoupled decay towards zero of what trains."""
-    evaluate_every: int = 0
-    """Steps between dev losses; 0: after each epoch."""
-    patience: int = 0
-    """Dev losses without improvement before training stops; 0: never."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them."""
 
 
 @dataclass
@@ -88,96 +58,6 @@ class Course:
     def best_loss(self) -> float | None:
         """Lowest dev loss."""
         return min((row[2] for row in self.dev), default=None)
-
-
-def plan_steps(lengths: np.ndarray, recipe: Recipe) -> Iterator[list[np.ndarray]]:
-    """The row numbers of each step, endlessly: epoch after epoch, each newly shuffled.
-
-    Rows of similar length share a step, so that little is padded: each epoch is shuffled, sorted
-    by length within windows of 32 steps, and the steps are shuffled again. A step's rows, longest
-    first, are dealt out to its micro-batches.
-
-    Args:
-        lengths: tokens of each row, [rows].
-        recipe: batch size, accumulation and seed are used.
-    """
-    size = recipe.batch_size * recipe.accumulation
-    epoch = 0
-    while True:
-        rng = np.random.default_rng([recipe.seed, epoch])
-        order = rng.permutation(len(lengths))
-        window = 32 * size
-        steps = []
-        for start in range(0, len(order), window):
-            part = order[start : start + window]
-            part = part[np.argsort(-lengths[part], kind="stable")]
-            steps += [part[i : i + size] for i in range(0, len(part), size)]
-        for chosen in rng.permutation(len(steps)):
-            rows = steps[chosen]
-            yield [rows[i : i + recipe.batch_size] for i in range(0, len(rows), recipe.batch_size)]
-        epoch += 1
-
-
-def steps_in_epoch(rows: int, recipe_batch: int, accumulation: int) -> int:
-    """Optimiser steps of one pass over the rows."""
-    return math.ceil(rows / (recipe_batch * accumulation))
-
-
-def collate(arrays: Arrays, rows: Sequence[int] | np.ndarray, pad: int) -> dict[str, Tensor]:
-    """Rows as one padded micro-batch.
-
-    Returns:
-        `input_ids` and `attention_mask` int64 [B, T]; `labels` int64 [B, T], -100 where no loss.
-    """
-    offsets = arrays["offsets"]
-    longest = max(int(offsets[r + 1] - offsets[r]) for r in rows)
-    ids = np.full((len(rows), longest), pad, dtype=np.int64)
-    attention = np.zeros_like(ids)
-    labels = np.full_like(ids, -100)
-    for i, row in enumerate(rows):
-        part = slice(int(offsets[row]), int(offsets[row + 1]))
-        length = part.stop - part.start
-        ids[i, :length] = arrays["tokens"][part]
-        attention[i, :length] = 1
-        labels[i, :length] = np.where(arrays["trained"][part] > 0, ids[i, :length], -100)
-    batch = {"input_ids": ids, "attention_mask": attention, "labels": labels}
-    return {name: torch.from_numpy(values) for name, values in batch.items()}
-
-
-def loss_sum(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    """Summed cross-entropy over a micro-batch's trained tokens, and their number.
-
-    Only their logits are turned to fp32: one pass over [trained tokens, vocabulary].
-    """
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    targets = batch["labels"][:, 1:]
-    chosen = targets != -100
-    logits = output.logits[:, :-1][chosen].float()
-    total = nn.functional.cross_entropy(logits, targets[chosen], reduction="sum")
-    return total, int(chosen.sum())
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, arrays: Arrays, batch_size: int, pad: int, device: Any) -> float:
-    """Mean cross-entropy over the trained tokens of a split, in nats."""
-    training = model.training
-    model.eval()
-    lengths = np.diff(arrays["offsets"])
-    order = np.argsort(-lengths, kind="stable")
-    total, count = 0.0, 0
-    for start in range(0, len(order), batch_size):
-        batch = collate(arrays, order[start : start + batch_size], pad)
-        loss, tokens = loss_sum(model, {k: v.to(device) for k, v in batch.items()})
-        total, count = total + loss.item(), count + tokens
-    model.train(training)
-    return total / count
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Learning rate of a step (the first is 0): linear rise, then linear decay to zero."""
-    if step < recipe.lr_warmup:
-        return recipe.lr * (step + 1) / recipe.lr_warmup
-    return recipe.lr * (recipe.steps - step) / max(1, recipe.steps - recipe.lr_warmup)
 
 
 class Trainer:

@@ -12,7 +12,8 @@ from conftest import tiny_llama, tiny_rows
 
 from neft_core.errors import NeftError
 from neft_core.methods import METHODS, trained_parameters
-from neft_core.training import Recipe, Trainer, collate, learning_rate, mean_loss, plan_steps
+from neft_core.steps import Recipe, collate, learning_rate, mean_loss, plan_steps
+from neft_core.training import Trainer
 
 RECIPE = Recipe(lr=1e-2, steps=12, batch_size=4, seed=3, evaluate_every=4, checkpoint_every=3)
 
