@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from neft_core import ranks
 from neft_core.errors import NeftError
 from neft_core.progress import Progress
 
@@ -23,7 +24,8 @@ def generate(
     """Continue prompts greedily.
 
     Prompts of similar length share a batch, padded on the left; the order of the result is that
-    of the prompts. A continuation ends at the end-of-sequence token.
+    of the prompts. A continuation ends at the end-of-sequence token. Several processes share the
+    batches, and each has all the texts afterwards.
 
     Args:
         model: a causal language model, on its device.
@@ -53,10 +55,12 @@ def generate(
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    texts = [""] * len(prompts)
-    with Progress(label, len(prompts), "sentence") as progress:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    # Whole batches are dealt out: another padding could change a text.
+    mine = batches[ranks.rank() :: ranks.world()]
+    texts: dict[int, str] = {}
+    with Progress(label, sum(map(len, mine)), "sentence") as progress:
+        for chosen in mine:
             width = max(len(prompts[i]) for i in chosen)
             ids = torch.full((len(chosen), width), pad, dtype=torch.int64)
             attention = torch.zeros_like(ids)
@@ -73,10 +77,11 @@ def generate(
                 eos_token_id=tokenizer.eos_token_id,
             )
             decoded = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            for i, text in zip(chosen, decoded, strict=True):
-                texts[i] = text.strip()
+            texts |= {i: text.strip() for i, text in zip(chosen, decoded, strict=True)}
             progress.advance(len(chosen))
-    return texts
+    for others in ranks.gather(texts):
+        texts |= others
+    return [texts[i] for i in range(len(prompts))]
 
 
 def first_line(text: str) -> str:

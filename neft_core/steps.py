@@ -104,33 +104,78 @@ def collate(arrays: Arrays, rows: Sequence[int] | np.ndarray, pad: int) -> dict[
     return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
+def trained_tokens(arrays: Arrays, rows: np.ndarray) -> int:
+    """Tokens with a loss in these rows; the first token of a row has none."""
+    offsets = arrays["offsets"]
+    return sum(int((arrays["trained"][offsets[r] + 1 : offsets[r + 1]] > 0).sum()) for r in rows)
+
+
+def deal(micro_batches: list[np.ndarray], rank: int, processes: int) -> list[np.ndarray]:
+    """One process's micro-batches of a step: as many as every other's, some perhaps empty.
+
+    The rows of all processes are those of the step, and no micro-batch has more than planned.
+    """
+    if processes == 1:
+        return micro_batches
+    rows = np.concatenate(micro_batches)
+    share = math.ceil(len(rows) / processes)
+    return np.array_split(rows[rank::processes], math.ceil(share / len(micro_batches[0])))
+
+
+def collate_share(
+    arrays: Arrays, share: np.ndarray, rows: np.ndarray, pad: int
+) -> dict[str, Tensor]:
+    """A dealt micro-batch; where it is empty, the step's shortest row without a loss."""
+    if len(share):
+        return collate(arrays, share, pad)
+    batch = collate(arrays, rows[-1:], pad)
+    batch["labels"].fill_(-100)
+    return batch
+
+
 def loss_sum(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
     """Summed cross-entropy over a micro-batch's trained tokens, and their number.
 
-    Only their logits are turned to fp32: one pass over [trained tokens, vocabulary].
+    Only their logits are turned to fp32 (fp64 stays): one pass over [trained tokens, vocabulary].
     """
     output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     targets = batch["labels"][:, 1:]
     chosen = targets != -100
-    logits = output.logits[:, :-1][chosen].float()
+    logits = output.logits[:, :-1][chosen]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = nn.functional.cross_entropy(logits, targets[chosen], reduction="sum")
     return total, int(chosen.sum())
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, arrays: Arrays, batch_size: int, pad: int, device: Any) -> float:
-    """Mean cross-entropy over the trained tokens of a split, in nats."""
+def split_loss(
+    model: nn.Module,
+    arrays: Arrays,
+    batch_size: int,
+    pad: int,
+    device: Any,
+    rank: int = 0,
+    processes: int = 1,
+) -> tuple[float, int]:
+    """Summed cross-entropy over the trained tokens of a process's share, and their number.
+
+    Batches are dealt out whole. Sharded models want every process to compute as many, so one that
+    is short of a batch computes the first once more, for nothing.
+    """
     training = model.training
     model.eval()
-    lengths = np.diff(arrays["offsets"])
-    order = np.argsort(-lengths, kind="stable")
+    order = np.argsort(-np.diff(arrays["offsets"]), kind="stable")
+    starts = range(0, len(order), batch_size)
     total, count = 0.0, 0
-    for start in range(0, len(order), batch_size):
+    for number in range(rank, processes * math.ceil(len(starts) / processes), processes):
+        mine = number < len(starts)
+        start = starts[number] if mine else 0
         batch = collate(arrays, order[start : start + batch_size], pad)
         loss, tokens = loss_sum(model, {k: v.to(device) for k, v in batch.items()})
-        total, count = total + loss.item(), count + tokens
+        if mine:
+            total, count = total + loss.item(), count + tokens
     model.train(training)
-    return total / count
+    return total, count
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

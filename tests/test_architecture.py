@@ -28,7 +28,7 @@ OWNERS = {
     "tokenizers": {"models"},
     "huggingface_hub": {"models"},
     "datasets": {"data"},
-    "accelerate": {"training"},
+    "accelerate": {"training", "ranks"},
     "peft": {"methods"},
     "sacrebleu": {"metrics"},
     "mlflow": {"mlflow_store"},

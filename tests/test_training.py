@@ -12,7 +12,7 @@ from conftest import tiny_llama, tiny_rows
 
 from neft_core.errors import NeftError
 from neft_core.methods import METHODS, trained_parameters
-from neft_core.steps import Recipe, collate, learning_rate, mean_loss, plan_steps
+from neft_core.steps import Recipe, collate, learning_rate, plan_steps, split_loss
 from neft_core.training import Trainer
 
 RECIPE = Recipe(lr=1e-2, steps=12, batch_size=4, seed=3, evaluate_every=4, checkpoint_every=3)
@@ -139,8 +139,8 @@ def test_ends_with_the_best_checkpoint(tmp_path):
     trainer, course = train(tmp_path, recipe, tiny_rows(2))
     losses = [row[2] for row in course.dev]
     assert course.best_step == 1 + int(np.argmin(losses)) < recipe.steps
-    now = mean_loss(trainer.raw_model, tiny_rows(7, seed=1), 8, 0, "cpu")
-    assert now == pytest.approx(min(losses), abs=1e-6)
+    total, tokens = split_loss(trainer.raw_model, tiny_rows(7, seed=1), 8, 0, "cpu")
+    assert total / tokens == pytest.approx(min(losses), abs=1e-6)
 
 
 def test_patience_stops_early(tmp_path):
