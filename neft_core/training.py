@@ -147,8 +147,8 @@ class Trainer:
             course.best_step = course.step
         elif course.best_step != course.step:
             ranks.wait()  # for the main process to have written it
-            best = best_file(self.folder, course.best_step)
-            self._load(load_tensors(best, "train the run again")[0])
+            file = best_file(self.folder, course.best_step)
+            self._load(load_tensors(file, "train the run again")[0])
         ranks.wait()  # for all to have read it
         return course
 
