@@ -95,7 +95,7 @@ class Trainer:
             )
         if recipe.gradient_checkpointing:
             # Reentrant checkpointing gives no gradient behind a frozen embedding.
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         self.raw_model = model
         # Sharding changes a model for good: its bare form is kept aside.
         self._skeleton = ranks.skeleton(model) if self.accelerator.is_fsdp2 else None
@@ -282,13 +282,13 @@ class Trainer:
             return
         self.course, tensors = found
         self._load({name: tensors[f"value/{name}"] for name in self.trained})
-        for name, parameter in self.trained.items():
-            # AdamW's own names; it keeps the step count on the CPU.
-            self.optimizer.state[parameter] = {
-                "step": tensors[f"step/{name}"],
-                "exp_avg": ranks.split_as(tensors[f"exp_avg/{name}"], parameter),
-                "exp_avg_sq": ranks.split_as(tensors[f"exp_avg_sq/{name}"], parameter),
-            }
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            if name and kind != "value":
+                parameter = self.trained[name]
+                # Optimisers keep the step count on the CPU.
+                placed = value if kind == "step" else ranks.split_as(value, parameter)
+                self.optimizer.state[parameter][kind] = placed
         torch.set_rng_state(tensors["rng"])
         print(f"{self.label}: goes on after step {self.course.step}", flush=True)
 
