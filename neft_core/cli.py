@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from neft_core import __version__
@@ -131,7 +132,8 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _stage(options: argparse.Namespace) -> None:
+def _stage(options: argparse.Namespace) -> int:
+    from neft_core import launching, ranks
     from neft_core.stages import STAGES
     from neft_core.workspace import find_workspace, hold
 
@@ -145,10 +147,23 @@ def _stage(options: argparse.Namespace) -> None:
         wants = f"one of {', '.join(known)}" if known else "none"
         got = f"item '{options.item}'" if options.item else "no item"
         raise NeftError(f"stage {options.name}: got {got}; it takes {wants}")
-    name = "-".join(filter(None, (options.name, options.item)))
+    stage = [part for part in (options.name, options.item) if part]
+    name = "-".join(stage)
     _exit_with_owner()
-    with hold(ws.state("locks", name), f"stage {name}"):
-        STAGES[options.name](ws, *([options.item] if options.item else []))
+    if not ranks.main() or launching.FAULTS in os.environ:
+        held: AbstractContextManager[None] = nullcontext()  # another process holds it
+    else:
+        held = hold(ws.state("locks", name), f"stage {name}")
+    with held:
+        if options.name in launching.STAGES and launching.wanted(params.compute):
+            try:
+                launching.launch(ws, params.compute, stage)
+            except launching.LaunchFailed as fault:
+                return _say(str(fault), 1)
+            return 0
+        with launching.taking_part(options.name):
+            STAGES[options.name](ws, *stage[1:])
+    return 0
 
 
 ITEMS = {

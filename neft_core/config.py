@@ -291,13 +291,29 @@ class Compute(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Type of frozen weights; `auto`: bfloat16 on a GPU with mixed precision, else float32. What
-    trains is float32."""
+    trains is float32 (in float64: float64)."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast; `auto`: bf16 on a GPU or where dtype is not float32, else none."""
     threads: int = Field(default=2, ge=1)
-    """CPU threads; another number can change the last bits of a sum."""
+    """CPU threads of each process; another number can change the last bits of a sum."""
+    processes: int = Field(default=1, ge=1)
+    """Processes that share warm-up, training and evaluation on this machine, each with a device of
+    its own, by `accelerate launch`; steps stay the same rows. 1: nothing is launched."""
+    accelerate_config: str | None = Field(default=None, min_length=1)
+    """Your own Accelerate configuration file, relative to the workspace or absolute, for other
+    ways to share (several machines, FSDP2, DeepSpeed); it says how many processes. Precision is
+    `mixed_precision` above."""
+
+    @model_validator(mode="after")
+    def _one_says_how_many(self) -> "Compute":
+        if self.accelerate_config is not None and self.processes > 1:
+            raise _refuse(
+                f"processes: got {self.processes} beside accelerate_config; "
+                "num_processes of that file says how many"
+            )
+        return self
 
 
 class Optimisation(Section):

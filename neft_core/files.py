@@ -6,10 +6,12 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neft_core import ranks
 from neft_core.errors import NeftError
 
 if TYPE_CHECKING:
@@ -20,11 +22,16 @@ if TYPE_CHECKING:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, a file or a folder, that takes its place at the end.
 
-    When the block fails, the temporary is removed and `path` stays as it was.
+    When the block fails, the temporary is removed and `path` stays as it was. Of several
+    processes only the main one writes: another's temporary is thrown away.
 
     Raises:
         NeftError: the system refuses, for instance because the disk is full.
     """
+    if not ranks.main():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch) / path.name
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with _told(path):

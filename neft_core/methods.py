@@ -44,11 +44,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _train_only(model: nn.Module, chosen: Callable[[str], bool]) -> None:
-    """Freeze all but the chosen parameters; those become fp32, whatever the base's type."""
+    """Freeze all but the chosen parameters; those become fp32, unless the base is in fp64."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(chosen(name))
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _full(model: Any, _options: Mapping[str, Any], _mask: Mask, _type: str) -> Any:

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from neft_core import __version__, models, training
+from neft_core.steps import Recipe, steps_in_epoch
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, longest: int) -> dict[str, np.ndarray]:
     """Texts between beginning and end token, each cut to the longest sequence.
 
     Returns:
-        An encoded split (see `training.Arrays`) with every token trained.
+        An encoded split (see `steps.Arrays`) with every token trained.
     """
     rows = [
         [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id][:longest]
@@ -64,8 +65,8 @@ def build(
     tokenizer = models.build_tokenizer(texts, vocabulary, sizes["context"])
     arrays = encode_texts(texts, tokenizer, sizes["context"])
     model: Any = models.build_llama(vocabulary=len(tokenizer), seed=seed, **sizes)
-    steps = epochs * training.steps_in_epoch(len(texts), batch_size, 1)
-    recipe = training.Recipe(
+    steps = epochs * steps_in_epoch(len(texts), batch_size, 1)
+    recipe = Recipe(
         lr=lr,
         steps=steps,
         batch_size=batch_size,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neft_core import __version__, config
+from neft_core import __version__, config, ranks
 from neft_core.config import Params
 from neft_core.errors import NeftError
 from neft_core.files import replacing, write_json
@@ -59,7 +59,8 @@ def _precision(params: Params) -> str:
     """Autocast's type: `no`, `bf16` or `fp16`."""
     cpu, wanted = device(params) == "cpu", params.compute.mixed_precision
     if wanted == "auto":
-        wanted = "no" if cpu and params.compute.dtype in ("auto", "float32") else "bf16"
+        plain = ("auto", "float32", "float64") if cpu else ("float64",)
+        wanted = "no" if params.compute.dtype in plain else "bf16"
     if cpu and wanted == "fp16":
         raise NeftError("params.yaml: compute.mixed_precision: got fp16; on a CPU no or bf16")
     return wanted
@@ -74,14 +75,25 @@ def autocast(params: Params) -> Any:
 
 
 def device(params: Params) -> str:
-    """`cpu` or `cuda`; settles the number of CPU threads, so that sums repeat bit by bit."""
+    """`cpu` or `cuda`; settles the number of CPU threads, so that sums repeat bit by bit.
+
+    Where several processes share a stage, they meet here.
+    """
     import torch
 
     torch.set_num_threads(params.compute.threads)
     wanted = params.compute.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise NeftError("params.yaml: compute.device: got cuda; this machine has no usable GPU")
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+    cpu = wanted == "cpu" or not torch.cuda.is_available()
+    gpus = torch.cuda.device_count()
+    if not cpu and ranks.local() >= gpus:
+        raise NeftError(
+            f"params.yaml: compute.processes: got more than the {gpus} GPUs of this machine; "
+            "at most one process for each"
+        )
+    ranks.join(cpu)
+    return "cpu" if cpu else "cuda"
 
 
 def load_base(ws: Workspace) -> Any:
@@ -111,12 +123,19 @@ def _optimisation(section: Any) -> dict[str, Any]:
     return dict(section.model_dump(include=set(config.Optimisation.model_fields)))
 
 
+def _arithmetic(params: Params) -> dict[str, Any]:
+    """What a training's course owes to `compute`; it may go on in other processes."""
+    return params.compute.model_dump(exclude={"processes", "accelerate_config"})
+
+
 def warmup(ws: Workspace, task: str) -> None:
     """K steps of full fine-tuning; the candidates of every layout stay in fp32."""
     from neft_core import models, training
+    from neft_core.course import TRAIN_COLUMNS, write_table
     from neft_core.encoding import load_encoded
     from neft_core.methods import METHODS, trained_parameters
     from neft_core.patterns import scorable
+    from neft_core.steps import Recipe
 
     params = ws.params()
     card, tokenizer = base_card(ws)
@@ -125,10 +144,10 @@ def warmup(ws: Workspace, task: str) -> None:
     model = _load(ws, card, params)
     stored = model.dtype
     model = METHODS["full"].prepare(model, {}, None, card.model_type)
-    recipe = training.Recipe(steps=section.steps, seed=section.seed, **_optimisation(section))
+    recipe = Recipe(steps=section.steps, seed=section.seed, **_optimisation(section))
     inputs = training.fingerprint(
         section.model_dump(),
-        params.compute.model_dump(),
+        _arithmetic(params),
         card.hash,
         training.digest(train),
         __version__,
@@ -145,19 +164,22 @@ def warmup(ws: Workspace, task: str) -> None:
         **placement(params),
     )
     course = trainer.run()
-    tuned = trainer.release().cpu()
+    tuned, cost = trainer.release(), _cost(course, trainer)
+    if not ranks.main():
+        return
+    tuned.cpu()
     # The model's own names: those in the base's files may lack a prefix.
     shapes = {name: tuple(tensor.shape) for name, tensor in tuned.state_dict().items()}
     scored = scorable(shapes)
     with replacing(ws.path("warmup", task)) as folder:
         folder.mkdir()
         models.save_checkpoint(tuned, folder, scored, stored)
-        training.write_table(folder / "train.csv", training.TRAIN_COLUMNS, course.train)
+        write_table(folder / "train.csv", TRAIN_COLUMNS, course.train)
         write_json(
             folder / "provenance.json",
             {"base": card.hash, "steps": course.step, "data": training.digest(train), **_by()},
         )
-    write_json(ws.path("cost", f"warmup-{task}.json"), _cost(course, trainer))
+    write_json(ws.path("cost", f"warmup-{task}.json"), cost)
     shutil.rmtree(ws.state("checkpoints", f"warmup-{task}"), ignore_errors=True)
 
 
@@ -194,13 +216,16 @@ def train(ws: Workspace, run: str) -> None:
                 ws, run, seed, card, tokenizer.pad_token_id, mask, splits, folder
             )
             costs[str(seed)] = _cost(course, trainer)
+            if not ranks.main():
+                continue
             print(
                 f"train {run}, seed {seed}: dev loss {result['best_dev_loss']:.4f} at step "
                 f"{course.best_step}, {result['trainable_parameters']:,} parameters "
                 f"({result['trainable_percent']:.2f} %), {course.seconds:.0f} s"
             )
         write_json(ws.path("cost", f"{run}.json"), {"seeds": costs})
-    shutil.rmtree(ws.state("checkpoints", f"train-{run}"), ignore_errors=True)
+    if ranks.main():
+        shutil.rmtree(ws.state("checkpoints", f"train-{run}"), ignore_errors=True)
 
 
 def _check_mask(ws: Workspace, mask: Any, card: Any, entry: config.Run) -> None:
@@ -225,8 +250,10 @@ def _train_seed(
     import torch
 
     from neft_core import training
+    from neft_core.course import DEV_COLUMNS, TRAIN_COLUMNS, write_table
     from neft_core.files import save_tensors
     from neft_core.methods import METHODS, moved_outside, trained_parameters
+    from neft_core.steps import Recipe, steps_in_epoch
 
     params = ws.params()
     entry, section = params.runs[run], params.training
@@ -238,8 +265,8 @@ def _train_seed(
     model = method.prepare(model, options, mask, card.model_type)
     shared = _optimisation(section) | ({"lr": entry.lr} if entry.lr else {})
     rows = len(splits["train"]["offsets"]) - 1
-    per_epoch = training.steps_in_epoch(rows, section.batch_size, section.accumulation)
-    recipe = training.Recipe(
+    per_epoch = steps_in_epoch(rows, section.batch_size, section.accumulation)
+    recipe = Recipe(
         steps=max(1, round((entry.epochs or section.epochs) * per_epoch)),
         seed=seed,
         evaluate_every=section.evaluate_every or 0,
@@ -250,7 +277,7 @@ def _train_seed(
     inputs = training.fingerprint(
         options,
         recipe.__dict__,
-        params.compute.model_dump(),
+        _arithmetic(params),
         card.hash,
         digests,
         mask.provenance,
@@ -271,6 +298,8 @@ def _train_seed(
     )
     course = trainer.run()
     model = trainer.release()
+    if not ranks.main():
+        return trainer, course, {}
     method.finish(model)
     adapter = method.adapter(model)
     count = sum(parameter.numel() for parameter in trained.values())
@@ -301,8 +330,8 @@ def _train_seed(
     target.mkdir()
     metadata = {"method": entry.method.name, "base": card.hash, "seed": str(seed), **_by()}
     save_tensors(target / "adapter.safetensors", adapter, metadata)
-    training.write_table(target / "train.csv", training.TRAIN_COLUMNS, course.train)
-    training.write_table(target / "dev.csv", training.DEV_COLUMNS, course.dev)
+    write_table(target / "train.csv", TRAIN_COLUMNS, course.train)
+    write_table(target / "dev.csv", DEV_COLUMNS, course.dev)
     write_json(target / "metrics.json", result)
     return trainer, course, result
 
@@ -388,6 +417,8 @@ def _evaluate(
             context=base_card(ws)[0].context,
             label=label,
         )
+    if not ranks.main():
+        return {}
     if section.task == "translation":
         hypotheses = [evaluation.first_line(text) for text in hypotheses]
     scores = score_text(hypotheses, [row["references"] for row in rows], section.target_language)

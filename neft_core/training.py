@@ -1,22 +1,14 @@
-"""The training loop, on Accelerate: one for pre-training, warm-up and every method.
-
-Rows are planned ahead: a step is a list of micro-batches of row numbers, fixed by the seed. So a
-training resumes at any step with nothing but its tensors, and splitting a step into micro-batches
-changes no row of it. The loss of a step is the mean over its trained tokens.
-
-Shapes: B rows of a micro-batch, T tokens of its longest row.
-"""
+"""The training loop, on Accelerate: one for pre-training, warm-up and every method."""
 
 import csv
 import hashlib
 import json
 import math
 import resource
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,160 +16,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from neft_core import ranks
+from neft_core.course import (
+    DEV_COLUMNS,
+    TRAIN_COLUMNS,
+    Course,
+    best_file,
+    load_checkpoint,
+    save_checkpoint,
+    write_table,
+)
 from neft_core.errors import NeftError
-from neft_core.files import load_tensors, read_json, replacing, save_tensors, write_json
+from neft_core.files import load_tensors, save_tensors
 from neft_core.progress import Progress
-
-Arrays = Mapping[str, np.ndarray]
-"""An encoded split: `tokens` int32 and `trained` uint8 [sum of T], `offsets` int64 [rows + 1]."""
-
-TRAIN_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm")
-DEV_COLUMNS = ("step", "epoch", "loss")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that a training's course depends on, besides model and data."""
-
-    lr: float
-    """Peak learning rate."""
-    steps: int
-    """Optimiser steps in all."""
-    batch_size: int
-    """Rows in a micro-batch."""
-    seed: int
-    """Seed of the order of rows and of dropout."""
-    accumulation: int = 1
-    """Micro-batches in a step."""
-    lr_warmup: int = 0
-    """Steps over which the learning rate rises from zero."""
-    max_grad_norm: float = 1.0
-    """Norm that the gradient of what trains is clipped to."""
-    weight_decay: float = 0.0
-    """Decoupled decay towards zero of what trains."""
-    evaluate_every: int = 0
-    """Steps between dev losses; 0: after each epoch."""
-    patience: int = 0
-    """Dev losses without improvement before training stops; 0: never."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them."""
-
-
-@dataclass
-class Course:
-    """How a training went."""
-
-    train: list[tuple[float, ...]] = field(default_factory=list)
-    """Rows of TRAIN_COLUMNS."""
-    dev: list[tuple[float, ...]] = field(default_factory=list)
-    """Rows of DEV_COLUMNS."""
-    step: int = 0
-    """Steps done."""
-    best_step: int = 0
-    """Step with the lowest dev loss; the last one where there is no dev split."""
-    stopped_early: bool = False
-    """Whether patience ended it."""
-    seconds: float = 0.0
-    """Time at work, over every process that had a part in it."""
-    tokens: int = 0
-    """Tokens of the rows seen."""
-
-    @property
-    def best_loss(self) -> float | None:
-        """Lowest dev loss."""
-        return min((row[2] for row in self.dev), default=None)
-
-
-def plan_steps(lengths: np.ndarray, recipe: Recipe) -> Iterator[list[np.ndarray]]:
-    """The row numbers of each step, endlessly: epoch after epoch, each newly shuffled.
-
-    Rows of similar length share a step, so that little is padded: each epoch is shuffled, sorted
-    by length within windows of 32 steps, and the steps are shuffled again. A step's rows, longest
-    first, are dealt out to its micro-batches.
-
-    Args:
-        lengths: tokens of each row, [rows].
-        recipe: batch size, accumulation and seed are used.
-    """
-    size = recipe.batch_size * recipe.accumulation
-    epoch = 0
-    while True:
-        rng = np.random.default_rng([recipe.seed, epoch])
-        order = rng.permutation(len(lengths))
-        window = 32 * size
-        steps = []
-        for start in range(0, len(order), window):
-            part = order[start : start + window]
-            part = part[np.argsort(-lengths[part], kind="stable")]
-            steps += [part[i : i + size] for i in range(0, len(part), size)]
-        for chosen in rng.permutation(len(steps)):
-            rows = steps[chosen]
-            yield [rows[i : i + recipe.batch_size] for i in range(0, len(rows), recipe.batch_size)]
-        epoch += 1
-
-
-def steps_in_epoch(rows: int, recipe_batch: int, accumulation: int) -> int:
-    """Optimiser steps of one pass over the rows."""
-    return math.ceil(rows / (recipe_batch * accumulation))
-
-
-def collate(arrays: Arrays, rows: Sequence[int] | np.ndarray, pad: int) -> dict[str, Tensor]:
-    """Rows as one padded micro-batch.
-
-    Returns:
-        `input_ids` and `attention_mask` int64 [B, T]; `labels` int64 [B, T], -100 where no loss.
-    """
-    offsets = arrays["offsets"]
-    longest = max(int(offsets[r + 1] - offsets[r]) for r in rows)
-    ids = np.full((len(rows), longest), pad, dtype=np.int64)
-    attention = np.zeros_like(ids)
-    labels = np.full_like(ids, -100)
-    for i, row in enumerate(rows):
-        part = slice(int(offsets[row]), int(offsets[row + 1]))
-        length = part.stop - part.start
-        ids[i, :length] = arrays["tokens"][part]
-        attention[i, :length] = 1
-        labels[i, :length] = np.where(arrays["trained"][part] > 0, ids[i, :length], -100)
-    batch = {"input_ids": ids, "attention_mask": attention, "labels": labels}
-    return {name: torch.from_numpy(values) for name, values in batch.items()}
-
-
-def loss_sum(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    """Summed cross-entropy over a micro-batch's trained tokens, and their number.
-
-    Only their logits are turned to fp32: one pass over [trained tokens, vocabulary].
-    """
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    targets = batch["labels"][:, 1:]
-    chosen = targets != -100
-    logits = output.logits[:, :-1][chosen].float()
-    total = nn.functional.cross_entropy(logits, targets[chosen], reduction="sum")
-    return total, int(chosen.sum())
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, arrays: Arrays, batch_size: int, pad: int, device: Any) -> float:
-    """Mean cross-entropy over the trained tokens of a split, in nats."""
-    training = model.training
-    model.eval()
-    lengths = np.diff(arrays["offsets"])
-    order = np.argsort(-lengths, kind="stable")
-    total, count = 0.0, 0
-    for start in range(0, len(order), batch_size):
-        batch = collate(arrays, order[start : start + batch_size], pad)
-        loss, tokens = loss_sum(model, {k: v.to(device) for k, v in batch.items()})
-        total, count = total + loss.item(), count + tokens
-    model.train(training)
-    return total / count
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Learning rate of a step (the first is 0): linear rise, then linear decay to zero."""
-    if step < recipe.lr_warmup:
-        return recipe.lr * (step + 1) / recipe.lr_warmup
-    return recipe.lr * (recipe.steps - step) / max(1, recipe.steps - recipe.lr_warmup)
+from neft_core.steps import (
+    Arrays,
+    Recipe,
+    collate_share,
+    deal,
+    learning_rate,
+    loss_sum,
+    plan_steps,
+    split_loss,
+    steps_in_epoch,
+    trained_tokens,
+)
 
 
 class Trainer:
@@ -190,7 +53,7 @@ class Trainer:
         train: rows to train on.
         dev: rows that choose the best checkpoint, or None.
         pad: the padding token.
-        folder: checkpoints; an interrupted training goes on from here.
+        folder: checkpoints; an interrupted training goes on from here. Processes share it.
         live: a folder for train.csv and dev.csv, which grow while it trains.
         label: for progress and messages.
         mixed_precision: `no`, `bf16` or `fp16`, as Accelerate has it.
@@ -212,20 +75,35 @@ class Trainer:
         mixed_precision: str = "no",
         cpu: bool = True,
     ) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         self.recipe, self.train_rows, self.dev_rows = recipe, train, dev
         self.pad, self.folder, self.live, self.label = pad, folder, live, label
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision)
-        self.trained = dict(trained)
-        optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=recipe.lr, weight_decay=recipe.weight_decay
+        # A step need not reach every parameter (experts); buffers are alike without exchange.
+        ddp = DistributedDataParallelKwargs(
+            find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+        self.accelerator = Accelerator(
+            cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[ddp]
+        )
+        optimizer = torch.optim.AdamW(
+            trained.values(), lr=recipe.lr, weight_decay=recipe.weight_decay
+        )
+        if self.accelerator.distributed_type == "FSDP" and not self.accelerator.is_fsdp2:
+            raise NeftError(
+                "params.yaml: compute.accelerate_config: asks for FSDP1; set fsdp_version: 2"
+            )
         if recipe.gradient_checkpointing:
             # Reentrant checkpointing gives no gradient behind a frozen embedding.
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         self.raw_model = model
+        # Sharding changes a model for good: its bare form is kept aside.
+        self._skeleton = ranks.skeleton(model) if self.accelerator.is_fsdp2 else None
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # Sharding puts other tensors in the place of those given.
+        wrapped = "._checkpoint_wrapped_module"
+        now = {name.replace(wrapped, ""): p for name, p in model.named_parameters()}
+        self.trained = {name: now[name] for name in trained}
         self.course = Course()
 
     def run(self) -> Course:
@@ -268,157 +146,156 @@ class Trainer:
         if self.dev_rows is None:
             course.best_step = course.step
         elif course.best_step != course.step:
-            self._restore(self._best_file(course.best_step))
+            ranks.wait()  # for the main process to have written it
+            file = best_file(self.folder, course.best_step)
+            self._load(load_tensors(file, "train the run again")[0])
+        ranks.wait()  # for all to have read it
         return course
 
     def release(self) -> Any:
-        """The model as it was given, without Accelerate's wrapping; its memory is freed."""
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        """The model as it was given, whole, without Accelerate's wrapping; its memory is freed.
+
+        Of a sharded model only the main process gets the weights.
+        """
+        if self._skeleton is None:
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        else:
+            model = ranks.fill(self._skeleton, self.accelerator.get_state_dict(self.model))
         self.accelerator.free_memory()
         return model
 
     def peak_bytes(self) -> int:
-        """Peak memory so far: of the GPU where there is one, else of this process."""
+        """Peak memory so far of the process that used most: of its GPU, else its own."""
         if self.accelerator.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+            peak = int(torch.cuda.max_memory_allocated())
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak *= 1 if sys.platform == "darwin" else 1024
+        return int(max(self._gather(peak)))
 
     def _step(self, micro_batches: list[np.ndarray]) -> tuple[float, float]:
-        """One optimiser step; its loss and the gradient's norm before clipping."""
-        device = self.accelerator.device
-        batches = [collate(self.train_rows, rows, self.pad) for rows in micro_batches]
-        tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        """One optimiser step; its loss and the gradient's norm before clipping.
+
+        Each process takes its share of the step's rows. Processes' gradients are averaged, so a
+        loss is divided by the tokens of all of them and multiplied by their number.
+        """
+        accelerator, course = self.accelerator, self.course
+        processes, rank = accelerator.num_processes, accelerator.process_index
+        if rank:
+            # The first process draws one sequence from the seed; the others' depend on the step
+            # alone, so that a training resumes with any number of processes.
+            seeds = np.random.SeedSequence([self.recipe.seed, course.step, rank])
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
+        rows = np.concatenate(micro_batches)
+        tokens = trained_tokens(self.train_rows, rows)
+        shares = deal(micro_batches, rank, processes)
         total = 0.0
-        for batch in batches:
-            moved = {name: values.to(device) for name, values in batch.items()}
-            loss, _ = loss_sum(self.model, moved)
-            self.accelerator.backward(loss / tokens)
+        for number, share in enumerate(shares, 1):
+            last = number == len(shares)
+            # Gradients are exchanged once a step.
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                batch = collate_share(self.train_rows, share, rows, self.pad)
+                moved = {name: values.to(accelerator.device) for name, values in batch.items()}
+                loss, _ = loss_sum(self.model, moved)
+                accelerator.backward(loss / tokens * processes)
             total += loss.item()
-            self.course.tokens += int(batch["attention_mask"].sum())
+        total = sum(self._gather(total))
+        course.tokens += int(np.diff(self.train_rows["offsets"])[rows].sum())
         if not math.isfinite(total):
             raise NeftError(
-                f"{self.label}: loss is {total} at step {self.course.step + 1}; "
+                f"{self.label}: loss is {total} at step {course.step + 1}; "
                 f"lower the learning rate ({self.recipe.lr:g}) or look at the data"
             )
-        norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.recipe.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(self.trained.values(), self.recipe.max_grad_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.course.step)
+            group["lr"] = learning_rate(self.recipe, course.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total / tokens, float(norm)
+        return total / tokens, float(ranks.whole(norm))
+
+    def _gather(self, value: float) -> list[float]:
+        """A number of every process, by rank."""
+        if self.accelerator.num_processes == 1:
+            return [value]
+        mine = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
+        values: list[float] = self.accelerator.gather(mine).tolist()
+        return values
 
     def _evaluate(self, epoch: float) -> None:
-        course = self.course
+        """The dev loss, the same number in every process; so all of them decide alike."""
+        course, accelerator = self.course, self.accelerator
         assert self.dev_rows is not None
-        size = 2 * self.recipe.batch_size
-        loss = mean_loss(self.model, self.dev_rows, size, self.pad, self.accelerator.device)
+        total, tokens = split_loss(
+            self.model,
+            self.dev_rows,
+            2 * self.recipe.batch_size,
+            self.pad,
+            accelerator.device,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        loss = sum(self._gather(total)) / sum(self._gather(tokens))
         if not math.isfinite(loss):
             raise NeftError(
                 f"{self.label}: dev loss is {loss} at step {course.step}; lower the learning rate"
             )
         if course.best_loss is None or loss < course.best_loss:
             course.best_step = course.step
-            save_tensors(self._best_file(course.step), self._values(), {})
+            values = self._values()
+            if ranks.main():
+                save_tensors(best_file(self.folder, course.step), values, {})
         self._record("dev", (course.step, epoch, loss))
         since = sum(row[0] > course.best_step for row in course.dev)
         course.stopped_early = bool(self.recipe.patience) and since >= self.recipe.patience
 
     def _values(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.trained.items()}
-
-    def _best_file(self, step: int) -> Path:
-        return self.folder / f"best-{step}.safetensors"
+        """What trains, unsharded; all processes have to ask together."""
+        return {name: ranks.whole(parameter.detach()) for name, parameter in self.trained.items()}
 
     def _record(self, name: str, row: tuple[float, ...]) -> None:
         getattr(self.course, name).append(row)
-        if self.live is not None:
+        if self.live is not None and ranks.main():
             with (self.live / f"{name}.csv").open("a", encoding="utf-8", newline="") as handle:
                 csv.writer(handle).writerow(row)
 
     def _rewrite_live(self) -> None:
         """Bring the live metrics to the state of the checkpoint."""
-        if self.live is None:
+        if self.live is None or not ranks.main():
             return
         for name, columns in (("train", TRAIN_COLUMNS), ("dev", DEV_COLUMNS)):
             write_table(self.live / f"{name}.csv", columns, getattr(self.course, name))
 
     def _checkpoint(self) -> None:
-        """Write all that the next step depends on, then drop what it replaces."""
-        course = self.course
+        """Write all that the next step depends on: whole tensors, whatever they are split into."""
         tensors = {f"value/{name}": value for name, value in self._values().items()}
         for name, parameter in self.trained.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}/{name}"] = torch.as_tensor(value)
+                tensors[f"{key}/{name}"] = ranks.whole(torch.as_tensor(value))
         tensors["rng"] = torch.get_rng_state()
-        target = self.folder / f"checkpoint-{course.step}"
-        with replacing(target) as temporary:
-            temporary.mkdir()
-            save_tensors(temporary / "state.safetensors", tensors, {})
-            write_json(temporary / "course.json", asdict(course))
-            files = [temporary / "state.safetensors", self._best_file(course.best_step)]
-            sums = {file.name: _sum(file) for file in files if file.exists()}
-            write_json(temporary / "sums.json", sums)
-        for old in self.folder.glob("checkpoint-*"):
-            if old != target:
-                shutil.rmtree(old)
-        for old in self.folder.glob("best-*.safetensors"):
-            if old != self._best_file(course.best_step):
-                old.unlink()
+        if ranks.main():
+            save_checkpoint(self.folder, self.course, tensors)
 
     def _resume(self) -> None:
-        """Go on from the newest whole checkpoint; a damaged one is told and left out."""
-        found = sorted(self.folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-        for folder in reversed(found):
-            try:
-                tensors, _ = load_tensors(folder / "state.safetensors", "")
-                saved = Course(**read_json(folder / "course.json"))
-                # Bits may turn, and pages be lost with the power, in files of the right form.
-                places = {"state.safetensors": folder}
-                whole = all(
-                    _sum(places.get(name, self.folder) / name) == total
-                    for name, total in read_json(folder / "sums.json").items()
-                )
-            except (NeftError, OSError, TypeError):
-                whole = False
-            if not whole:
-                print(f"{self.label}: {folder.name} is damaged; left out", flush=True)
-                continue
-            self.course = saved
-            for rows in (saved.train, saved.dev):
-                rows[:] = [tuple(row) for row in rows]
-            with torch.no_grad():
-                for name, parameter in self.trained.items():
-                    parameter.copy_(tensors[f"value/{name}"])
-                    # AdamW's own names; it keeps the step count on the CPU.
-                    self.optimizer.state[parameter] = {
-                        "step": tensors[f"step/{name}"],
-                        "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device),
-                        "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device),
-                    }
-            torch.set_rng_state(tensors["rng"])
-            print(f"{self.label}: goes on after step {saved.step}", flush=True)
+        """Go on from the newest whole checkpoint, with any number of processes."""
+        found = load_checkpoint(self.folder, self.label)
+        if found is None:
             return
+        self.course, tensors = found
+        self._load({name: tensors[f"value/{name}"] for name in self.trained})
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            if name and kind != "value":
+                parameter = self.trained[name]
+                # Optimisers keep the step count on the CPU.
+                placed = value if kind == "step" else ranks.split_as(value, parameter)
+                self.optimizer.state[parameter][kind] = placed
+        torch.set_rng_state(tensors["rng"])
+        print(f"{self.label}: goes on after step {self.course.step}", flush=True)
 
-    def _restore(self, file: Path) -> None:
-        tensors, _ = load_tensors(file, "train the run again")
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(tensors[name])
-
-
-def _sum(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Write a CSV file, all or nothing."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(columns)
-        writer.writerows(rows)
+    @torch.no_grad()
+    def _load(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(ranks.split_as(values[name], parameter))
 
 
 def digest(arrays: Arrays) -> str:

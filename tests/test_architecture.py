@@ -29,7 +29,7 @@ OWNERS = {
     "tokenizers": {"models"},
     "huggingface_hub": {"models"},
     "datasets": {"data"},
-    "accelerate": {"training"},
+    "accelerate": {"training", "ranks"},
     "peft": {"methods"},
     "sacrebleu": {"metrics"},
     "mlflow": {"mlflow_store"},
@@ -43,7 +43,6 @@ HEAVY = {"torch", "transformers", "mlflow", "prefect", "datasets", "accelerate",
 
 LONG = {
     "config": "one class a section; its docstrings are the reference of params.yaml",
-    "training": "the loop, its checkpoints and how it resumes, which only make sense together",
     "runs": "the stages that hold a model share how it is loaded and placed",
     "mlflow_store": "all that knows MLflow's client",
     "corpus.grammar_hi": "one language's grammar",

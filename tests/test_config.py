@@ -71,8 +71,11 @@ def refused(tmp_path: Path, *changes: tuple[str, str], text: str = TINY_PARAMS) 
         ("lr: 1e-3", "lr: 0", "warmup.lr: got 0; more than 0"),
         ("seeds: [1, 2]", "seeds: [1, -1]", "runs.neft.seeds.1: got -1; at least 0"),
         ("seeds: [1, 2]", "seeds: []", "runs.neft.seeds: got []; at least 1 of them"),
-        ("dtype: auto", "dtype: float64",
-         "compute.dtype: got 'float64'; allowed are auto, float32, bfloat16, float16"),
+        ("dtype: auto", "dtype: int8",
+         "compute.dtype: got 'int8'; allowed are auto, float32, bfloat16, float16, float64"),
+        ("threads: 1", "processes: 0", "compute.processes: got 0; at least 1"),
+        ("threads: 1", "processes: 2, accelerate_config: a.yaml", "compute.processes: got 2 beside "
+         "accelerate_config; num_processes of that file says how many"),
         (LOCAL, GENERATED.format("[en]"),
          "tasks.en-fr.source.languages: got ['en']; at least 2 of them"),
         (LOCAL, GENERATED.format("[en, de]"),

@@ -102,13 +102,13 @@ def test_scored_weights_stay_fp32_under_the_bases_own_names(gpt2, tmp_path):
 def test_a_trained_run_has_the_dev_loss_that_it_had(finished, run):
     """What is loaded is the best checkpoint: its loss on dev is that of the training's record."""
     from neft_core.encoding import load_encoded
-    from neft_core.training import mean_loss
+    from neft_core.steps import split_loss
 
     dev, _ = load_encoded(finished.path("prepared", "en-fr", "dev.safetensors"))
     model, tokenizer = runs.load_trained(finished, run, 1)
     metrics = json.loads(finished.path("train", run, "seed-1", "metrics.json").read_text())
-    loss = mean_loss(model, dev, 16, tokenizer.pad_token_id, "cpu")
-    assert loss == metrics["best_dev_loss"]
+    total, tokens = split_loss(model, dev, 16, tokenizer.pad_token_id, "cpu")
+    assert total / tokens == metrics["best_dev_loss"]
 
 
 def test_base_and_run_side_by_side(finished, neft, capsys):

@@ -6,12 +6,12 @@ import json
 import pytest
 from conftest import TINY_PARAMS
 
+from neft_core.course import DEV_COLUMNS, TRAIN_COLUMNS, write_table
 from neft_core.errors import NeftError
 from neft_core.files import write_json
 from neft_core.metrics import paired_bootstrap
 from neft_core.rows import write_rows
 from neft_core.summary import summarise
-from neft_core.training import DEV_COLUMNS, TRAIN_COLUMNS, write_table
 from neft_core.workspace import Workspace
 
 REFERENCES = [f"the {a} {b} sees a {c} now" for a in "xyz" for b in "uv" for c in "pq"]

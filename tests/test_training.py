@@ -12,7 +12,17 @@ from conftest import tiny_llama, tiny_rows
 
 from neft_core.errors import NeftError
 from neft_core.methods import METHODS, trained_parameters
-from neft_core.training import Recipe, Trainer, collate, learning_rate, mean_loss, plan_steps
+from neft_core.steps import (
+    Recipe,
+    collate,
+    collate_share,
+    deal,
+    learning_rate,
+    plan_steps,
+    split_loss,
+    trained_tokens,
+)
+from neft_core.training import Trainer
 
 RECIPE = Recipe(lr=1e-2, steps=12, batch_size=4, seed=3, evaluate_every=4, checkpoint_every=3)
 
@@ -89,6 +99,46 @@ def test_steps_use_each_row_once_an_epoch():
     assert [[m.tolist() for m in s] for s in steps] == [[m.tolist() for m in s] for s in again]
 
 
+@pytest.mark.parametrize("rows", [1, 2, 7, 12])
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_processes_share_the_rows_of_a_step_in_as_many_micro_batches(rows, processes):
+    order = np.random.default_rng(rows).permutation(20)[:rows]
+    step = [order[i : i + 3] for i in range(0, rows, 3)]
+    shares = [deal(step, rank, processes) for rank in range(processes)]
+    dealt = np.concatenate([np.concatenate(share) for share in shares])
+    assert sorted(dealt.tolist()) == sorted(order.tolist())
+    assert {len(share) for share in shares} == {max(1, -(-rows // (3 * processes)))}
+    sizes = [len(micro) for share in shares for micro in share]
+    assert max(sizes) <= 3
+    if processes == 1:
+        assert [m.tolist() for m in shares[0]] == [m.tolist() for m in step]
+
+
+def test_an_empty_share_has_a_forward_pass_and_no_loss():
+    arrays, rows = tiny_rows(5), np.array([3, 1])
+    batch = collate_share(arrays, rows[:0], rows, 0)
+    assert torch.equal(batch["input_ids"], collate(arrays, [1], 0)["input_ids"])
+    assert (batch["labels"] == -100).all()
+    whole = collate(arrays, rows, 0)
+    assert trained_tokens(arrays, rows) == int((whole["labels"][:, 1:] != -100).sum())
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_shares_of_a_dev_loss_add_up(batch_size, processes):
+    model, dev = tiny_llama(), tiny_rows(7)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    whole = split_loss(model, dev, batch_size, 0, "cpu")
+    shares, passes = [], set()
+    for rank in range(processes):
+        calls.clear()
+        shares.append(split_loss(model, dev, batch_size, 0, "cpu", rank, processes))
+        passes.add(len(calls))
+    assert [sum(part) for part in zip(*shares, strict=True)] == pytest.approx(whole)
+    assert len(passes) == 1, "sharded models hang where processes differ in forward passes"
+
+
 @pytest.mark.parametrize("stop", [1, 3, 5, 8, 11])
 def test_resumed_training_is_bit_identical(tmp_path, monkeypatch, stop):
     whole, course = train(tmp_path / "whole")
@@ -138,8 +188,8 @@ def test_ends_with_the_best_checkpoint(tmp_path):
     trainer, course = train(tmp_path, recipe, tiny_rows(2))
     losses = [row[2] for row in course.dev]
     assert course.best_step == 1 + int(np.argmin(losses)) < recipe.steps
-    now = mean_loss(trainer.raw_model, tiny_rows(7, seed=1), 8, 0, "cpu")
-    assert now == pytest.approx(min(losses), abs=1e-6)
+    total, tokens = split_loss(trainer.raw_model, tiny_rows(7, seed=1), 8, 0, "cpu")
+    assert total / tokens == pytest.approx(min(losses), abs=1e-6)
 
 
 def test_patience_stops_early(tmp_path):

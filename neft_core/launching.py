@@ -1,0 +1,136 @@
+"""Stages in several processes: `accelerate launch` as a child, its lines, its first fault.
+
+The processes say what went wrong in files, because the launcher's own report of it is a screenful.
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from neft_core import processes, ranks
+from neft_core.config import Compute
+from neft_core.errors import NeftError
+from neft_core.workspace import Workspace
+
+STAGES = ("warmup", "train", "baseline", "evaluate")
+"""Stages that may run in several processes."""
+
+FAULTS = "NEFT_FAULTS"
+"""Variable that names the folder in which a process started here tells its fault."""
+
+
+class LaunchFailed(Exception):  # noqa: N818
+    """A process was killed, or failed by a defect; the text says which and how."""
+
+
+def wanted(compute: Compute) -> bool:
+    """Whether params ask for a launcher, and this process isn't under one yet."""
+    asked = compute.processes > 1 or compute.accelerate_config is not None
+    return asked and not ranks.launched() and FAULTS not in os.environ
+
+
+def launch(ws: Workspace, compute: Compute, stage: list[str]) -> None:
+    """Run a stage by `accelerate launch`; no process of it outlives this call.
+
+    Args:
+        ws: the workspace.
+        compute: its section of params.
+        stage: name and item.
+
+    Raises:
+        NeftError: a process found a user's mistake, or the Accelerate configuration is no file.
+        LaunchFailed: a process was killed or failed by a defect.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        log = folder / "launcher.log"
+        # What the launcher and libraries have to say is wanted only where no process tells more.
+        command = ["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(log), *_command(ws, compute, stage)]
+        env = {
+            **os.environ,
+            FAULTS: name,
+            "OMP_NUM_THREADS": str(compute.threads),
+            "PYTHONUNBUFFERED": "1",
+        }
+        with processes.group(command, cwd=ws.root, env=env) as child:
+            for line in processes.lines(child):
+                print(line, flush=True)
+            status = child.wait()
+        if status:
+            raise _failure(" ".join(stage), folder, log, status)
+
+
+def _command(ws: Workspace, compute: Compute, stage: list[str]) -> list[str]:
+    how = ["--multi_gpu", "--num_processes", str(compute.processes), "--num_machines", "1"]
+    how += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    if compute.accelerate_config is not None:
+        file = ws.input(compute.accelerate_config)
+        if not file.is_file():
+            raise NeftError(
+                f"params.yaml: compute.accelerate_config: {file} is no file; "
+                "make it with 'accelerate config --config_file FILE'"
+            )
+        how = ["--config_file", str(file)]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *how]
+    return [*launcher, "-m", "neft_core.cli", "stage", *stage]
+
+
+@contextmanager
+def taking_part(stage: str) -> Iterator[None]:
+    """What a process does around a stage that several share: the first speaks, each tells faults.
+
+    Raises:
+        NeftError: the stage runs in one process, but several were started.
+    """
+    if ranks.world() > 1 and stage not in STAGES:
+        raise NeftError(
+            f"stage {stage}: got {ranks.world()} processes; start it without a launcher"
+        )
+    if not ranks.main():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        yield
+        ranks.leave()
+    except (Exception, KeyboardInterrupt) as fault:
+        if FAULTS in os.environ:
+            _tell(fault)
+            # A clean end would wait for the others, who may wait for this one.
+            os._exit(1)
+        raise
+
+
+def _tell(fault: BaseException) -> None:
+    mistake = isinstance(fault, NeftError)
+    text = str(fault) if mistake else "".join(traceback.format_exception(fault))
+    told = {"mistake": mistake, "time": time.time(), "rank": ranks.rank(), "text": text}
+    Path(os.environ[FAULTS], f"rank-{ranks.rank()}.json").write_text(json.dumps(told), "utf-8")
+
+
+def _failure(stage: str, folder: Path, log: Path, status: int) -> Exception:
+    """The exception for a launcher that failed: a mistake first, else what came first."""
+    told = log.read_text("utf-8", "replace") if log.exists() else ""
+    faults = [json.loads(path.read_text("utf-8")) for path in folder.glob("rank-*.json")]
+    faults.sort(key=lambda fault: (not fault["mistake"], fault["time"]))
+    if faults and faults[0]["mistake"]:
+        return NeftError(faults[0]["text"])
+    # A killed process tells nothing, and those that lost it complain of the connection.
+    cause = told[told.rfind("Root Cause") :]
+    killed = re.search(r"rank +: (\d+).*\n.*exitcode +: -(\d+)", cause)
+    if killed:
+        number = int(killed[2])
+        return LaunchFailed(
+            f"stage {stage}: process {killed[1]} was killed by {signal.Signals(number).name}"
+            f"{', as when memory runs out' if number == signal.SIGKILL else ''}; run again"
+        )
+    if faults:
+        return LaunchFailed(f"stage {stage}: process {faults[0]['rank']}:\n{faults[0]['text']}")
+    last = "\n".join(told.splitlines()[-20:])
+    return LaunchFailed(f"{last}\nstage {stage}: accelerate launch ended with status {status}")

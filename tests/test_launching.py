@@ -1,0 +1,114 @@
+"""When a launcher is started, how, and what is told of its failure."""
+
+import json
+
+import pytest
+
+from neft_core import launching
+from neft_core.config import Compute
+from neft_core.errors import NeftError
+from neft_core.launching import LaunchFailed
+from neft_core.workspace import Workspace
+
+KILLED = """\
+E1121 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9) local_rank: 1
+Failures:
+[1]:
+  host      : localhost
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 14966)  (SIGTERM)
+-------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-21_14:48:55
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 14967)  (SIGKILL)
+"""
+MISTAKE = {"mistake": True, "time": 3.0, "rank": 1, "text": "a: found; do"}
+DEFECT = {"mistake": False, "time": 2.0, "rank": 0, "text": "Traceback\nValueError: b"}
+EARLIER = {"mistake": False, "time": 1.0, "rank": 2, "text": "Traceback\nKeyError: c"}
+
+
+@pytest.mark.parametrize(
+    ("compute", "environment", "expected"),
+    [
+        ({}, {}, False),
+        ({"processes": 2}, {}, True),
+        ({"accelerate_config": "a.yaml"}, {}, True),
+        ({"processes": 2}, {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, False),
+        ({"processes": 2}, {launching.FAULTS: "/tmp"}, False),
+        # Some schedulers set these on each machine, without any launcher.
+        ({"processes": 2}, {"RANK": "0", "WORLD_SIZE": "2"}, True),
+    ],
+)
+def test_a_launcher_is_started_once_and_only_where_asked(
+    monkeypatch, compute, environment, expected
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launching.wanted(Compute(**compute)) is expected
+
+
+def test_the_configuration_is_the_users_own_where_there_is_one(tmp_path):
+    ws = Workspace(tmp_path)
+    command = launching._command(ws, Compute(processes=3), ["train", "full"])
+    assert command[command.index("--num_processes") + 1] == "3"
+    assert command[-5:] == ["-m", "neft_core.cli", "stage", "train", "full"]
+    compute = Compute(accelerate_config="mine.yaml")
+    with pytest.raises(NeftError) as fault:
+        launching._command(ws, compute, ["train", "full"])
+    assert str(fault.value) == (
+        f"params.yaml: compute.accelerate_config: {tmp_path}/mine.yaml is no file; "
+        "make it with 'accelerate config --config_file FILE'"
+    )
+    (tmp_path / "mine.yaml").touch()
+    command = launching._command(ws, compute, ["train", "full"])
+    assert command[3:5] == ["--config_file", f"{tmp_path}/mine.yaml"]
+    assert "--num_processes" not in command
+
+
+@pytest.mark.parametrize(
+    ("faults", "log", "kind", "text"),
+    [
+        ([EARLIER, MISTAKE], "Root Cause", NeftError, "a: found; do"),
+        (
+            [DEFECT, EARLIER],
+            "",
+            LaunchFailed,
+            "stage train full: process 2:\nTraceback\nKeyError: c",
+        ),
+        (
+            [DEFECT],
+            KILLED,
+            LaunchFailed,
+            "stage train full: process 1 was killed by SIGKILL, as when memory runs out; run again",
+        ),
+        (
+            [],
+            KILLED.replace("-9 ", "-11 "),
+            LaunchFailed,
+            "stage train full: process 1 was killed by SIGSEGV; run again",
+        ),
+        (
+            [],
+            "You need\n2 of them",
+            LaunchFailed,
+            "You need\n2 of them\nstage train full: accelerate launch ended with status 1",
+        ),
+    ],
+)
+def test_one_fault_is_told(tmp_path, faults, log, kind, text):
+    for fault in faults:
+        (tmp_path / f"rank-{fault['rank']}.json").write_text(json.dumps(fault))
+    (tmp_path / "log").write_text(log)
+    told = launching._failure("train full", tmp_path, tmp_path / "log", 1)
+    assert (type(told), str(told)) == (kind, text)
+
+
+def test_other_stages_refuse_to_be_shared(monkeypatch, copied, neft):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert neft(copied, "stage", "score", "en-fr") == (
+        2,
+        ["neft: stage score: got 2 processes; start it without a launcher"],
+    )
