@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from neft_core.errors import NeftError
+from neft_core.groups import Group
 from neft_core.masks import Count, NeuronMask, NeuronScores
-from neft_core.neurons import Group
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 GROUPS = {UP: Group(UP, 0, 0, 6, 4), DOWN: Group(DOWN, 1, 0, 6, 4)}

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from neft_core.errors import NeftError
+from neft_core.groups import Group
 from neft_core.masks import NeuronMask, NeuronScores
-from neft_core.neurons import Group
 from neft_core.selection import POLICIES, select
 
 
