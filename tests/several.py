@@ -31,6 +31,9 @@ RECIPE = Recipe(
 """Steps of nine rows, of which an epoch's last has two."""
 
 
+SHARDED = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ)
+
+
 def mask_of(model) -> NeuronMask:
     """Every third up row and down column of the second layer, one down column of the first."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -88,7 +91,7 @@ def train(
         folder=folder,
         live=folder,
         label=f"{method} {dtype}",
-        cpu="ACCELERATE_USE_FSDP" not in os.environ,
+        cpu=not SHARDED,
     )
     step = trainer._step
 
@@ -117,7 +120,7 @@ def train(
     write_json(folder / "result.json", result)
 
 
-def fsdp_on_cpu() -> None:
+def shard_on_cpu() -> None:
     """Accelerate shards only among accelerators; let it take gloo for the backend of one."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
@@ -128,8 +131,8 @@ def fsdp_on_cpu() -> None:
 
 def main(folder: Path, cases: dict[str, dict]) -> None:
     torch.set_num_threads(1)
-    if "ACCELERATE_USE_FSDP" in os.environ:
-        fsdp_on_cpu()
+    if SHARDED:
+        shard_on_cpu()
     for name, case in cases.items():
         # What follows an @ tells apart two parts of one training.
         place = folder / name.split("@")[0]
