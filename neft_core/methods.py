@@ -1,23 +1,26 @@
 """What trains in each method, its adapter, and the proof that nothing else moved.
 
-A method is a `Method`: how it prepares a loaded base model, and which tensors its adapter holds.
+A method is a `Method`: how it prepares a loaded base model, and how its adapter lies in a folder.
 `METHODS` maps names to them; a new method is one more entry.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neft_core import sparse
 from neft_core.errors import NeftError
+from neft_core.files import load_tensors, read_json, save_tensors, write_json
 from neft_core.masks import NeuronMask
 from neft_core.neurons import candidates
 
 Mask = NeuronMask | None
-Prepare = Callable[[Any, Mapping[str, Any], Mask, str], Any]
+Options = Mapping[str, Any]
+Prepare = Callable[[Any, Options, Mask, str], Any]
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,19 @@ class Method:
     Attributes:
         prepare: (model, options, mask, model_type) -> the model, with only what trains requiring
             a gradient; options are the keys of the method in params.yaml.
-        adapter: the trained tensors by name, as the adapter file keeps them.
-        load: writes an adapter's tensors into a prepared model.
-        finish: called after training and after loading, before the model is used.
+        save: (model, folder, metadata) writes the adapter; metadata has at least `base`, the hash
+            of the base model, and `location` and `revision`, where it comes from.
+        load: (base model, options, model_type, folder, hash of the base model) -> the model with a
+            folder's adapter.
+        plain: the model without what the method put in, its weights with the adapter merged.
+        file: the name of the file with the adapter's tensors.
     """
 
     prepare: Prepare
-    adapter: Callable[[Any], dict[str, Tensor]]
-    load: Callable[[Any, dict[str, Tensor]], None]
-    finish: Callable[[Any], None] = lambda _model: None
+    save: Callable[[Any, Path, Mapping[str, str]], None]
+    load: Callable[[Any, Options, str, Path, str], Any]
+    plain: Callable[[Any], Any]
+    file: str
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -51,19 +58,19 @@ def _train_only(model: nn.Module, chosen: Callable[[str], bool]) -> None:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
-def _full(model: Any, _options: Mapping[str, Any], _mask: Mask, _type: str) -> Any:
+def _full(model: Any, _options: Options, _mask: Mask, _type: str) -> Any:
     _train_only(model, lambda _name: True)
     return model
 
 
-def _in_out(model: Any, _options: Mapping[str, Any], _mask: Mask, model_type: str) -> Any:
+def _in_out(model: Any, _options: Options, _mask: Mask, model_type: str) -> Any:
     stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     modules = {group.module for group in candidates(stored, model_type, "mlp")}
     _train_only(model, lambda name: name.removesuffix(".weight") in modules)
     return model
 
 
-def _embed(model: Any, _options: Mapping[str, Any], _mask: Mask, _type: str) -> Any:
+def _embed(model: Any, _options: Options, _mask: Mask, _type: str) -> Any:
     embedding = model.get_input_embeddings().weight
     stored = embedding.dtype
     names = {name for name, parameter in model.named_parameters() if parameter is embedding}
@@ -75,12 +82,15 @@ def _embed(model: Any, _options: Mapping[str, Any], _mask: Mask, _type: str) -> 
     return model
 
 
-def _neft(model: Any, _options: Mapping[str, Any], mask: Mask, _type: str) -> Any:
-    assert mask is not None
-    return sparse.attach(model, mask)
+def _neft(model: Any, _options: Options, mask: Mask, _type: str) -> Any:
+    from peft import get_peft_model
+
+    from neft_core.tuner import NeftConfig
+
+    return get_peft_model(model, NeftConfig(mask=mask, task_type="CAUSAL_LM"))
 
 
-def _lora(model: Any, options: Mapping[str, Any], _mask: Mask, _type: str) -> Any:
+def _lora(model: Any, options: Options, _mask: Mask, _type: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     rank = options["rank"]
@@ -97,71 +107,120 @@ def _lora(model: Any, options: Mapping[str, Any], _mask: Mask, _type: str) -> An
     return get_peft_model(model, config)
 
 
-def _lora_adapter(model: Any) -> dict[str, Tensor]:
+def _save_peft(model: Any, folder: Path, metadata: Mapping[str, str]) -> None:
+    """An adapter's directory as PEFT reads it; equal adapters have equal bytes."""
     from peft import get_peft_model_state_dict
 
-    state: dict[str, Tensor] = get_peft_model_state_dict(model)
+    fields = model.peft_config[model.active_adapter].to_dict()
+    listed = {key: sorted(value) for key, value in fields.items() if isinstance(value, set)}
+    told = dict(metadata)
+    named = {
+        "base_model_name_or_path": told.pop("location"),
+        "revision": told.pop("revision") or None,
+    }
+    write_json(folder / PEFT_CONFIG, fields | listed | named | {"inference_mode": True})
+    # Embeddings don't train, and looking up whether they do would ask the Hub.
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_tensors(folder / PEFT_FILE, state, told | {"format": "pt"})
+
+
+def _read(path: Path, base: str) -> dict[str, Tensor]:
+    """An adapter's tensors, which must be of this base model."""
+    state, metadata = load_tensors(path, "train the run again")
+    if metadata.get("base") != base:
+        raise NeftError(f"{path}: trained on another base model; train the run again")
     return state
 
 
-def _load_lora(model: Any, state: Mapping[str, Tensor]) -> None:
-    from peft import set_peft_model_state_dict
+def _load_peft(model: Any, _options: Options, _type: str, folder: Path, base: str) -> Any:
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
-    outcome = set_peft_model_state_dict(model, dict(state))
+    import neft_core.tuner  # noqa: F401 - registers its type with PEFT
+
+    fields = read_json(folder / PEFT_CONFIG)
+    state = _read(folder / PEFT_FILE, base)
+    # Where the base was when the adapter was trained is of no interest here.
+    fields["base_model_name_or_path"] = None
+    try:
+        model = get_peft_model(model, PeftConfig.from_peft_type(**fields))
+        outcome = set_peft_model_state_dict(model, state)
+    except (RuntimeError, TypeError, KeyError) as fault:
+        reason = str(fault).splitlines()[-1].strip()
+        raise NeftError(f"{folder}: not an adapter of this model ({reason})") from fault
     # The base's own weights count as missing too.
-    odd = outcome.unexpected_keys + [key for key in outcome.missing_keys if "lora_" in key]
-    if odd:
-        raise NeftError(f"adapter: {odd[0]} is on one side only; the adapter is of another model")
+    ours = [key for key in outcome.missing_keys if "lora_" in key or "neft_" in key]
+    if odd := outcome.unexpected_keys + ours:
+        raise NeftError(f"{folder}: {odd[0]} is on one side only; the adapter is of another model")
+    return model
 
 
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in trained_parameters(model).items()}
+def _merge_peft(model: Any) -> Any:
+    return model.merge_and_unload()
 
 
-def _load_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def _save_parameters(model: nn.Module, folder: Path, metadata: Mapping[str, str]) -> None:
+    state = {name: parameter.detach() for name, parameter in trained_parameters(model).items()}
+    told = {key: value for key, value in metadata.items() if key not in ("location", "revision")}
+    save_tensors(folder / FILE, state, told)
+
+
+def _load_parameters(
+    prepare: Prepare, model: Any, options: Options, model_type: str, folder: Path, base: str
+) -> Any:
+    state = _read(folder / FILE, base)
+    model = prepare(model, options, None, model_type)
     trained = trained_parameters(model)
     if trained.keys() != state.keys():
         odd = sorted(trained.keys() ^ state.keys())[0]
-        raise NeftError(f"adapter: {odd} is on one side only; the adapter is of another model")
+        raise NeftError(f"{folder}: {odd} is on one side only; the adapter is of another model")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(state[name])
+    return model
 
 
-def _load_sparse(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    sparse.load_sparse_state(model, dict(state))
+FILE = "adapter.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+
+
+def _of_parameters(prepare: Prepare) -> Method:
+    """A method that trains parameters of the base itself."""
+    load = partial(_load_parameters, prepare)
+    return Method(prepare, _save_parameters, load, lambda model: model, FILE)
 
 
 METHODS: dict[str, Method] = {
-    "full": Method(_full, _parameters, _load_parameters),
-    "in_out": Method(_in_out, _parameters, _load_parameters),
-    "embed": Method(_embed, _parameters, _load_parameters),
-    "lora": Method(_lora, _lora_adapter, _load_lora),
-    "neft": Method(_neft, sparse.sparse_state, _load_sparse, sparse.sync),
+    "full": _of_parameters(_full),
+    "in_out": _of_parameters(_in_out),
+    "embed": _of_parameters(_embed),
+    "lora": Method(_lora, _save_peft, _load_peft, _merge_peft, PEFT_FILE),
+    "neft": Method(_neft, _save_peft, _load_peft, _merge_peft, PEFT_FILE),
 }
 
 
-def moved_outside(model: nn.Module, base: nn.Module) -> tuple[int, list[str]]:
+def moved_outside(model: Any, base: nn.Module) -> tuple[int, list[str]]:
     """Compare every weight that `neft` did not select with the base, bit by bit.
 
     Args:
-        model: after training with method `neft`; its plain layers are put back.
+        model: after training with method `neft`; its adapter is merged and its layers are plain
+            afterwards.
         base: the base model, loaded anew in the same type.
 
     Returns:
         Number of weights compared, and the names of tensors in which one of them differs.
     """
-    chosen = {
-        f"{name}.weight": (layer.indices.cpu(), layer.axis ^ int(layer.transposed))
-        for name, layer in sparse.sparse_layers(model)
-    }
-    after = dict(sparse.detach(model, restore=False).named_parameters())
+    from neft_core.tuner import neft_layers
+
+    layers = neft_layers(model.get_base_model())
+    chosen = {f"{name}.weight": layer.selected() for name, layer in layers.items()}
+    after = dict(model.merge_and_unload().named_parameters())
     compared, moved = 0, []
     for name, before in base.named_parameters():
         same = _bits(after[name].cpu()) == _bits(before)
         free = 0
         if name in chosen:
-            indices, stored_axis = chosen[name]
+            stored_axis, indices = chosen[name]
             same.index_fill_(stored_axis, indices, True)
             free = len(indices) * same.numel() // same.shape[stored_axis]
         compared += same.numel() - free

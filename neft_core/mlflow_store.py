@@ -207,12 +207,15 @@ class Store:
         return run_id
 
     def _adapter(self, run_id: str, folder: Path) -> dict[str, str]:
-        path = folder / "adapter.safetensors"
-        if not path.exists():
+        # adapter.safetensors, or what PEFT reads: adapter_model.safetensors and its config.
+        files = sorted(folder.glob("adapter*"))
+        path = next((file for file in files if file.suffix == ".safetensors"), None)
+        if path is None:
             return {}
         tags = {"neft.adapter": str(path.relative_to(self.workspace.root))}
         if path.stat().st_size <= LARGEST_ADAPTER:
-            self.client.log_artifact(run_id, str(path), "adapter")
+            for file in files:
+                self.client.log_artifact(run_id, str(file), "adapter")
         else:
             with path.open("rb") as handle:
                 tags["neft.adapter.md5"] = hashlib.file_digest(handle, "md5").hexdigest()

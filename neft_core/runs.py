@@ -251,7 +251,6 @@ def _train_seed(
 
     from neft_core import training
     from neft_core.course import DEV_COLUMNS, TRAIN_COLUMNS, write_table
-    from neft_core.files import save_tensors
     from neft_core.methods import METHODS, moved_outside, trained_parameters
     from neft_core.steps import Recipe, steps_in_epoch
 
@@ -300,8 +299,6 @@ def _train_seed(
     model = trainer.release()
     if not ranks.main():
         return trainer, course, {}
-    method.finish(model)
-    adapter = method.adapter(model)
     count = sum(parameter.numel() for parameter in trained.values())
     result: dict[str, Any] = {
         "run": run,
@@ -319,6 +316,10 @@ def _train_seed(
         "base": card.hash,
         **_by(),
     }
+    target = folder / f"seed-{seed}"
+    target.mkdir()
+    metadata = {"method": entry.method.name, "base": card.hash, "seed": str(seed), **_by()}
+    method.save(model, target, metadata | {"location": card.location, "revision": card.revision})
     if isinstance(entry.method, config.Neft):
         compared, moved = moved_outside(model, _load(ws, card, params))
         if moved:
@@ -326,10 +327,6 @@ def _train_seed(
         result["unselected_weights_verified"] = compared
         result["selected_neurons"] = mask.neurons
         print(f"train {run}, seed {seed}: {compared:,} unselected weights equal the base's bits")
-    target = folder / f"seed-{seed}"
-    target.mkdir()
-    metadata = {"method": entry.method.name, "base": card.hash, "seed": str(seed), **_by()}
-    save_tensors(target / "adapter.safetensors", adapter, metadata)
     write_table(target / "train.csv", TRAIN_COLUMNS, course.train)
     write_table(target / "dev.csv", DEV_COLUMNS, course.dev)
     write_json(target / "metrics.json", result)
@@ -342,24 +339,18 @@ def load_trained(ws: Workspace, run: str, seed: int) -> tuple[Any, Any]:
     Raises:
         NeftError: the run isn't trained, or its adapter is of another base model.
     """
-    from neft_core.files import load_tensors
-    from neft_core.masks import NeuronMask
     from neft_core.methods import METHODS
 
     params = ws.params()
-    entry = params.runs[run]
+    method = params.runs[run].method
     card, tokenizer = base_card(ws)
-    mask = NeuronMask.load(ws.path("masks", f"{run}.safetensors"))
-    _check_mask(ws, mask, card, entry)
-    path = ws.path("train", run, f"seed-{seed}", "adapter.safetensors")
-    tensors, metadata = load_tensors(path, f"run 'neft stage train {run}'")
-    if metadata.get("base") != card.hash:
-        raise NeftError(f"{path}: trained on another base model; run 'neft stage train {run}'")
-    method = METHODS[entry.method.name]
-    model = _load(ws, card, params)
-    model = method.prepare(model, entry.method.model_dump(), mask, card.model_type)
-    method.load(model, tensors)
-    method.finish(model)
+    model = METHODS[method.name].load(
+        _load(ws, card, params),
+        method.model_dump(),
+        card.model_type,
+        ws.path("train", run, f"seed-{seed}"),
+        card.hash,
+    )
     return model.to(device(params)), tokenizer
 
 

@@ -79,7 +79,10 @@ def train(work: Path, run: str) -> None:
             _put(live / f"{name}.csv", text)
         numbers = {"trainable_parameters": 10, "best_dev_loss": 2.5, "best_step": steps}
         _put(out / "metrics.json", json.dumps({**numbers, "adapter_sha256": "abc"}))
-        _tensors(out / "adapter.safetensors", {"w": 4})
+        peft = run == "neft"
+        _tensors(out / f"adapter{'_model' if peft else ''}.safetensors", {"w": 4})
+        if peft:
+            _put(out / "adapter_config.json", "{}")
         cost[str(seed)] = {"seconds": 1.5, "tokens_per_second": 100, "peak_bytes": 5}
     _put(work / f"cost/{run}.json", json.dumps({"seeds": cost}))
 

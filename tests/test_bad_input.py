@@ -179,15 +179,17 @@ def test_masks_scores_and_adapters_of_another_model(copied, neft, changes):
     made_for = models.Base.load(copied.path("base")).hash
     swap_base(copied, neft, **changes)
     here = models.Base.load(copied.path("base")).hash
-    for stage in ("train", "evaluate"):
-        assert one_line(neft(copied, "stage", stage, "neft"), copied) == (
-            f"W/work/masks/neft.safetensors: made for base {made_for[:12]}..., this model is "
-            f"{here[:12]}...; run 'neft stage select'"
-        )
-    for command in (("stage", "evaluate", "full"), ("generate", "--run", "full")):
+    assert one_line(neft(copied, "stage", "train", "neft"), copied) == (
+        f"W/work/masks/neft.safetensors: made for base {made_for[:12]}..., this model is "
+        f"{here[:12]}...; run 'neft stage select'"
+    )
+    for command, file in (
+        (("stage", "evaluate", "neft"), "neft/seed-1/adapter_model.safetensors"),
+        (("stage", "evaluate", "full"), "full/seed-1/adapter.safetensors"),
+        (("generate", "--run", "full"), "full/seed-1/adapter.safetensors"),
+    ):
         assert one_line(neft(copied, *command), copied) == (
-            "W/work/train/full/seed-1/adapter.safetensors: trained on another base model; run "
-            "'neft stage train full'"
+            f"W/work/train/{file}: trained on another base model; train the run again"
         )
     assert one_line(neft(copied, "stage", "score", "en-fr"), copied) == (
         "W/work/warmup/en-fr: made from another base model; run 'neft run'"
@@ -372,7 +374,7 @@ def test_results_that_are_missing_or_damaged(copied, neft):
         ("warmup/en-fr/model.safetensors", ("score", "en-fr")),
         ("warmup/en-fr/provenance.json", ("score", "en-fr")),
         ("scores/en-fr.safetensors", ("select", "neft")),
-        ("train/lora/seed-1/adapter.safetensors", ("evaluate", "lora")),
+        ("train/lora/seed-1/adapter_model.safetensors", ("evaluate", "lora")),
         ("evaluation/full/metrics.json", ("summary",)),
         ("evaluation/full/seed-1.jsonl", ("summary",)),
         ("cost/full.json", ("summary",)),

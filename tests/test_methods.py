@@ -5,14 +5,14 @@ import torch
 from conftest import tiny_llama
 
 from neft_core.errors import NeftError
-from neft_core.files import load_tensors, save_tensors
+from neft_core.files import load_tensors, read_json, save_tensors
 from neft_core.masks import NeuronMask, NeuronScores
 from neft_core.methods import METHODS, moved_outside, trained_parameters
 from neft_core.neurons import candidates, count_parameters
 from neft_core.selection import select
 
 MLP = {f"model.layers.{n}.mlp.{part}_proj.weight" for n in (0, 1) for part in ("up", "down")}
-BASES = {name.replace(".weight", ".base.weight") for name in MLP}
+PEFT = "base_model.model."
 LORA = {
     f"base_model.model.model.layers.{n}.{place}_proj.lora_{side}.default.weight"
     for n in (0, 1)
@@ -20,6 +20,7 @@ LORA = {
     for side in "AB"
 }
 OPTIONS = {"lora": {"rank": 2, "alpha": None, "dropout": 0.0}}
+TOLD = {"base": "abc", "location": "models/tiny", "revision": ""}
 
 
 def tiny_gpt2(seed: int = 0):
@@ -82,7 +83,7 @@ def logits(model):
         ("embed", True, {"model.embed_tokens.weight"}),
         ("embed", False, {"model.embed_tokens.weight"}),
         ("lora", True, LORA),
-        ("neft", True, {name.replace(".weight", ".values") for name in MLP}),
+        ("neft", True, {PEFT + n.replace(".weight", ".neft_values.default") for n in MLP}),
     ],
 )
 def test_exactly_these_parameters_train(name, tied, expected):
@@ -90,11 +91,10 @@ def test_exactly_these_parameters_train(name, tied, expected):
     assert set(trained_parameters(model)) == expected
     before = {key: value.clone() for key, value in model.state_dict().items()}
     train_a_little(model)
-    METHODS[name].finish(model)
     moved = {key for key, value in model.state_dict().items() if not value.equal(before[key])}
-    # The head is the embedding where it is tied; neft's values show in the layer's weight as well.
+    # The head is the embedding where it is tied.
     allowed = expected | ({"lm_head.weight"} if tied and name in ("full", "embed") else set())
-    assert moved <= (allowed | BASES if name == "neft" else allowed)
+    assert moved <= allowed
     assert expected <= moved
 
 
@@ -126,15 +126,12 @@ def test_a_saved_adapter_gives_the_same_logits_again(tmp_path, name, dtype, tied
     model = prepared(name, base())
     untrained = logits(model)
     train_a_little(model)
-    method.finish(model)
-    save_tensors(tmp_path / "adapter.safetensors", method.adapter(model), {})
+    method.save(model, tmp_path, TOLD)
     expected = logits(model)
     assert not expected.equal(untrained)
 
     torch.manual_seed(99)
-    again = prepared(name, base())
-    method.load(again, load_tensors(tmp_path / "adapter.safetensors", "")[0])
-    method.finish(again)
+    again = method.load(base(), OPTIONS.get(name, {}), "llama", tmp_path, "abc")
     assert logits(again).equal(expected)
 
 
@@ -144,12 +141,9 @@ def test_gpt2_trains_and_comes_back(tmp_path, name, dtype):
     method = METHODS[name]
     model = prepared(name, tiny_gpt2().to(dtype), "gpt2")
     train_a_little(model)
-    method.finish(model)
-    save_tensors(tmp_path / "adapter.safetensors", method.adapter(model), {})
+    method.save(model, tmp_path, TOLD)
     expected = logits(model)
-    again = prepared(name, tiny_gpt2().to(dtype), "gpt2")
-    method.load(again, load_tensors(tmp_path / "adapter.safetensors", "")[0])
-    method.finish(again)
+    again = method.load(tiny_gpt2().to(dtype), OPTIONS.get(name, {}), "gpt2", tmp_path, "abc")
     assert logits(again).equal(expected)
     if name == "in_out":
         assert set(trained_parameters(model)) == {
@@ -163,16 +157,45 @@ def test_gpt2_trains_and_comes_back(tmp_path, name, dtype):
 
 
 @pytest.mark.parametrize(("name", "drop"), [(n, d) for n in METHODS for d in (True, False)])
-def test_an_adapter_of_another_form_is_refused(name, drop):
-    model = prepared(name, tiny_llama())
-    state = dict(METHODS[name].adapter(model))
+def test_an_adapter_of_another_form_is_refused(tmp_path, name, drop):
+    method = METHODS[name]
+    method.save(prepared(name, tiny_llama()), tmp_path, TOLD)
+    state, metadata = load_tensors(tmp_path / method.file, "")
     one = sorted(state)[0]
     value = state.pop(one)
     if not drop:
         state[one] = value
-        state[one.replace("layers.0", "layers.7") if "layers.0" in one else f"x.{one}"] = value
-    with pytest.raises(NeftError, match=r"adapter|model"):
-        METHODS[name].load(model, state)
+        state[one.replace("layers.0", "layers.7") if "layers.0" in one else f"x.{one}"] = (
+            value.clone()
+        )
+    save_tensors(tmp_path / method.file, state, metadata)
+    with pytest.raises(NeftError, match="is on one side only; the adapter is of another model"):
+        method.load(tiny_llama(), OPTIONS.get(name, {}), "llama", tmp_path, "abc")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_adapter_of_another_base_is_refused(tmp_path, name):
+    method = METHODS[name]
+    method.save(prepared(name, tiny_llama()), tmp_path, TOLD)
+    with pytest.raises(NeftError, match=f"{method.file}: trained on another base model; train"):
+        method.load(tiny_llama(), OPTIONS.get(name, {}), "llama", tmp_path, "other")
+    if name in ("lora", "neft"):
+        with pytest.raises(NeftError, match=r"not an adapter of this model|use the mask's own"):
+            method.load(tiny_llama(hidden_size=32), {}, "llama", tmp_path, "abc")
+
+
+@pytest.mark.parametrize("name", ["lora", "neft"])
+def test_an_adapter_s_directory_is_what_peft_loads(tmp_path, name):
+    from peft import PeftModel
+
+    model = prepared(name, tiny_llama())
+    train_a_little(model)
+    METHODS[name].save(model, tmp_path, TOLD)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert logits(again).equal(logits(model))
+    config = read_json(tmp_path / "adapter_config.json")
+    assert config["base_model_name_or_path"] == "models/tiny"
+    assert str(tmp_path) not in (tmp_path / "adapter_config.json").read_text()
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
@@ -180,7 +203,6 @@ def test_untouched_weights_are_counted_and_equal(make):
     kind = "llama" if make is tiny_llama else "gpt2"
     model = prepared("neft", make(), kind)
     train_a_little(model)
-    METHODS["neft"].finish(model)
     compared, moved = moved_outside(model, make())
     total = sum(p.numel() for p in make().parameters())
     assert moved == []
@@ -201,9 +223,9 @@ def test_one_bit_of_an_unselected_weight_is_noticed(name, where):
     mask = mask_for(tiny_llama(), "llama")
     model = METHODS["neft"].prepare(tiny_llama(), {}, mask, "llama")
     train_a_little(model)
-    METHODS["neft"].finish(model)
     parameters = dict(model.named_parameters())
-    weight = parameters.get(name, parameters.get(name.replace(".weight", ".base.weight")))
+    inner = name.replace(".weight", ".base_layer.weight")
+    weight = parameters.get(PEFT + name, parameters.get(PEFT + inner))
     if where == "unselected":
         module = name.removesuffix(".weight")
         chosen = set(mask.indices[module].tolist())
@@ -224,5 +246,5 @@ def test_minus_zero_is_another_bit():
 
     model = prepared("neft", zeroed())
     with torch.no_grad():
-        model.model.norm.weight.neg_()
+        model.get_base_model().model.norm.weight.neg_()
     assert moved_outside(model, zeroed())[1] == ["model.norm.weight"]

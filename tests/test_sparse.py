@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,20 +12,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from neft_core.errors import NeftError
+from neft_core.layer import NeftLinear
 from neft_core.masks import NeuronMask
 from neft_core.neurons import Group, candidates
-from neft_core.sparse import (
-    ColumnLinear,
-    RowLinear,
-    SparseLinear,
-    attach,
-    detach,
-    load_sparse_state,
-    read_values,
-    sparse_state,
-    sync,
-    write_values,
-)
+from neft_core.sparse import ColumnLinear, RowLinear, read_values, write_values
+from neft_core.tuner import NeftConfig, neft_layers, sync
 
 ROWS, COLUMNS = 0, 1
 
@@ -76,6 +68,15 @@ def some_mask(model: nn.Module, seed=1, chance=0.3) -> NeuronMask:
         chosen = torch.rand(group.count, generator=generator) < chance
         indices[group.module] = chosen.nonzero().flatten() + group.start
     return NeuronMask(indices, groups, sum(p.numel() for p in model.parameters()))
+
+
+def attach(model: nn.Module, mask: NeuronMask, **options) -> nn.Module:
+    return get_peft_model(model, NeftConfig(mask=mask, **options))
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    state = get_peft_model_state_dict(model)
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def batches(steps: int, size=4) -> list[torch.Tensor]:
@@ -142,7 +143,7 @@ def test_trains_as_dense_training_with_masked_gradients(family, dtype, tolerance
     want, got = train_dense(dense, mask, tokens), train_compact(compact, tokens)
     assert got == pytest.approx(want, rel=tolerance)
     assert got[-1] < got[0] - 0.1
-    detach(compact, restore=False)
+    compact = compact.merge_and_unload()
     assert [n for n, _ in compact.named_parameters()] == [n for n, _ in base.named_parameters()]
     moved = 0
     for (name, before), after, reference in zip(
@@ -161,7 +162,7 @@ def test_only_the_selected_neurons_are_trainable():
     attach(model, mask)
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trainable) == mask.parameters
-    wrapped = [n for n, m in model.named_modules() if isinstance(m, SparseLinear)]
+    wrapped = list(neft_layers(model))
     assert wrapped == list(mask.indices)
     assert "model.layers.1.mlp.down_proj" not in wrapped
 
@@ -189,9 +190,10 @@ def linear(kind: str, out=7, inside=5, dtype=torch.float32) -> tuple[nn.Module, 
     return nn.Linear(inside, out, bias=kind == "bias", dtype=dtype), False
 
 
-def sparse(kind: str, axis: int, indices, dtype=torch.float32, **sizes) -> SparseLinear:
-    layer, transposed = linear(kind, dtype=dtype, **sizes)
-    return SparseLinear(layer, axis, torch.tensor(indices), transposed)
+def sparse(kind: str, axis: int, indices, dtype=torch.float32, **sizes) -> NeftLinear:
+    layer, _ = linear(kind, dtype=dtype, **sizes)
+    rows = torch.tensor(indices)
+    return NeftLinear(layer, "default", axis, len(rows), rows)
 
 
 @pytest.mark.parametrize("function", [RowLinear, ColumnLinear])
@@ -206,8 +208,8 @@ def test_gradients_are_those_of_finite_differences(function, shape, transposed):
 
     def mapped(x, values):
         weight = stored.clone()
-        write_values(weight, values.detach(), indices, axis, transposed)
         logical = weight.t() if transposed else weight
+        write_values(logical, values.detach(), indices, axis)
         return function.apply(x, values, logical, bias, indices)
 
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -236,18 +238,17 @@ def test_layer_gradients_are_those_of_the_plain_layer(kind, axis, indices, layou
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
     grad = plain.weight.grad.t() if transposed else plain.weight.grad
     want = grad[indices] if axis == ROWS else grad[:, indices].t()
-    torch.testing.assert_close(layer.values.grad, want)
-    assert layer.base.weight.grad is None
+    torch.testing.assert_close(layer.neft_values["default"].grad, want)
+    assert layer.base_layer.weight.grad is None
 
 
-def test_no_neurons_leave_the_model_plain_and_frozen():
+def test_a_mask_without_neurons_is_refused():
     model = tiny("llama")
     mask = some_mask(model)
     for indices in ({}, {name: rows[:0] for name, rows in mask.indices.items()}):
-        attach(model, replace(mask, indices=indices))
-        assert not any(isinstance(m, SparseLinear) for m in model.modules())
-        assert not any(p.requires_grad for p in model.parameters())
-    assert sparse_state(model) == {}
+        with pytest.raises(NeftError, match="mask: has no neurons; give NeftConfig a mask of some"):
+            attach(model, replace(mask, indices=indices))
+        assert not neft_layers(model)
 
 
 def test_one_neuron_in_the_whole_model():
@@ -255,8 +256,9 @@ def test_one_neuron_in_the_whole_model():
     name = "transformer.h.1.mlp.c_proj"
     mask = replace(some_mask(model), indices={name: torch.tensor([7])})
     before = {n: p.clone() for n, p in model.named_parameters()}
-    train_compact(attach(model, mask), batches(3))
-    detach(model, restore=False)
+    tuned = attach(model, mask)
+    train_compact(tuned, batches(3))
+    model = tuned.merge_and_unload()
     changed = {n: (p != before[n]).nonzero() for n, p in model.named_parameters()}
     assert [n for n, where in changed.items() if len(where)] == [f"{name}.weight"]
     assert set(changed[f"{name}.weight"][:, 0].tolist()) == {7}
@@ -264,39 +266,58 @@ def test_one_neuron_in_the_whole_model():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_detach_restores_every_bit(family, dtype):
-    model = tiny(family).to(dtype)
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    train_compact(attach(model, some_mask(model)), batches(5), lr=0.1)
-    sync(model)
-    assert detach(model, restore=True) is model
-    after = dict(model.named_parameters())
-    assert list(after) == list(before)
-    for name, weight in before.items():
-        assert torch.equal(after[name].view(torch.uint8), weight.view(torch.uint8))
+def test_every_way_back_restores_every_bit(family, dtype):
+    base = tiny(family).to(dtype)
+    before = {n: p.clone() for n, p in base.named_parameters()}
+
+    def same(model):
+        after = {n.replace(".base_layer", ""): p for n, p in model.named_parameters()}
+        for name, weight in before.items():
+            assert torch.equal(after[name].view(torch.uint8), weight.view(torch.uint8)), name
+
+    model = attach(base, some_mask(base))
+    train_compact(model, batches(5), lr=0.1)
+    tokens = batches(1)[0]
+    with model.disable_adapter():
+        model(tokens)
+        same(base)
+    model(tokens)
+    model.state_dict()
+    same(base)
+    model(tokens)
+    model.merge_adapter()
+    assert not torch.equal(model(tokens).logits, tiny(family).to(dtype)(tokens).logits)
+    model.unmerge_adapter()
+    same(base)
+    model(tokens)
+    assert model.unload() is base
+    assert list(dict(base.named_parameters())) == list(before)
+    assert not base._forward_pre_hooks
+    same(base)
 
 
 def test_the_last_step_reaches_the_weight_with_sync_and_earlier_ones_with_forward():
     layer = sparse("plain", ROWS, [1, 3])
     with torch.no_grad():
-        layer.values += 1
-    assert torch.equal(layer.base.weight[[1, 3]], layer.originals)
+        layer.neft_values["default"].add_(1)
+    assert layer.overlay.indices is None
     layer(torch.zeros(1, 5))
-    assert torch.equal(layer.base.weight[[1, 3]], layer.values)
-    layer.values.data.mul_(2)  # in place and unseen by the version
+    assert torch.equal(layer.base_layer.weight[[1, 3]], layer.neft_values["default"])
+    layer.neft_values["default"].data.mul_(2)  # in place and unseen by the version
     sync(layer)
-    assert torch.equal(layer.base.weight[[1, 3]], layer.values)
-    layer.values.data = layer.values.data + 1  # another tensor
+    assert torch.equal(layer.base_layer.weight[[1, 3]], layer.neft_values["default"])
+    values = layer.neft_values["default"]
+    values.data = values.data + 1  # another tensor
     layer(torch.zeros(1, 5))
-    assert torch.equal(layer.base.weight[[1, 3]], layer.values)
+    assert torch.equal(layer.base_layer.weight[[1, 3]], layer.neft_values["default"])
     with torch.no_grad():
-        layer.base.weight.zero_()  # the base loaded anew
+        layer.base_layer.weight.zero_()  # the base loaded anew
         layer(torch.zeros(1, 5))
-    assert torch.equal(layer.base.weight[[1, 3]], layer.values)
+    assert torch.equal(layer.base_layer.weight[[1, 3]], layer.neft_values["default"])
     with torch.inference_mode():
-        layer.values += 1
+        layer.neft_values["default"].add_(1)
         layer(torch.zeros(1, 5))
-    assert torch.equal(layer.base.weight[[1, 3]], layer.values)
+    assert torch.equal(layer.base_layer.weight[[1, 3]], layer.neft_values["default"])
 
 
 def test_a_step_between_forward_and_backward_is_an_error_and_not_a_wrong_gradient():
@@ -304,7 +325,7 @@ def test_a_step_between_forward_and_backward_is_an_error_and_not_a_wrong_gradien
     x = torch.randn(2, 5, requires_grad=True)
     first = layer(x)
     with torch.no_grad():
-        layer.values += 1
+        layer.neft_values["default"].add_(1)
     layer(x)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         first.sum().backward()
@@ -313,20 +334,20 @@ def test_a_step_between_forward_and_backward_is_an_error_and_not_a_wrong_gradien
 def test_a_model_of_bfloat16_trains_masters_of_float32():
     model = tiny("llama").bfloat16()
     mask = some_mask(model)
-    attach(model, mask)
     name = "model.layers.0.mlp.up_proj"
-    layer = model.get_submodule(name)
-    before = layer.values.detach().clone()
-    assert layer.values.dtype == torch.float32
+    model = attach(model, mask)
+    layer = model.get_base_model().get_submodule(name)
+    before = layer.neft_values["default"].detach().clone()
+    assert layer.neft_values["default"].dtype == torch.float32
     # Each step is far below the rounding of bfloat16; the masters add them up.
     train_compact(model, batches(40), lr=1e-5)
-    moved = layer.values.detach() - before
+    moved = layer.neft_values["default"].detach() - before
     assert 1e-5 < moved.abs().mean() < 40 * 1e-5
     assert (moved != 0).float().mean() > 0.99
     sync(model)
-    weight = layer.base.weight[mask.indices[name]]
-    assert torch.equal(weight, layer.values.bfloat16())
-    untouched = (weight == layer.originals).float().mean()
+    weight = layer.base_layer.weight[mask.indices[name]]
+    assert torch.equal(weight, layer.neft_values["default"].bfloat16())
+    untouched = (weight == layer.overlay.originals).float().mean()
     assert 0.5 < untouched < 1
 
 
@@ -344,11 +365,14 @@ def test_autocast_gives_gradients_in_float32_and_saves_half_the_bytes():
     assert torch.equal(y, want)
     y.float().pow(2).sum().backward()
     want.float().pow(2).sum().backward()
-    assert layer.values.grad.dtype == torch.float32
-    torch.testing.assert_close(layer.values.grad, plain.weight.grad[[0, 2]], rtol=0.02, atol=0.02)
+    assert layer.neft_values["default"].grad.dtype == torch.float32
+    torch.testing.assert_close(
+        layer.neft_values["default"].grad, plain.weight.grad[[0, 2]], rtol=0.02, atol=0.02
+    )
     assert saved[0].dtype == torch.bfloat16
-    # The weight is saved as it is, not as a copy in bfloat16.
-    assert saved[1].data_ptr() == layer.base.weight.data_ptr()
+    # Beside it the indices and the values; of the weight no copy in bfloat16.
+    own = {layer.neft_indices["default"].data_ptr(), layer.neft_values["default"].data_ptr()}
+    assert {tensor.data_ptr() for tensor in saved[1:3]} == own
 
 
 def test_precisions_that_do_not_fit_are_refused_as_by_the_plain_layer():
@@ -362,7 +386,7 @@ def test_micro_batches_add_up(family):
     grads = []
     for parts in (1, 2, 8):
         model = tiny(family).double()
-        attach(model, some_mask(model))
+        model = attach(model, some_mask(model))
         for part in tokens.chunk(parts):
             (loss_of(model, part) / parts).backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
@@ -376,24 +400,24 @@ def test_checkpointing_changes_nothing(family):
     weights = []
     for on in (False, True):
         model = tiny(family)
-        attach(model, some_mask(model)).train()
         if on:
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.config.use_cache = False
+        model = attach(model, some_mask(model)).train()
         train_compact(model, batches(5))
-        weights.append(sparse_state(model))
+        weights.append(adapter_state(model))
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_checkpointing_recomputes_with_the_values_of_its_forward():
     layer = sparse("plain", COLUMNS, [0, 3])
     x = torch.randn(2, 5)
-    optimizer = torch.optim.SGD([layer.values], lr=0.1)
+    optimizer = torch.optim.SGD([layer.neft_values["default"]], lr=0.1)
     for _ in range(3):
         y = checkpoint(layer, x, use_reentrant=False)
-        want = torch.autograd.grad((layer(x) ** 2).sum(), layer.values)[0]
+        want = torch.autograd.grad((layer(x) ** 2).sum(), layer.neft_values["default"])[0]
         (y**2).sum().backward()
-        assert torch.equal(layer.values.grad, want)
+        assert torch.equal(layer.neft_values["default"].grad, want)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -430,7 +454,7 @@ def test_a_step_costs_the_frozen_layer_and_the_selected_gradient(axis):
     x = torch.randn(4, 50, 64, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
-    whole, trained = 32 * 64, layer.values.numel()
+    whole, trained = 32 * 64, layer.neft_values["default"].numel()
     assert counter.get_total_flops() == 4 * 50 * (4 * whole + 2 * trained)
     # Where nothing before the layer trains, the input's gradient is not formed.
     with FlopCounterMode(display=False) as counter:
@@ -451,35 +475,15 @@ def test_state_continues_training_bit_by_bit():
             optimizer.step()
             optimizer.zero_grad()
 
-    descend(attach(whole, mask), tokens)
+    whole = attach(whole, mask)
+    descend(whole, tokens)
     first, second = attach(tiny("llama"), mask), attach(tiny("llama"), mask)
     descend(first, tokens[:3])
-    state = sparse_state(first)
-    load_sparse_state(second, state)
+    set_peft_model_state_dict(second, adapter_state(first))
     descend(second, tokens[3:])
-    want, got = sparse_state(whole), sparse_state(second)
+    want, got = adapter_state(whole), adapter_state(second)
     assert list(got) == list(want)
     assert all(torch.equal(got[key], want[key]) for key in want)
-    # The state is a copy: it did not follow the training.
-    name = "model.layers.0.mlp.up_proj.values"
-    assert not torch.equal(state[name], got[name])
-
-
-def test_a_state_of_another_mask_is_refused():
-    model = tiny("llama")
-    mask = some_mask(model)
-    attach(model, mask)
-    before = sparse_state(model)
-    up = "model.layers.0.mlp.up_proj"
-    moved = {**before, f"{up}.indices": before[f"{up}.indices"] + 1}
-    for wrong, text in (
-        ({k: v for k, v in before.items() if up not in k}, f"adapter: lacks {up}.indices; it was"),
-        ({**before, "x.values": torch.zeros(1)}, "adapter: has x.values; it was made with another"),
-        (moved, f"adapter: {up} has other neurons; it was made with another mask"),
-    ):
-        with pytest.raises(NeftError, match=re.escape(text)):
-            load_sparse_state(model, wrong)
-    assert all(torch.equal(v, before[k]) for k, v in sparse_state(model).items())
 
 
 def test_names_may_lack_the_model_s_prefix():
@@ -490,7 +494,8 @@ def test_names_may_lack_the_model_s_prefix():
         {n.removeprefix("transformer."): group for n, group in mask.groups.items()},
         1,
     )
-    assert next(iter(sparse_state(attach(model, short)))) == "transformer.h.0.mlp.c_fc.values"
+    first = next(iter(adapter_state(attach(model, short))))
+    assert first == "base_model.model.transformer.h.0.mlp.c_fc.neft_values"
 
 
 def test_a_mask_that_does_not_fit_leaves_the_model_whole():
@@ -505,23 +510,24 @@ def test_a_mask_that_does_not_fit_leaves_the_model_whole():
             {**mask.indices, module: rows}, {**mask.groups, module: changed}, 1, source="m.st"
         )
 
+    short = {"mlp.up_proj": replace(mask.groups[up], module="mlp.up_proj")}
+    two = NeuronMask({"mlp.up_proj": torch.tensor([0])}, short, 1, source="m.st")
     for wrong, text in (
         (with_(module="model.layers.7.mlp.up_proj"), "m.st: model.layers.7.mlp.up_proj: the model"),
-        (with_(module="mlp.up_proj"), "mlp.up_proj: the model has 2 such modules"),
+        (two, "mlp.up_proj: the model has 2 such modules"),
         (with_(module="model.norm"), "model.norm is a LlamaRMSNorm in this model; a linear"),
-        (with_(length=17), f"{up} has shape (24, 16) and torch.float32 in this model; use"),
-        (with_(transposed=True), f"{up} has shape (24, 16)"),
+        (with_(length=17), f"{up} is a Linear of shape (24, 16) in this model; use the mask's own"),
+        (with_(transposed=True), f"{up} is a Linear of shape (24, 16)"),
         (with_([3, 3]), f"{up} has indices that are not increasing in [0, 24)"),
         (with_([24]), "not increasing in [0, 24); run 'neft stage select'"),
         (with_([-1]), "not increasing in [0, 24)"),
     ):
         with pytest.raises(NeftError, match=re.escape(text)):
             attach(model, wrong)
-        assert not any(isinstance(m, SparseLinear) for m in model.modules())
+        assert not any(isinstance(m, NeftLinear) for m in model.modules())
         assert all(p.requires_grad for p in model.parameters())
-    attach(model, mask)
-    with pytest.raises(NeftError, match="has trained neurons already; detach them first"):
-        attach(model, mask)
+    with pytest.raises(NeftError, match=re.escape("no such module")):
+        attach(tiny("gpt2"), mask)
 
 
 @pytest.mark.parametrize("axis", [ROWS, COLUMNS])
@@ -530,9 +536,10 @@ def test_values_read_and_written_are_the_same(axis, transposed):
     logical = torch.arange(35.0).reshape(7, 5)
     stored = logical.t().contiguous() if transposed else logical.clone()
     indices = torch.tensor([0, 3])
-    values = read_values(stored, indices, axis, transposed)
+    view = stored.t() if transposed else stored
+    values = read_values(view, indices, axis)
     assert torch.equal(values, logical[indices] if axis == ROWS else logical.t()[indices])
-    write_values(stored, -values - 1, indices, axis, transposed)
+    write_values(view, -values - 1, indices, axis)
     changed = stored.t() if transposed else stored
     want = logical.clone()
     for index in indices.tolist():
@@ -546,20 +553,22 @@ def test_fused_weights_train_from_the_group_s_start():
     module = nn.ModuleDict({"gate_up_proj": nn.Linear(4, 12, bias=False)})
     group = Group("gate_up_proj", ROWS, 6, 6, 4)
     mask = NeuronMask({"gate_up_proj": torch.tensor([6, 11])}, {"gate_up_proj": group}, 48)
-    attach(module, mask)
-    assert torch.equal(module["gate_up_proj"].values, module["gate_up_proj"].base.weight[[6, 11]])
+    model = attach(module, mask)
+    layer = module["gate_up_proj"]
+    assert torch.equal(layer.neft_values["default"], layer.base_layer.weight[[6, 11]])
     outside = replace(mask, indices={"gate_up_proj": torch.tensor([5])})
     with pytest.raises(NeftError, match=re.escape("not increasing in [6, 12)")):
-        attach(detach(module, restore=True), outside)
+        attach(model.unload(), outside)
 
 
 def test_a_copied_model_trains_its_own_weights():
     model = tiny("llama")
-    attach(model, some_mask(model))
-    twin = copy.deepcopy(model)
+    tuned = attach(model, some_mask(model))
+    twin = copy.deepcopy(tuned)
     train_compact(twin, batches(2))
+    assert all(layer.in_place for layer in neft_layers(twin).values())
     sync(model)
     assert torch.equal(
-        model.get_submodule("model.layers.0.mlp.up_proj").base.weight,
+        model.get_submodule("model.layers.0.mlp.up_proj").base_layer.weight,
         tiny("llama").get_submodule("model.layers.0.mlp.up_proj").weight,
     )

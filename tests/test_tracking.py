@@ -73,7 +73,7 @@ def test_everything_is_delivered_once(ws: Workspace) -> None:
     assert tags["mlflow.parentRunId"] == parent.info.run_id
     assert tags["neft.key"] == seed_key(entry_key(train), 2) == seed_key(graph.key("train@neft"), 2)
     assert tags["neft.bleu_signature"] == "nrefs:1"
-    assert tags["neft.adapter"] == "work/train/neft/seed-2/adapter.safetensors"
+    assert tags["neft.adapter"] == "work/train/neft/seed-2/adapter_model.safetensors"
     assert run.info.status == "FINISHED"
     assert run.data.params["lr"] == "0.003"
     assert run.data.params["seed"] == "2"
@@ -101,7 +101,8 @@ def test_everything_is_delivered_once(ws: Workspace) -> None:
     place = Path(run.info.artifact_uri.removeprefix("file://").replace("%20", " "))
     assert ws.root in place.parents
     files = sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_file())
-    assert files == ["adapter/adapter.safetensors", "hypotheses/seed-2.jsonl", "mask.json"]
+    adapter = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+    assert files == [*adapter, "hypotheses/seed-2.jsonl", "mask.json"]
 
     assert (
         sync(ws, graph) == sync(ws, graph, trust=True) == Delivery(f"sqlite:///{ws.root}/mlflow.db")

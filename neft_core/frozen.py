@@ -1,0 +1,122 @@
+"""What can be known of a frozen linear layer, also where its weight is packed or sharded.
+
+Shapes: k neurons with D weights each; weights are logical [out, in].
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from neft_core.errors import NeftError
+from neft_core.groups import ROWS
+
+UNKNOWN = -1
+"""Index of a neuron that is not loaded yet."""
+
+
+def is_conv1d(layer: Any) -> bool:
+    """Whether a layer stores its weight as [in, out], as GPT-2's do."""
+    return type(layer).__name__ == "Conv1D"
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether a layer is a linear map by a stored matrix of floating point, and nothing else."""
+    weight: Any = getattr(layer, "weight", None)
+    computes = is_conv1d(layer) or type(layer).forward is nn.Linear.forward
+    stored = type(weight) in (nn.Parameter, Tensor) or isinstance(weight, DTensor)
+    return bool(computes and stored and weight.is_floating_point() and weight.element_size() > 1)
+
+
+def is_watched(layer: Any) -> bool:
+    """Whether somebody hooks into the layer's own call, which has to happen then."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+
+
+def matrix(layer: Any) -> Tensor:
+    """The stored weight as [out, in]."""
+    weight: Tensor = layer.weight
+    return weight.t() if is_conv1d(layer) else weight
+
+
+def readable(layer: Any) -> Tensor | None:
+    """The weight as [out, in] where its numbers are what they stand for, else None.
+
+    Raises:
+        NeftError: it is sharded at this moment.
+    """
+    if not is_plain(layer):
+        return None
+    if isinstance(layer.weight, DTensor):
+        raise NeftError(
+            f"{type(layer).__name__}: its weight is sharded; call the model, whose fully_shard "
+            "gathers it (tensor parallelism isn't supported)"
+        )
+    return matrix(layer)
+
+
+def size(layer: Any) -> tuple[int, int]:
+    """The weight's size, [out, in], also where it is packed."""
+    if hasattr(layer, "out_features"):
+        return int(layer.out_features), int(layer.in_features)
+    out, inside = matrix(layer).shape
+    return out, inside
+
+
+def place(layer: Any) -> tuple[torch.device, torch.dtype]:
+    """Device and precision of the layer's computation."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    floats = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+    dtype = getattr(layer, "compute_dtype", None)
+    return tensors[0].device, dtype or (floats[0] if floats else torch.float32)
+
+
+def check_indices(adapter: str, indices: Tensor, limit: int) -> None:
+    """Refuse indices, [k], that were never loaded or are not increasing in [0, limit).
+
+    Raises:
+        NeftError: they are refused.
+    """
+    if not len(indices):
+        return
+    if bool((indices == UNKNOWN).any()):
+        raise NeftError(
+            f"adapter '{adapter}': its neurons aren't loaded; load its weights, or give "
+            "NeftConfig a mask"
+        )
+    if bool((indices.diff() <= 0).any()) or bool(indices[0] < 0) or bool(indices[-1] >= limit):
+        raise NeftError(
+            f"adapter '{adapter}': its indices are not increasing in [0, {limit}); "
+            "it is damaged or of another model"
+        )
+
+
+@torch.no_grad()
+def probe(
+    layer: nn.Module,
+    indices: Tensor,
+    axis: int,
+) -> Tensor:
+    """Neurons of a weight that can't be read: what the layer answers to unit vectors, [k, D].
+
+    Exact wherever the layer computes with the numbers that its weight stands for.
+
+    Args:
+        layer: computes a linear map.
+        indices: rows or columns, [k].
+        axis: 0 for rows, 1 for columns.
+    """
+    (out, inside), (device, dtype) = size(layer), place(layer)
+    bias = getattr(layer, "bias", None)
+    chosen = torch.arange(inside, device=device) if axis == ROWS else indices
+    answers = [torch.zeros(0, len(indices) if axis == ROWS else out, dtype=dtype, device=device)]
+    for some in chosen.split(256):
+        units = torch.zeros(len(some), inside, dtype=dtype, device=device)
+        units[torch.arange(len(some), device=device), some] = 1
+        answer = layer(units)
+        if bias is not None:
+            answer = answer - layer(torch.zeros_like(units[:1]))
+        answers.append(answer[:, indices] if axis == ROWS else answer)
+    found = torch.cat(answers)
+    return (found.t() if axis == ROWS else found).contiguous()

@@ -1,0 +1,339 @@
+"""The layer of method `neft`: a linear layer with adapters, each of them a set of trained neurons.
+
+An adapter is `neft_values`, the neurons themselves, fp32 (fp64 in a model of fp64), and
+`neft_indices`, which neurons of the weight they are. The neurons of the active adapter stand in the
+base layer's weight while it computes. Every other reader finds the base's own bits there: state
+dicts, `unload`, a disabled adapter, a move to another device or precision.
+
+Where several adapters are active (or merged), their changes add up: a neuron of both moves by the
+sum of both changes. The bias is nobody's: it stays as it is.
+
+Shapes: k neurons of an adapter with D weights each; weights are logical [out, in].
+"""
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from neft_core import frozen
+from neft_core.errors import NeftError
+from neft_core.groups import ROWS
+from neft_core.sparse import (
+    ColumnLinear,
+    Overlay,
+    RowLinear,
+    corrected,
+    read_values,
+    stamp,
+    write_values,
+)
+
+
+class NeftLayer(BaseTunerLayer):  # type: ignore[misc]
+    """What every layer with trained neurons is to PEFT."""
+
+    adapter_layer_names = ("neft_values",)
+    other_param_names = ("neft_indices",)
+
+    def refresh(self, force: bool = False) -> None:
+        """Write what the forward pass will use: the active or merged adapters, or nothing."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Give the weight its own bits, or those of the merged adapters."""
+        raise NotImplementedError
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:  # noqa: ARG002
+        """No: whole rows and columns have no low rank."""
+        return False
+
+
+class NeftLinear(nn.Module, NeftLayer):
+    """A frozen linear layer with trained neurons.
+
+    Attributes:
+        in_place: whether the neurons stand in the weight; otherwise the output is corrected.
+
+    Args:
+        base_layer: `nn.Linear`, GPT-2's `Conv1D`, or any layer that computes a linear map.
+        adapter_name: the first adapter.
+        axis: 0 where neurons are rows, 1 for columns.
+        count: number of neurons.
+        indices: which rows or columns; None: they are loaded later.
+        form: `auto`, `in_place` or `additive`.
+        shared: another module has the same weight, so it can't be written.
+        inference_mode: the adapter doesn't train.
+    """
+
+    base_layer: Any
+    neft_values: Any
+    neft_indices: Any
+    # Of PEFT, which has no types: else nn.Module's `__getattr__` speaks for them.
+    active_adapters: Any
+    get_base_layer: Any
+    set_adapter: Any
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        axis: int,
+        count: int,
+        indices: Tensor | None = None,
+        form: str = "auto",
+        shared: bool = False,
+        inference_mode: bool = False,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.axis, self.form, self.shared = axis, form, shared
+        self.neft_values = nn.ParameterDict({})
+        self.neft_indices = BufferDict({}, persistent=True)
+        self.overlay = Overlay(axis)
+        self.in_place = False
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: Any = adapter_name
+        self._written: tuple[Any, ...] = ()
+        self._known: dict[str, tuple[int, ...]] = {}
+        self._probed: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+        self._tied: nn.Parameter | None = None
+        self._own: weakref.ref[Tensor] | None = None
+        self.register_state_dict_pre_hook(_settle)
+        self.register_load_state_dict_pre_hook(_settle)
+        self._adopt()
+        self.update_layer(adapter_name, count, indices, inference_mode)
+
+    def update_layer(
+        self, adapter_name: str, count: int, indices: Tensor | None, inference_mode: bool = False
+    ) -> None:
+        """Add an adapter, or one of this name in the place of the old; it changes nothing yet."""
+        self.settle()
+        device, dtype = frozen.place(self.base_layer)
+        if indices is None:
+            length = frozen.size(self.base_layer)[1 - self.axis]
+            indices = torch.full((count,), frozen.UNKNOWN, device=device)
+            values = torch.zeros(count, length, dtype=dtype, device=device)
+        else:
+            indices = indices.to(device, copy=True)
+            values = self._held(adapter_name, indices)
+        precision = torch.promote_types(values.dtype, torch.float32)
+        self.neft_values[adapter_name] = nn.Parameter(values.to(precision, copy=True))
+        self.neft_indices[adapter_name] = indices
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., in] to [..., out], with every optimiser step so far applied."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if not torch.compiler.is_compiling():
+            self.refresh()
+        names = self._wanted()
+        if self.merged or not names:
+            plain: Tensor = self.base_layer(x, *args, **kwargs)
+            return plain
+        if not self.in_place:
+            return self._additive(x, names, *args, **kwargs)
+        weight, kind = frozen.matrix(self.base_layer), x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+        elif x.dtype != weight.dtype:
+            raise RuntimeError(f"input is {x.dtype}, the layer's weight {weight.dtype}")
+        values, indices = self._combined(names)
+        function = RowLinear if self.axis == ROWS else ColumnLinear
+        overlay = None if torch.compiler.is_compiling() else self.overlay
+        bias = self.base_layer.bias
+        output: Tensor = function.apply(x, values, weight, bias, indices, overlay)
+        return output
+
+    def refresh(self, force: bool = False) -> None:
+        """Write what the forward pass will use; does nothing where that stands there already."""
+        names = self._wanted()
+        for name in names:
+            self._check_known(name)
+        base = self.base_layer
+        self.in_place = self._owns() and (bool(self.merged) or not frozen.is_watched(base))
+        if not (self.in_place and names):
+            self._lift()
+            return
+        parts = [d[name] for name in names for d in (self.neft_values, self.neft_indices)]
+        force = force or self.overlay.stale
+        if force or self._written != (names, *stamp(base.weight, *parts)):
+            self.overlay.write(frozen.matrix(base), *self._combined(names))
+            self._written = (names, *stamp(base.weight, *parts))
+
+    def settle(self) -> None:
+        """Give the weight its own bits, or those of the merged adapters."""
+        if self.merged:
+            self.refresh()
+        else:
+            self._lift()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters into the weight for good, in its precision; `unmerge` restores each bit.
+
+        Raises:
+            ValueError: with `safe_merge`, an adapter holds a value that isn't finite.
+            NeftError: the weight can't be written, because it is quantised or sharded.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.neft_values]
+        for name in names:
+            self._check_known(name)
+            values = self.neft_values[name].to(frozen.place(self.base_layer)[1])
+            if safe_merge and not bool(torch.isfinite(values).all()):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )
+        if names and frozen.readable(self.base_layer) is None:
+            raise NeftError(
+                f"{type(self.base_layer).__name__}: a quantised weight can't take merged neurons; "
+                "load the base in bf16 or fp32 and merge there"
+            )
+        if names and self.shared and self._tied is None:
+            # The other module that has this weight must not change with it.
+            self._tied = self.base_layer.weight
+            own = self._tied.detach().clone()
+            self.base_layer.weight = nn.Parameter(own, requires_grad=False)
+        self.merged_adapters.extend(names)
+        if names:
+            self._adopt()
+        self.settle()
+
+    def unmerge(self) -> None:
+        """Give the weight its own bits again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        self.settle()
+        if self._tied is not None:
+            self.base_layer.weight, self._tied = self._tied, None
+        self._adopt()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter changes the stored weight by: zero but for its neurons."""
+        values, indices = self.neft_values[adapter].detach(), self.neft_indices[adapter]
+        part = values - self._held(adapter, indices).to(values.dtype)
+        self.settle()
+        change = torch.zeros(frozen.size(self.base_layer), dtype=values.dtype, device=values.device)
+        write_values(change, part, indices, self.axis)
+        return change.t() if frozen.is_conv1d(self.base_layer) else change
+
+    def selected(self) -> tuple[int, Tensor]:
+        """The axis of the stored weight, and which of its rows or columns are trained, [k]."""
+        names = self._wanted()
+        indices = self._combined(names)[1] if names else torch.empty(0, dtype=torch.int64)
+        return self.axis ^ int(frozen.is_conv1d(self.base_layer)), indices.cpu()
+
+    def _wanted(self) -> tuple[str, ...]:
+        """The adapters that the forward pass uses."""
+        if self.merged:
+            return tuple(self.merged_adapters)
+        if self.disable_adapters:
+            return ()
+        return tuple(name for name in self.active_adapters if name in self.neft_values)
+
+    def _combined(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Values and indices of one adapter, or those of several with their changes added up."""
+        if len(names) == 1:
+            return self.neft_values[names[0]], self.neft_indices[names[0]]
+        sets = [self.neft_indices[name] for name in names]
+        union = torch.cat(sets).unique()
+        held = self._held("+".join(names), union)
+        total = held.to(self.neft_values[names[0]].dtype)
+        for name, indices in zip(names, sets, strict=True):
+            places = torch.searchsorted(union, indices)
+            change = self.neft_values[name] - held.to(total.dtype)[places]
+            total = total.index_add(0, places, change.to(total.dtype))
+        return total, union
+
+    def _additive(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = self.base_layer(x, *args, **kwargs)
+        values, indices = self._combined(names)
+        weight = frozen.readable(self.base_layer)
+        held = self._held("+".join(names), indices) if weight is None else weight
+        return corrected(output, x, values, held, indices, self.axis, weight is not None)
+
+    def _held(self, key: str, indices: Tensor) -> Tensor:
+        """What the base has in the place of neurons, [k, D]; `key` tells sets of them apart."""
+        overlay = self.overlay
+        if overlay.indices is not None and torch.equal(overlay.indices, indices):
+            assert overlay.originals is not None
+            return overlay.originals
+        self._lift()
+        weight = frozen.readable(self.base_layer)
+        if weight is not None:
+            return read_values(weight, indices, self.axis)
+        known = self._probed.get(key)
+        if known is None or known[0] != stamp(indices):
+            rows = frozen.probe(self.base_layer, indices, self.axis)
+            known = self._probed[key] = (stamp(indices), rows)
+        return known[1]
+
+    def _lift(self) -> None:
+        """Give the weight its own bits; the next forward pass writes again."""
+        if self.overlay.indices is not None:
+            if not self._owns():
+                raise NeftError(
+                    f"{type(self.base_layer).__name__}: its weight was replaced while trained "
+                    "neurons stood in it; call the model's state_dict() before sharding it"
+                )
+            self.overlay.lift(frozen.matrix(self.base_layer))
+        self._written = ()
+
+    def _owns(self) -> bool:
+        """Whether the weight is still the one that may be written.
+
+        A sharded weight is another tensor in each forward pass, and changes to it are lost.
+        """
+        return self._own is not None and self._own() is self.base_layer.weight
+
+    def _adopt(self) -> None:
+        """Remember the weight, where neurons may be written into it."""
+        base = self.base_layer
+        writable = self.merged or not (self.form == "additive" or self.shared)
+        plain = frozen.is_plain(base) and type(base.weight) is nn.Parameter
+        # Only a part of the weight is here where DeepSpeed partitions it.
+        plain = plain and not hasattr(base.weight, "ds_id")
+        self._own = weakref.ref(base.weight) if writable and plain else None
+
+    def _check_known(self, name: str) -> None:
+        """Refuse indices that were never loaded, or are not those of this weight."""
+        indices = self.neft_indices[name]
+        now = stamp(indices)
+        if self._known.get(name) == now:
+            return
+        if indices.device.type != "meta":
+            frozen.check_indices(name, indices, frozen.size(self.base_layer)[self.axis])
+        self._known[name] = now
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "NeftLinear":
+        """Move or cast with the base's own bits in the weight."""
+        self._lift()
+        self._probed.clear()
+        super()._apply(fn, recurse)
+        self._adopt()
+        self.settle()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_own"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._adopt()
+
+    def __repr__(self) -> str:
+        return "neft." + super().__repr__()
+
+
+def _settle(layer: NeftLinear, *_args: Any) -> None:
+    """Before a state dict is read or loaded."""
+    layer.settle()

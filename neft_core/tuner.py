@@ -1,0 +1,286 @@
+"""The method as a PEFT tuner: `get_peft_model(model, NeftConfig(mask="mask.safetensors"))`.
+
+Importing this module registers the type NEFT with PEFT, so that `PeftModel.from_pretrained` and
+transformers' `load_adapter` know what lies in an adapter's directory.
+"""
+
+from collections.abc import Mapping
+from dataclasses import InitVar, asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import register_peft_method
+from torch import Tensor, nn
+
+from neft_core import frozen
+from neft_core.errors import NeftError
+from neft_core.groups import Group
+from neft_core.layer import NeftLayer, NeftLinear
+from neft_core.masks import NeuronMask
+
+FORMS = ("auto", "in_place", "additive")
+
+
+@dataclass
+class NeftConfig(PeftConfig):  # type: ignore[misc]
+    """Which neurons an adapter trains.
+
+    Attributes:
+        mask: the selected neurons, or the path of their file; not kept in the adapter's files,
+            which hold the indices beside the values.
+        modules: per module its `axis` (0 rows, 1 columns), `count` of neurons, their `length` and
+            whether the weight is `transposed`; taken from the mask.
+        provenance: what made the mask, the hash of its base model included.
+        form: `in_place` writes the neurons into the base's weight, which costs nothing per token;
+            `additive` adds their change to the output; `auto` is in place where that is possible.
+        modules_to_save: other modules that train as a whole, as in every PEFT config.
+    """
+
+    mask: InitVar[NeuronMask | str | Path | None] = None
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
+    form: str = "auto"
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self, mask: NeuronMask | str | Path | None) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.NEFT
+        if self.form not in FORMS:
+            raise NeftError(f"NeftConfig: form: got {self.form!r}; one of {', '.join(FORMS)}")
+        if isinstance(mask, str | Path):
+            mask = NeuronMask.load(mask)
+        self._mask = mask
+        if mask is not None:
+            self.provenance = dict(mask.provenance)
+            self.modules = {
+                name: {
+                    "axis": mask.groups[name].axis,
+                    "count": len(indices),
+                    "length": mask.groups[name].length,
+                    "transposed": mask.groups[name].transposed,
+                }
+                for name, indices in mask.indices.items()
+                if len(indices)
+            }
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `adapter_config.json` holds."""
+        return asdict(self)
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """The modules with trained neurons."""
+        return tuple(self.modules)
+
+    @property
+    def source(self) -> str:
+        """Where the neurons come from, for messages."""
+        return "adapter" if self._mask is None else self._mask.source
+
+    def indices(self, name: str) -> Tensor | None:
+        """The neurons of one of `modules`, [k]; None where they come with the weights."""
+        return None if self._mask is None else self._mask.indices[name]
+
+    def group(self, name: str) -> Group | None:
+        """The candidates among which the neurons of a module were selected."""
+        return None if self._mask is None else self._mask.groups[name]
+
+    def named(self, module: str) -> str | None:
+        """The key of `modules` that means a model's module; a prefix of its name may be missing."""
+        while module not in self.modules:
+            _, dot, module = module.partition(".")
+            if not dot:
+                return None
+        return module
+
+
+class NeftModel(BaseTuner):  # type: ignore[misc]
+    """A model with trained neurons, as PEFT builds it."""
+
+    prefix = "neft_"
+    tuner_layer_cls = NeftLayer
+    target_module_mapping: Mapping[str, list[str]] = {}
+
+    def _prepare_adapter_config(
+        self,
+        peft_config: NeftConfig,
+        model_config: Any,  # noqa: ARG002
+    ) -> NeftConfig:
+        if not peft_config.modules:
+            raise NeftError(f"{peft_config.source}: has no neurons; give NeftConfig a mask of some")
+        return peft_config
+
+    def _prepare_model(self, peft_config: NeftConfig, model: nn.Module) -> None:
+        """Check every module first, so that a refused mask leaves the model whole."""
+        keys = list(dict(model.named_modules()))
+        found: dict[str, list[str]] = {name: [] for name in peft_config.modules}
+        for key in keys:
+            name = peft_config.named(key)
+            if name is not None:
+                found[name].append(key)
+        for name, matches in found.items():
+            if len(matches) != 1:
+                what = f"{len(matches)} such modules" if matches else "no such module"
+                raise NeftError(
+                    f"{peft_config.source}: {name}: the model has {what}; use the mask's own model"
+                )
+            _check(peft_config, name, model.get_submodule(matches[0]))
+        counts: dict[int, int] = {}
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+        self._shared = {identity for identity, count in counts.items() if count > 1}
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: NeftConfig, key: str) -> bool:
+        return peft_config.named(key) is not None
+
+    def _create_and_replace(
+        self,
+        peft_config: NeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,  # noqa: ARG002
+    ) -> None:
+        name = peft_config.named(current_key)
+        assert name is not None
+        entry, indices = peft_config.modules[name], peft_config.indices(name)
+        if isinstance(target, NeftLinear):
+            target.update_layer(adapter_name, entry["count"], indices, peft_config.inference_mode)
+            return
+        layer = NeftLinear(
+            target,
+            adapter_name,
+            entry["axis"],
+            entry["count"],
+            indices,
+            form=peft_config.form,
+            shared=id(getattr(target, "weight", None)) in self._shared,
+            inference_mode=peft_config.inference_mode,
+        )
+        layer.train(target.training)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _post_injection_hook(
+        self,
+        model: nn.Module,
+        config: NeftConfig,  # noqa: ARG002
+        adapter_name: str,  # noqa: ARG002
+    ) -> None:
+        """Let a compiled model take the neurons over before each forward pass."""
+        if _before_forward not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(_before_forward)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Values are fp32 from the start; without `autocast_adapter_dtype` they get the base's."""
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        for layer in neft_layers(self.model).values():
+            if adapter_name in layer.neft_values:
+                values = layer.neft_values[adapter_name]
+                layer.neft_values[adapter_name] = nn.Parameter(
+                    values.detach().to(layer.weight.dtype), requires_grad=values.requires_grad
+                )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> nn.Module:
+        layers = neft_layers(self.model)
+        if not merge:
+            for layer in layers.values():
+                layer.settle()
+        plain: nn.Module = super()._unload_and_optionally_merge(merge=merge, **options)
+        for key, hook in list(plain._forward_pre_hooks.items()):
+            if hook is _before_forward:
+                del plain._forward_pre_hooks[key]
+        return plain
+
+
+def neft_layers(model: nn.Module) -> dict[str, NeftLayer]:
+    """The layers with trained neurons, by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, NeftLayer)}
+
+
+def sync(model: nn.Module) -> None:
+    """Write the active adapters' values into the weights now, not at the next forward pass.
+
+    Only a compiled model needs it, after each step of an optimiser that changes parameters without
+    torch knowing (kernels on raw pointers, as those of bitsandbytes).
+    """
+    for layer in neft_layers(model).values():
+        layer.refresh(force=True)
+
+
+@torch.compiler.disable  # type: ignore[misc]
+def _before_forward(model: nn.Module, _inputs: Any) -> None:
+    """What layers do by themselves, unless they are compiled."""
+    for layer in neft_layers(model).values():
+        layer.refresh()
+
+
+def _check(config: NeftConfig, name: str, module: Any) -> None:
+    """Refuse a module that can't hold the neurons, by name."""
+    entry = config.modules[name]
+    if isinstance(module, NeftLinear):
+        if module.axis != entry["axis"]:
+            raise NeftError(
+                f"{config.source}: {name} has neurons of the other axis in this model's adapter; "
+                "use masks of one layout"
+            )
+        module = module.get_base_layer()
+    elif isinstance(module, BaseTunerLayer):
+        raise NeftError(
+            f"{config.source}: {name} has an adapter of another method; unload that one first"
+        )
+    conv1d = frozen.is_conv1d(module)
+    if not (conv1d or hasattr(module, "in_features")):
+        raise NeftError(
+            f"{config.source}: {name} is a {type(module).__name__} in this model; "
+            "a linear layer is needed"
+        )
+    logical = frozen.size(module)
+    shape = logical[::-1] if conv1d else logical
+    group = config.group(name)
+    fits = (
+        entry["transposed"] == conv1d
+        and logical[1 - entry["axis"]] == entry["length"]
+        and (group is None or group.fits(shape))
+        and entry["count"] <= logical[entry["axis"]]
+    )
+    if not fits:
+        raise NeftError(
+            f"{config.source}: {name} is a {type(module).__name__} of shape {shape} in this model; "
+            "use the mask's own model"
+        )
+    indices = config.indices(name)
+    if indices is not None and group is not None:
+        first, last = group.start, group.start + group.count
+        if indices[0] < first or indices[-1] >= last or bool((indices.diff() <= 0).any()):
+            raise NeftError(
+                f"{config.source}: {name} has indices that are not increasing in "
+                f"[{first}, {last}); run 'neft stage select'"
+            )
+
+
+def register() -> None:
+    """Make PEFT know the type NEFT; its own types are an enum, which has to grow for it."""
+    if "NEFT" in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, "NEFT")
+    member._name_ = member._value_ = "NEFT"
+    PeftType._member_names_.append("NEFT")
+    PeftType._member_map_["NEFT"] = member
+    PeftType._value2member_map_["NEFT"] = member
+    if "NEFT" not in PeftType.__dict__:
+        type.__setattr__(PeftType, "NEFT", member)
+    register_peft_method(name="neft", config_cls=NeftConfig, model_cls=NeftModel)
+
+
+register()
