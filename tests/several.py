@@ -77,7 +77,7 @@ def train(
     model = METHODS[method].prepare(model, options, mask, "llama")
     if broken:
         # As masks by hooks are: they never fire on a sharded parameter.
-        weight = model.model.norm.weight.requires_grad_(True)
+        weight = model.get_base_model().model.norm.weight.requires_grad_(True)
         weight.register_hook(
             torch.zeros_like if "ACCELERATE_USE_FSDP" in os.environ else torch.clone
         )
@@ -109,14 +109,14 @@ def train(
     whole, peak = trainer.release(), trainer.peak_bytes()
     if not ranks.main():
         return
-    METHODS[method].finish(whole)
     result = {**vars(course), "peak": peak, "draws": draws}
-    save_tensors(folder / "adapter.safetensors", METHODS[method].adapter(whole), {})
+    origin = {"base": "x", "location": "y", "revision": ""}
+    METHODS[method].save(whole, folder, origin)
     if method == "neft":
         result["compared"], result["moved"] = moved_outside(whole, fresh(dtype, tied))
-    save_tensors(
-        folder / "state.safetensors", {n: t.clone() for n, t in whole.state_dict().items()}, {}
-    )
+        whole = whole.get_base_model()
+    state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    save_tensors(folder / "state.safetensors", state, {})
     write_json(folder / "result.json", result)
 
 
@@ -139,7 +139,7 @@ def main(folder: Path, cases: dict[str, dict]) -> None:
         place.mkdir(parents=True, exist_ok=True)
         train(place, **case)
     said = {count: generate(count) for count in (11, 4, 1, 0)}
-    write_json(folder / "said.json", ranks.gather(said))
+    write_json(folder / f"said-{ranks.world()}.json", ranks.gather(said))
     ranks.leave()
 
 
