@@ -89,10 +89,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             trained.values(), lr=recipe.lr, weight_decay=recipe.weight_decay
         )
-        if self.accelerator.distributed_type == "FSDP" and not self.accelerator.is_fsdp2:
-            raise NeftError(
-                "params.yaml: compute.accelerate_config: asks for FSDP1; set fsdp_version: 2"
-            )
+        self._check_kind()
         if recipe.gradient_checkpointing:
             # Reentrant checkpointing gives no gradient behind a frozen embedding.
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -105,6 +102,22 @@ class Trainer:
         now = {name.replace(wrapped, ""): p for name, p in model.named_parameters()}
         self.trained = {name: now[name] for name in trained}
         self.course = Course()
+
+    def _check_kind(self) -> None:
+        """Refuse ways to share a training that this loop can't take; prepare for DeepSpeed's."""
+        where, kind = "params.yaml: compute.accelerate_config", self.accelerator.distributed_type
+        if kind == "FSDP" and not self.accelerator.is_fsdp2:
+            raise NeftError(f"{where}: its fsdp_version is 1; set fsdp_version: 2")
+        if kind == "DEEPSPEED":
+            plugin = self.accelerator.state.deepspeed_plugin
+            if plugin.zero_stage == 3:
+                raise NeftError(f"{where}: its zero_stage is 3; at most 2, or FSDP2")
+            # It clips and steps in the backward pass of a step's last micro-batch.
+            plugin.deepspeed_config["gradient_clipping"] = self.recipe.max_grad_norm
+            plugin.deepspeed_config["gradient_accumulation_steps"] = 1
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.recipe.batch_size
+            if ranks.main():
+                print(f"{self.label}: under DeepSpeed an interrupted training starts anew")
 
     def run(self) -> Course:
         """Train to the end, from the last checkpoint where there is one.
@@ -190,9 +203,11 @@ class Trainer:
         tokens = trained_tokens(self.train_rows, rows)
         shares = deal(micro_batches, rank, processes)
         total = 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, course.step)
         for number, share in enumerate(shares, 1):
-            last = number == len(shares)
             # Gradients are exchanged once a step.
+            accelerator.sync_gradients = last = number == len(shares)
             with nullcontext() if last else accelerator.no_sync(self.model):
                 batch = collate_share(self.train_rows, share, rows, self.pad)
                 moved = {name: values.to(accelerator.device) for name, values in batch.items()}
@@ -207,8 +222,6 @@ class Trainer:
                 f"lower the learning rate ({self.recipe.lr:g}) or look at the data"
             )
         norm = accelerator.clip_grad_norm_(self.trained.values(), self.recipe.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, course.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total / tokens, float(ranks.whole(norm))
@@ -267,6 +280,8 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Write all that the next step depends on: whole tensors, whatever they are split into."""
+        if self.accelerator.distributed_type == "DEEPSPEED":
+            return  # it keeps its states in flat parts of its own
         tensors = {f"value/{name}": value for name, value in self._values().items()}
         for name, parameter in self.trained.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():

@@ -31,6 +31,9 @@ RECIPE = Recipe(
 """Steps of nine rows, of which an epoch's last has two."""
 
 
+SHARDED = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ)
+
+
 def mask_of(model) -> NeuronMask:
     """Every third up row and down column of the second layer, one down column of the first."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -74,7 +77,7 @@ def train(
     model = METHODS[method].prepare(model, options, mask, "llama")
     if broken:
         # As masks by hooks are: they never fire on a sharded parameter.
-        weight = model.model.norm.weight.requires_grad_(True)
+        weight = model.get_base_model().model.norm.weight.requires_grad_(True)
         weight.register_hook(
             torch.zeros_like if "ACCELERATE_USE_FSDP" in os.environ else torch.clone
         )
@@ -88,7 +91,7 @@ def train(
         folder=folder,
         live=folder,
         label=f"{method} {dtype}",
-        cpu="ACCELERATE_USE_FSDP" not in os.environ,
+        cpu=not SHARDED,
     )
     step = trainer._step
 
@@ -106,18 +109,18 @@ def train(
     whole, peak = trainer.release(), trainer.peak_bytes()
     if not ranks.main():
         return
-    METHODS[method].finish(whole)
     result = {**vars(course), "peak": peak, "draws": draws}
-    save_tensors(folder / "adapter.safetensors", METHODS[method].adapter(whole), {})
+    origin = {"base": "x", "location": "y", "revision": ""}
+    METHODS[method].save(whole, folder, origin)
     if method == "neft":
         result["compared"], result["moved"] = moved_outside(whole, fresh(dtype, tied))
-    save_tensors(
-        folder / "state.safetensors", {n: t.clone() for n, t in whole.state_dict().items()}, {}
-    )
+        whole = whole.get_base_model()
+    state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    save_tensors(folder / "state.safetensors", state, {})
     write_json(folder / "result.json", result)
 
 
-def fsdp_on_cpu() -> None:
+def shard_on_cpu() -> None:
     """Accelerate shards only among accelerators; let it take gloo for the backend of one."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
@@ -128,15 +131,15 @@ def fsdp_on_cpu() -> None:
 
 def main(folder: Path, cases: dict[str, dict]) -> None:
     torch.set_num_threads(1)
-    if "ACCELERATE_USE_FSDP" in os.environ:
-        fsdp_on_cpu()
+    if SHARDED:
+        shard_on_cpu()
     for name, case in cases.items():
         # What follows an @ tells apart two parts of one training.
         place = folder / name.split("@")[0]
         place.mkdir(parents=True, exist_ok=True)
         train(place, **case)
     said = {count: generate(count) for count in (11, 4, 1, 0)}
-    write_json(folder / "said.json", ranks.gather(said))
+    write_json(folder / f"said-{ranks.world()}.json", ranks.gather(said))
     ranks.leave()
 
 
