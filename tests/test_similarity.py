@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from neft_core.errors import NeftError
-from neft_core.similarity import score, sensitivity
+from neft_core.similarity import score_neurons, sensitivity
 
 
 def exact(w: list[float], v: list[float]) -> float:
@@ -146,7 +146,7 @@ def test_score_reads_rows_and_columns_in_pieces(tmp_path, piece):
     base = llama_weights()
     tuned = tuned_from(base)
     calls = []
-    scores = score(
+    scores = score_neurons(
         write(tmp_path / "base", base),
         write(tmp_path / "tuned", tuned, shards=3),
         provenance={"steps": "800"},
@@ -173,7 +173,7 @@ def test_score_of_conv1d_and_of_names_without_prefix(tmp_path):
     }
     tuned = tuned_from(base)
     prefixed = {f"transformer.{name}": weight for name, weight in tuned.items()}
-    scores = score(
+    scores = score_neurons(
         write(tmp_path / "base", base, "gpt2"), write(tmp_path / "tuned", prefixed, "gpt2"), piece=7
     )
     for module, name in (("h.0.mlp.c_fc", "c_fc"), ("h.0.mlp.c_proj", "c_proj")):
@@ -192,8 +192,8 @@ def test_score_of_fused_weights_takes_the_second_half(tmp_path):
     tuned["model.layers.0.mlp.gate_up_proj.weight"][2] += torch.arange(HIDDEN)
     dirs = write(tmp_path / "base", base, "phi3"), write(tmp_path / "tuned", tuned, "phi3")
     module = "model.layers.0.mlp.gate_up_proj"
-    assert score(*dirs).sensitivity[module].nonzero().flatten().tolist() == [3]
-    both = score(*dirs, layout="mlp+gate").sensitivity[module]
+    assert score_neurons(*dirs).sensitivity[module].nonzero().flatten().tolist() == [3]
+    both = score_neurons(*dirs, layout="mlp+gate").sensitivity[module]
     assert both.nonzero().flatten().tolist() == [2, INNER + 3]
 
 
@@ -201,7 +201,7 @@ def test_a_tuned_model_in_float32_scores_a_base_in_bfloat16(tmp_path):
     base = {name: weight.bfloat16() for name, weight in llama_weights(1).items()}
     tuned = tuned_from({name: weight.float() for name, weight in base.items()})
     only_scored = {name: weight for name, weight in tuned.items() if "mlp" in name}
-    scores = score(write(tmp_path / "base", base), write(tmp_path / "tuned", only_scored))
+    scores = score_neurons(write(tmp_path / "base", base), write(tmp_path / "tuned", only_scored))
     name = "model.layers.0.mlp.up_proj"
     want = sensitivity(base[f"{name}.weight"].float(), tuned[f"{name}.weight"])
     assert torch.equal(scores.sensitivity[name], want)
@@ -215,7 +215,7 @@ def test_checkpoints_that_do_not_belong_together_are_refused(tmp_path):
     def refuses(weights, text):
         tuned_dir = write(tmp_path / "tuned", weights)
         with pytest.raises(NeftError, match=re.escape(text)) as caught:
-            score(base_dir, tuned_dir)
+            score_neurons(base_dir, tuned_dir)
         assert "\n" not in str(caught.value)
 
     tuned = tmp_path / "tuned"
