@@ -17,12 +17,11 @@ from neft_core.groups import Group, Source
 from neft_core.masks import NeuronScores
 from neft_core.neurons import candidates, count_parameters, in_memory, is_tied, sources
 from neft_core.patterns import Patterns
-from neft_core.sums import Kernel, added, compiled, doubled, sums
+from neft_core.sums import Kernel, across, compiled, sums
 from neft_core.weights import Model, Weights, weights
 
-# Weights per piece: what stays in a processor's cache as float64, what keeps calls of the compiled
-# sums few, and what fills another device.
-_PIECE, _PIECE_COMPILED, _PIECE_ELSEWHERE = 1 << 18, 1 << 22, 1 << 24
+# Weights per piece: few calls on a CPU, and another device filled.
+_PIECE, _PIECE_ELSEWHERE = 1 << 22, 1 << 26
 # Fewer weights are scored in the time that the compiler takes.
 _WORTH_COMPILING = 1 << 26
 # d.d - (d.w)^2 / w.w loses this much precision at most before the part is summed by itself.
@@ -109,10 +108,13 @@ def score_neurons(
     pairs = _pair(groups, here, there, kind, layout)
     on_cpu = torch.device(device).type == "cpu"
     large = sum(group.count * group.length for group in groups) >= _WORTH_COMPILING
-    kernel = compiled() if on_cpu and large else None
-    if piece is None:
-        piece = (_PIECE_COMPILED if kernel else _PIECE) if on_cpu else _PIECE_ELSEWHERE
-    scorer = _Scorer(here, there, device, piece, kernel)
+    scorer = _Scorer(
+        here,
+        there,
+        device,
+        piece or (_PIECE if on_cpu else _PIECE_ELSEWHERE),
+        compiled() if on_cpu and large else None,
+    )
     sensitivities: dict[str, Tensor] = {}
     with ThreadPoolExecutor((threads or torch.get_num_threads()) if on_cpu else 1) as pool:
         for done, group in enumerate(groups, start=1):
@@ -135,9 +137,7 @@ def _sensitivity(base: Tensor, tuned: Tensor, kernel: Kernel | None = None) -> T
     perpendicular = dd - along * dw
     cancels = perpendicular * _LOSS < dd
     if cancels.any():
-        w = doubled(base[cancels])
-        across = doubled(tuned[cancels]) - w - along[cancels] * w
-        perpendicular[cancels] = added(across * across)
+        perpendicular[cancels] = across(base[cancels], tuned[cancels], along[cancels])
     parallel = ww.sqrt() * (1 + along)
     size = (parallel * parallel + perpendicular).sqrt()
     # size - parallel cancels where both are near; perpendicular is their product with the sum.

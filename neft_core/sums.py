@@ -16,6 +16,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,19 +29,6 @@ _SOURCE = Path(__file__).with_name("sums.c")
 # not know the options of the first.
 _OPTIONS = (("-march=native", "-mprefer-vector-width=512"), ())
 _COMPILED = {torch.float32: "float", torch.bfloat16: "bf16"}
-
-
-def added(terms: Tensor) -> Tensor:
-    """Sums over D: [..., D, N] to [..., N]."""
-    *rest, _, n = terms.shape
-    lanes = terms.new_zeros(*rest, LANES, n)
-    for part in terms.split(LANES, dim=-2):
-        lanes.narrow(-2, 0, part.shape[-2]).add_(part)
-    half = LANES
-    while half > 1:
-        half //= 2
-        lanes.narrow(-2, 0, half).add_(lanes.narrow(-2, half, half))
-    return lanes.select(-2, 0).clone()
 
 
 def sums(base: Tensor, tuned: Tensor, kernel: "Kernel | None" = None) -> Tensor:
@@ -56,14 +44,41 @@ def sums(base: Tensor, tuned: Tensor, kernel: "Kernel | None" = None) -> Tensor:
     """
     if kernel is not None and kernel.takes(base) and kernel.takes(tuned):
         return kernel(base, tuned)
-    w = doubled(base)
-    d = doubled(tuned) - w
-    return added(torch.stack((w * w, d * w, d * d)))
+    return _added(lambda w, d: (w * w, d * w, d * d), base, tuned)
 
 
-def doubled(neurons: Tensor) -> Tensor:
-    """Neurons [N, D] as float64, [D, N]."""
-    return neurons.t().to(torch.float64).contiguous()
+def across(base: Tensor, tuned: Tensor, along: Tensor) -> Tensor:
+    """Squared size of d - along * w of each neuron, with the same names; float64, [N]."""
+
+    def terms(w: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+        part = d - along[:, None] * w
+        return (part * part,)
+
+    return _added(terms, base, tuned)[0]
+
+
+def _added(
+    terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]], base: Tensor, tuned: Tensor
+) -> Tensor:
+    """Sums over D of each of the K terms that `terms` makes of w and d, [K, N].
+
+    Goes by 16 weights of all neurons, so that what it allocates is small and used again.
+    """
+    lanes: list[Tensor] = []
+    for w, v in zip(base.split(LANES, 1), tuned.split(LANES, 1), strict=True):
+        wide = w.to(torch.float64)
+        products = terms(wide, v.to(torch.float64) - wide)
+        lanes = lanes or [torch.zeros_like(product) for product in products]
+        for lane, product in zip(lanes, products, strict=True):
+            lane.narrow(1, 0, product.shape[1]).add_(product)
+    found = base.new_zeros(len(lanes), len(base), LANES, dtype=torch.float64)
+    for whole, lane in zip(found, lanes, strict=True):
+        whole.narrow(1, 0, lane.shape[1]).copy_(lane)
+    half = LANES
+    while half > 1:
+        half //= 2
+        found = found[..., :half] + found[..., half:]
+    return found[..., 0]
 
 
 class Kernel:
