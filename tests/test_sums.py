@@ -35,8 +35,8 @@ def by_hand(a: list[float], b: list[float]) -> float:
 
 def pair(n, d, first=torch.float32, second=torch.float32):
     generator = torch.Generator().manual_seed(n * d)
-    base = torch.randn(n, d, generator=generator)
-    return base.to(first), (base + 0.1 * torch.randn(n, d, generator=generator)).to(second)
+    base, drift = torch.randn(2, n, d, generator=generator, dtype=torch.float64)
+    return base.to(first), (base + 0.1 * drift).to(second)
 
 
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 40, 333])
