@@ -42,6 +42,11 @@ class NeuronScores:
     total_parameters: int
     provenance: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def axis(self) -> dict[str, int]:
+        """0 for a module whose neurons are rows, 1 for columns."""
+        return {module: group.axis for module, group in self.groups.items()}
+
     def save(self, path: str | Path) -> None:
         """Write the file, all or nothing."""
         _write(Path(path), "scores", self.sensitivity, self)

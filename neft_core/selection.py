@@ -31,7 +31,7 @@ POLICIES: dict[str, Callable[[NeuronScores, int], Tensor]] = {
 """How each policy ranks: scores and seed in, a permutation of the N candidates out."""
 
 
-def select(
+def select_neurons(
     scores: NeuronScores,
     policy: str = "lowest",
     *,

@@ -4,27 +4,28 @@ Shapes: N neurons, D weights in each.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from neft_core import checkpoints
 from neft_core.errors import NeftError
 from neft_core.groups import Group, Source
 from neft_core.masks import NeuronScores
-from neft_core.neurons import (
-    candidates,
-    count_parameters,
-    in_memory,
-    is_tied,
-    sources,
-)
+from neft_core.neurons import candidates, count_parameters, in_memory, is_tied, sources
 from neft_core.patterns import Patterns
+from neft_core.sums import Kernel, across, compiled, sums
+from neft_core.weights import Model, Weights, weights
 
-# Weights per piece: three float64 buffers of it stay near the processor's cache.
-_PIECE = 1 << 20
+# Weights per piece: few calls on a CPU, and another device filled.
+_PIECE, _PIECE_ELSEWHERE = 1 << 22, 1 << 26
+# Fewer weights are scored in the time that the compiler takes.
+_WORTH_COMPILING = 1 << 26
+# d.d - (d.w)^2 / w.w loses this much precision at most before the part is summed by itself.
+_LOSS = 16
 
 
 def sensitivity(base: Tensor, tuned: Tensor) -> Tensor:
@@ -59,76 +60,84 @@ def sensitivity(base: Tensor, tuned: Tensor) -> Tensor:
     return result
 
 
-def score(
-    base_dir: str | Path,
-    tuned_dir: str | Path,
+def score_neurons(
+    base: Model,
+    tuned: Model,
     layout: str | Patterns = "mlp",
     *,
+    model_type: str | None = None,
+    config: Any = None,
     provenance: Mapping[str, str] | None = None,
     device: str = "cpu",
-    piece: int = _PIECE,
+    threads: int | None = None,
+    piece: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> NeuronScores:
-    """Score every candidate neuron of two checkpoints of one model.
+    """Score every candidate neuron of a model before and after tuning.
 
-    Reads the weights piece by piece, so memory does not grow with the model. The tuned
-    checkpoint needs only the weights that have candidates, and may lack or have a prefix such as
-    `transformer.` in its names.
+    Each of the two is a model, its state dict, or a checkpoint: a directory in the Hub's layout
+    with safetensors, sharded or not. A checkpoint is read one weight at a time, so memory does not
+    grow with the model. The tuned model needs only the weights that have candidates, and may lack
+    or have a prefix such as `transformer.` in its names.
 
     Args:
-        base_dir: the base model, a directory in the Hub's layout with safetensors.
-        tuned_dir: the tuned model.
+        base: the base model.
+        tuned: the tuned model.
         layout: which neurons are candidates.
+        model_type: the `model_type` of the models' config, where neither has a config.
+        config: the models' config, an object or a mapping, where neither has one.
         provenance: what else to keep with the scores, such as hashes and steps.
-        device: where to compute; the result is the same bits.
-        piece: weights to hold at once; the result is the same bits.
+        device: where to compute.
+        threads: of a computation on a CPU; torch's own number without it.
+        piece: weights to hold at once. Neither it nor `threads` changes a bit of the result.
         progress: called after each module with the number done and that of all.
 
     Raises:
-        NeftError: the checkpoints are damaged, of different form, or hold values that are not
-            finite; names the file and the tensor.
+        NeftError: the models are of different form, damaged, quantised, or hold values that are
+            not finite; names the file and the weight.
 
     Source: Xu et al. 2024, Algorithm 1.
     """
-    config = checkpoints.config(base_dir)
-    model_type = str(config.get("model_type"))
-    shapes = checkpoints.shapes(base_dir)
-    groups = candidates(shapes, model_type, layout, where=str(base_dir))
-    pairs = _pair(groups, shapes, Path(base_dir), Path(tuned_dir), model_type, layout)
-    base_files, tuned_files = checkpoints.locate(base_dir), checkpoints.locate(tuned_dir)
+    given = {"model_type": model_type} if model_type and config is None else config
+    here, there = weights(base, "base", given), weights(tuned, "tuned", given)
+    known = here.config or there.config
+    if "model_type" not in known:
+        raise NeftError(f"{here.where}: has no model_type; give model_type or config")
+    kind = str(known["model_type"])
+    groups = candidates(here.shapes, kind, layout, where=here.where)
+    pairs = _pair(groups, here, there, kind, layout)
+    on_cpu = torch.device(device).type == "cpu"
+    large = sum(group.count * group.length for group in groups) >= _WORTH_COMPILING
+    scorer = _Scorer(
+        here,
+        there,
+        device,
+        piece or (_PIECE if on_cpu else _PIECE_ELSEWHERE),
+        compiled() if on_cpu and large else None,
+    )
     sensitivities: dict[str, Tensor] = {}
-    for done, group in enumerate(groups, start=1):
-        sensitivities[group.module] = torch.cat(
-            [
-                _score_source(
-                    (base_files[base.parameter], base),
-                    (tuned_files[tuned.parameter], tuned),
-                    group.length,
-                    device,
-                    piece,
-                )
-                for base, tuned in pairs[group.module]
-            ]
-        )
-        if progress is not None:
-            progress(done, len(groups))
+    with ThreadPoolExecutor((threads or torch.get_num_threads()) if on_cpu else 1) as pool:
+        for done, group in enumerate(groups, start=1):
+            sensitivities[group.module] = scorer.score(group, pairs[group.module], pool)
+            if progress is not None:
+                progress(done, len(groups))
     return NeuronScores(
         sensitivities,
         {group.module: group for group in groups},
-        count_parameters(shapes, is_tied(config)),
-        {**(provenance or {}), "model_type": model_type, "layout": str(layout)},
+        count_parameters(here.shapes, is_tied(known)),
+        {**(provenance or {}), "model_type": kind, "layout": str(layout)},
     )
 
 
-def _sensitivity(base: Tensor, tuned: Tensor) -> Tensor:
+def _sensitivity(base: Tensor, tuned: Tensor, kernel: Kernel | None = None) -> Tensor:
     """As `sensitivity`, with NaN for a neuron that has a value that is not finite."""
-    w = base.to(torch.float64)
-    d = tuned.to(torch.float64) - w
-    ww, dw = _sum(w * w), _sum(d * w)
+    ww, dw, dd = sums(base, tuned, kernel)
     # d = along * w + a part perpendicular to w; the cosine is parallel / size.
     along = dw / torch.where(ww == 0, 1.0, ww)
-    across = d.addcmul_(w, along[:, None], value=-1)
-    perpendicular = _sum(across.mul_(across))
+    perpendicular = dd - along * dw
+    cancels = perpendicular * _LOSS < dd
+    if cancels.any():
+        perpendicular[cancels] = across(base[cancels], tuned[cancels], along[cancels])
     parallel = ww.sqrt() * (1 + along)
     size = (parallel * parallel + perpendicular).sqrt()
     # size - parallel cancels where both are near; perpendicular is their product with the sum.
@@ -138,18 +147,44 @@ def _sensitivity(base: Tensor, tuned: Tensor) -> Tensor:
     return torch.where(zero, ((ww > 0) | (size > 0)).to(torch.float64), short / size)
 
 
-def _sum(terms: Tensor) -> Tensor:
-    """Sum [N, D] over D by halving, in place: [N].
+@dataclass(frozen=True)
+class _Scorer:
+    """Two models, and with what they are compared."""
 
-    Element-wise additions in an order that D alone fixes: the library's sums reorder with the
-    number of rows, the strides and the threads.
-    """
-    size = terms.shape[1]
-    while size > 1:
-        half = (size + 1) // 2
-        terms[:, : size - half] += terms[:, half:size]
-        size = half
-    return terms[:, 0].clone() if size else terms.new_zeros(terms.shape[0])
+    base: Weights
+    tuned: Weights
+    device: str
+    piece: int
+    kernel: Kernel | None
+
+    def score(
+        self, group: Group, pairs: list[tuple[Source, Source]], pool: ThreadPoolExecutor
+    ) -> Tensor:
+        """Sensitivity of one module's candidates, [count]."""
+        step = max(1, self.piece // max(1, group.length))
+        with (
+            self.base.opened({base.parameter for base, _ in pairs}) as before,
+            self.tuned.opened({tuned.parameter for _, tuned in pairs}) as after,
+        ):
+
+            def one(cuts: tuple[Source, Source]) -> Tensor:
+                base, tuned = cuts
+                w = base.read(before[base.parameter]).to(self.device)
+                v = tuned.read(after[tuned.parameter]).to(self.device)
+                values = _sensitivity(w, v, self.kernel)
+                if values.isnan().any():
+                    _refuse((self.base, base, w), (self.tuned, tuned, v))
+                return values.cpu()
+
+            return torch.cat(list(pool.map(one, _cut(pairs, step))))
+
+
+def _cut(pairs: list[tuple[Source, Source]], step: int) -> Iterator[tuple[Source, Source]]:
+    """Pieces of at most `step` neurons, the same of both models."""
+    for base, tuned in pairs:
+        for first in range(0, base.count, step):
+            last = min(first + step, base.count)
+            yield base.cut(first, last), tuned.cut(first, last)
 
 
 def _tail(module: str) -> str:
@@ -159,82 +194,48 @@ def _tail(module: str) -> str:
 
 
 def _pair(
-    groups: list[Group],
-    shapes: Mapping[str, tuple[int, ...]],
-    base_dir: Path,
-    tuned_dir: Path,
-    model_type: str,
-    layout: str | Patterns,
+    groups: list[Group], base: Weights, tuned: Weights, model_type: str, layout: str | Patterns
 ) -> dict[str, list[tuple[Source, Source]]]:
-    """Where each module's candidates lie in the base and in the tuned checkpoint, in order."""
-    tuned_shapes = checkpoints.shapes(tuned_dir)
-    tuned = {
+    """Where each module's candidates lie in the base and in the tuned model, in order."""
+    others = {
         _tail(group.module): group
-        for group in candidates(tuned_shapes, model_type, layout, where=str(tuned_dir))
+        for group in candidates(tuned.shapes, model_type, layout, where=tuned.where)
     }
-    base_memory = in_memory(shapes, model_type)
-    tuned_memory = in_memory(tuned_shapes, model_type)
+    base_shapes = in_memory(base.shapes, model_type)
+    tuned_shapes = in_memory(tuned.shapes, model_type)
     pairs: dict[str, list[tuple[Source, Source]]] = {}
     for group in groups:
-        other = tuned.pop(_tail(group.module), None)
+        other = others.pop(_tail(group.module), None)
         if other is None:
             raise NeftError(
-                f"{tuned_dir}: has no {group.parameter}, {base_dir} has; "
+                f"{tuned.where}: has no {group.parameter}, {base.where} has; "
                 "give two checkpoints of one model"
             )
-        here, there = base_memory[group.parameter], tuned_memory[other.parameter]
+        here, there = base_shapes[group.parameter], tuned_shapes[other.parameter]
         if here != there:
             raise NeftError(
-                f"{tuned_dir}: {other.parameter} has shape {there}, that of {base_dir} {here}; "
+                f"{tuned.where}: {other.parameter} has shape {there}, that of {base.where} {here}; "
                 "give two checkpoints of one model"
             )
-        pairs[group.module] = list(
-            zip(
-                sources(group, shapes, model_type),
-                sources(other, tuned_shapes, model_type),
-                strict=True,
-            )
+        own, its = (
+            sources(found, model.shapes, model_type)
+            for found, model in ((group, base), (other, tuned))
         )
-    if tuned:
+        pairs[group.module] = list(zip(own, its, strict=True))
+    if others:
         raise NeftError(
-            f"{tuned_dir}: has {next(iter(tuned.values())).parameter}, {base_dir} has not; "
+            f"{tuned.where}: has {next(iter(others.values())).parameter}, {base.where} has not; "
             "give two checkpoints of one model"
         )
     return pairs
 
 
-def _score_source(
-    base: tuple[Path, Source], tuned: tuple[Path, Source], length: int, device: str, piece: int
-) -> Tensor:
-    """Sensitivity of the neurons of one source, [n]; `base` and `tuned` are file and source."""
-    count = base[1].count
-    result = torch.empty(count, dtype=torch.float64)
-    step = max(1, piece // max(1, length))
-    with (
-        checkpoints.opened(base[0], "pt") as base_file,
-        checkpoints.opened(tuned[0], "pt") as tuned_file,
-    ):
-        slices = [
-            base_file.get_slice(base[1].parameter),
-            tuned_file.get_slice(tuned[1].parameter),
-        ]
-        for first in range(0, count, step):
-            last = min(first + step, count)
-            cuts = [source.cut(first, last) for _, source in (base, tuned)]
-            pieces = [cut.read(part).to(device) for cut, part in zip(cuts, slices, strict=True)]
-            values = _sensitivity(pieces[0], pieces[1])
-            if values.isnan().any():
-                _refuse(pieces, [base[0], tuned[0]], cuts)
-            result[first:last] = values.cpu()
-    return result
-
-
-def _refuse(pieces: list[Tensor], paths: list[Path], cuts: list[Source]) -> None:
-    """Name the file, the tensor and the neuron with a value that is not finite."""
-    for weights, path, cut in zip(pieces, paths, cuts, strict=True):
-        bad = (~weights.isfinite()).any(dim=1).nonzero()
+def _refuse(*sides: tuple[Weights, Source, Tensor]) -> None:
+    """Name the file, the weight and the neuron with a value that is not finite."""
+    for model, cut, neurons in sides:
+        bad = (~neurons.isfinite()).any(dim=1).nonzero()
         if len(bad):
             raise NeftError(
-                f"{path}: {cut.parameter} has a value that is not finite in "
+                f"{model.place(cut.parameter)}: {cut.parameter} has a value that is not finite in "
                 f"{cut.words(int(bad[0]))}; make the model again"
             )

@@ -180,7 +180,8 @@ def score(ws: Workspace, task: str) -> None:
     """Sensitivity of every candidate neuron between base and tuned model."""
     import torch
 
-    from neft_core import models, similarity
+    from neft_core import models
+    from neft_core.similarity import score_neurons
 
     params = ws.params()
     runs.device(params)
@@ -189,7 +190,7 @@ def score(ws: Workspace, task: str) -> None:
     origin = read_json(tuned / "provenance.json")
     if origin["base"] != card.hash:
         raise NeftError(f"{tuned}: made from another base model; run 'neft run'")
-    scores = similarity.score(
+    scores = score_neurons(
         card.directory(ws.root),
         tuned,
         params.scoring.candidates,
@@ -219,7 +220,7 @@ def score(ws: Workspace, task: str) -> None:
 def select(ws: Workspace, run: str) -> None:
     """The neurons that a run trains; a method without a mask gets an empty one."""
     from neft_core.masks import NeuronMask, NeuronScores
-    from neft_core.selection import select as choose
+    from neft_core.selection import select_neurons
 
     entry = ws.params().runs[run]
     source = ws.path("scores", f"{entry.task}.safetensors")
@@ -233,7 +234,7 @@ def select(ws: Workspace, run: str) -> None:
     scores = NeuronScores.load(source)
     budget = {key: getattr(method, key) for key in ("percent", "neurons", "share")}
     try:
-        mask = choose(scores, method.policy, seed=method.seed, **budget)
+        mask = select_neurons(scores, method.policy, seed=method.seed, **budget)
     except NeftError as fault:
         raise NeftError(f"params.yaml: runs.{run}.method.{fault}") from None
     mask.save(target)

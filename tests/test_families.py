@@ -11,8 +11,8 @@ from neft_core import checkpoints, neurons
 from neft_core.errors import NeftError
 from neft_core.groups import read_neurons
 from neft_core.masks import NeuronMask
-from neft_core.selection import select
-from neft_core.similarity import score, sensitivity
+from neft_core.selection import select_neurons
+from neft_core.similarity import score_neurons, sensitivity
 
 TYPES = sorted(neurons.FAMILIES)
 MIXTURES = [name for name in TYPES if any(p.experts for p in neurons.FAMILIES[name].parts)]
@@ -42,7 +42,7 @@ def test_scores_and_masks_of_every_layout(model_type, tmp_path):
     before, after = (dict(model.named_parameters()) for model in (base, tuned))
     total = sum(parameter.numel() for parameter in base.parameters())
     for layout in ("mlp", "all", "rows"):
-        scores = score(*places, layout)
+        scores = score_neurons(*places, layout)
         assert scores.total_parameters == total
         for module, group in scores.groups.items():
             every = group.indices(torch.arange(group.count))
@@ -51,7 +51,7 @@ def test_scores_and_masks_of_every_layout(model_type, tmp_path):
                   for of in (before, after))
             )  # fmt: skip
             assert torch.equal(scores.sensitivity[module], want)
-        mask = select(scores, percent=9)
+        mask = select_neurons(scores, percent=9)
         chosen = sum(
             read_neurons(
                 before[mask.groups[m].parameter], rows, mask.axis[m], mask.groups[m].transposed
@@ -66,13 +66,13 @@ def test_scores_and_masks_of_every_layout(model_type, tmp_path):
         read = NeuronMask.load(tmp_path / "m.safetensors")
         read.check(shapes=checkpoints.shapes(places[0]))
         read.check(shapes=shapes_of(base))
-        other = select(scores, "random", percent=9)
+        other = select_neurons(scores, "random", percent=9)
         assert (read | other).neurons + (read & other).neurons == read.neurons + other.neurons
         assert read.overlap(read) == 1
         most = 100 * sum(g.count * g.length for g in scores.groups.values()) / total
         with pytest.raises(NeftError, match=f"percent: got 100; at most .* layout '{layout}'"):
-            select(scores, percent=100)
-        whole = select(scores, percent=most)
+            select_neurons(scores, percent=100)
+        whole = select_neurons(scores, percent=most)
         assert whole.neurons == sum(group.count for group in scores.groups.values())
 
 
@@ -83,9 +83,9 @@ def test_experts_apart_and_together_score_the_same(model_type, tmp_path):
     names = [set(checkpoints.shapes(places[0])) for places in (apart, together)]
     assert (names[0] == names[1]) == (model_type == "gpt_oss"), "the two forms differ on disk"
     for layout in ("mlp", "mlp+gate", "rows"):
-        want = score(*apart, layout)
+        want = score_neurons(*apart, layout)
         for places in (together, (apart[0], together[1]), (together[0], apart[1])):
-            got = score(*places, layout)
+            got = score_neurons(*places, layout)
             assert got.groups == want.groups
             assert got.total_parameters == want.total_parameters
             assert all(torch.equal(got.sensitivity[m], s) for m, s in want.sensitivity.items())
@@ -93,15 +93,15 @@ def test_experts_apart_and_together_score_the_same(model_type, tmp_path):
 
 def test_scores_by_patterns_of_a_model_outside_the_table(tmp_path):
     _, places = pair("llama", tmp_path)
-    want = score(*places, "mlp")
+    want = score_neurons(*places, "mlp")
     layout = neurons.Patterns(rows=("up_proj",), columns=("mlp.down_proj",))
     for place in places:
         config = json.loads((place / "config.json").read_text())
         (place / "config.json").write_text(json.dumps(config | {"model_type": "mine"}))
-    got = score(*places, layout)
+    got = score_neurons(*places, layout)
     assert all(torch.equal(got.sensitivity[m], s) for m, s in want.sensitivity.items())
-    mask = select(got, neurons=5)
+    mask = select_neurons(got, neurons=5)
     assert mask.provenance["layout"] == '{"columns": ["mlp.down_proj"], "rows": ["up_proj"]}'
     mask.check(shapes=checkpoints.shapes(places[0]))
     with pytest.raises(NeftError, match="for others give the layout as patterns"):
-        score(*places, "mlp")
+        score_neurons(*places, "mlp")

@@ -9,7 +9,7 @@ from neft_core.files import load_tensors, read_json, save_tensors
 from neft_core.masks import NeuronMask, NeuronScores
 from neft_core.methods import METHODS, moved_outside, trained_parameters
 from neft_core.neurons import candidates, count_parameters
-from neft_core.selection import select
+from neft_core.selection import select_neurons
 
 MLP = {f"model.layers.{n}.mlp.{part}_proj.weight" for n in (0, 1) for part in ("up", "down")}
 PEFT = "base_model.model."
@@ -41,7 +41,7 @@ def mask_for(model, model_type: str, share: float = 0.3) -> NeuronMask:
     scores = {name: torch.rand(group.count).double() for name, group in groups.items()}
     provenance = {"model_type": model_type, "layout": "mlp"}
     total = count_parameters(shapes, tied=True)
-    return select(NeuronScores(scores, groups, total, provenance), share=share)
+    return select_neurons(NeuronScores(scores, groups, total, provenance), share=share)
 
 
 def prepared(name: str, model, model_type: str = "llama"):

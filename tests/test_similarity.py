@@ -1,14 +1,19 @@
 import json
 import re
+import subprocess
+import sys
 from fractions import Fraction
 from math import sqrt
 
 import pytest
 import torch
+from families import tiny_model
 from safetensors.torch import save_file
 
+from neft_core import similarity
 from neft_core.errors import NeftError
-from neft_core.similarity import score, sensitivity
+from neft_core.neurons import FAMILIES
+from neft_core.similarity import score_neurons, sensitivity
 
 
 def exact(w: list[float], v: list[float]) -> float:
@@ -44,6 +49,29 @@ def test_exact_at_every_size_of_change(size, dtype):
     assert got == pytest.approx(want, rel=1e-11, abs=0)
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-2])
+def test_exact_over_thousands_of_weights(size):
+    generator = torch.Generator().manual_seed(4)
+    base = 0.02 * torch.randn(2, 4096, generator=generator)
+    tuned = base + 0.02 * size * torch.randn(2, 4096, generator=generator)
+    got = sensitivity(base, tuned).tolist()
+    want = [exact(w, v) for w, v in zip(base.tolist(), tuned.tolist(), strict=True)]
+    assert got == pytest.approx(want, rel=1e-13, abs=0)
+
+
+@pytest.mark.parametrize(("turned", "within"), [(1e-2, 1e-12), (1e-4, 1e-11), (1e-6, 1e-9)])
+def test_exact_where_the_change_is_nearly_along_the_neuron(turned, within):
+    # d.d and (d.w)^2 / w.w agree to `turned` squared, so their difference loses as much.
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(6, 50, generator=generator, dtype=torch.float64)
+    noise = torch.randn(6, 50, generator=generator, dtype=torch.float64)
+    tuned = base * (1 + torch.tensor([1e-3, -1e-3, 1.0, -0.5, -1.5, 30])[:, None])
+    tuned += turned * (tuned - base) * noise
+    got = sensitivity(base, tuned).tolist()
+    want = [exact(w, v) for w, v in zip(base.tolist(), tuned.tolist(), strict=True)]
+    assert got == pytest.approx(want, rel=within, abs=0)
+
+
 def test_the_library_s_cosine_loses_what_this_keeps():
     # Why the formula: after a step of 1e-7 the float32 cosine ranks by rounding.
     generator = torch.Generator().manual_seed(0)
@@ -69,7 +97,7 @@ def test_scale_changes_nothing():
     assert sensitivity(base, base * 4).max() < 1e-30
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 7, 64, 1000, 40_000])
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 64, 1000, 10_000])
 def test_a_neuron_s_bits_do_not_depend_on_its_company(width):
     generator = torch.Generator().manual_seed(2)
     base = torch.randn(9, width, generator=generator)
@@ -146,7 +174,7 @@ def test_score_reads_rows_and_columns_in_pieces(tmp_path, piece):
     base = llama_weights()
     tuned = tuned_from(base)
     calls = []
-    scores = score(
+    scores = score_neurons(
         write(tmp_path / "base", base),
         write(tmp_path / "tuned", tuned, shards=3),
         provenance={"steps": "800"},
@@ -173,7 +201,7 @@ def test_score_of_conv1d_and_of_names_without_prefix(tmp_path):
     }
     tuned = tuned_from(base)
     prefixed = {f"transformer.{name}": weight for name, weight in tuned.items()}
-    scores = score(
+    scores = score_neurons(
         write(tmp_path / "base", base, "gpt2"), write(tmp_path / "tuned", prefixed, "gpt2"), piece=7
     )
     for module, name in (("h.0.mlp.c_fc", "c_fc"), ("h.0.mlp.c_proj", "c_proj")):
@@ -192,8 +220,8 @@ def test_score_of_fused_weights_takes_the_second_half(tmp_path):
     tuned["model.layers.0.mlp.gate_up_proj.weight"][2] += torch.arange(HIDDEN)
     dirs = write(tmp_path / "base", base, "phi3"), write(tmp_path / "tuned", tuned, "phi3")
     module = "model.layers.0.mlp.gate_up_proj"
-    assert score(*dirs).sensitivity[module].nonzero().flatten().tolist() == [3]
-    both = score(*dirs, layout="mlp+gate").sensitivity[module]
+    assert score_neurons(*dirs).sensitivity[module].nonzero().flatten().tolist() == [3]
+    both = score_neurons(*dirs, layout="mlp+gate").sensitivity[module]
     assert both.nonzero().flatten().tolist() == [2, INNER + 3]
 
 
@@ -201,7 +229,7 @@ def test_a_tuned_model_in_float32_scores_a_base_in_bfloat16(tmp_path):
     base = {name: weight.bfloat16() for name, weight in llama_weights(1).items()}
     tuned = tuned_from({name: weight.float() for name, weight in base.items()})
     only_scored = {name: weight for name, weight in tuned.items() if "mlp" in name}
-    scores = score(write(tmp_path / "base", base), write(tmp_path / "tuned", only_scored))
+    scores = score_neurons(write(tmp_path / "base", base), write(tmp_path / "tuned", only_scored))
     name = "model.layers.0.mlp.up_proj"
     want = sensitivity(base[f"{name}.weight"].float(), tuned[f"{name}.weight"])
     assert torch.equal(scores.sensitivity[name], want)
@@ -215,7 +243,7 @@ def test_checkpoints_that_do_not_belong_together_are_refused(tmp_path):
     def refuses(weights, text):
         tuned_dir = write(tmp_path / "tuned", weights)
         with pytest.raises(NeftError, match=re.escape(text)) as caught:
-            score(base_dir, tuned_dir)
+            score_neurons(base_dir, tuned_dir)
         assert "\n" not in str(caught.value)
 
     tuned = tmp_path / "tuned"
@@ -232,3 +260,91 @@ def test_checkpoints_that_do_not_belong_together_are_refused(tmp_path):
     )
     base_dir = write(tmp_path / "bad", broken)
     refuses(base, f"{base_dir}/model.safetensors: {name} has a value that is not finite in")
+
+
+@pytest.mark.parametrize("layout", ["mlp", "rows"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_models_state_dicts_and_checkpoints_score_the_same_bits(name, tied, layout, tmp_path):
+    base, tuned = (tiny_model(name, seed, tie_word_embeddings=tied) for seed in (0, 1))
+    base.save_pretrained(tmp_path / "base", max_shard_size="1KB")
+    tuned.save_pretrained(tmp_path / "tuned")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
+    want = score_neurons(base, tuned, layout)
+    assert want.total_parameters == sum(p.numel() for p in base.parameters())
+    states = base.state_dict(), tuned.state_dict()
+    rivals = [
+        score_neurons(tmp_path / "base", str(tmp_path / "tuned"), layout),
+        score_neurons(*states, layout, config=base.config),
+        score_neurons(tmp_path / "base", tuned, layout),
+        score_neurons(base, states[1], layout),
+        score_neurons(states[0], tmp_path / "tuned", layout),
+    ]
+    for got in rivals:
+        assert list(got.sensitivity) == list(want.sensitivity)
+        for module, values in want.sensitivity.items():
+            assert torch.equal(got.sensitivity[module], values)
+        assert got.groups == want.groups
+        assert got.total_parameters == want.total_parameters
+        assert got.provenance == want.provenance
+    assert want.axis == {module: group.axis for module, group in want.groups.items()}
+    # Against the library's own cosine, neuron by neuron in another order of work.
+    for module, group in want.groups.items():
+        w, v = (state[group.parameter].double() for state in states)
+        if group.experts:
+            continue
+        if (group.axis == 1) != group.transposed:
+            w, v = w.t(), v.t()
+        rows = slice(group.start, group.start + group.count)
+        cosine = torch.cosine_similarity(w[rows], v[rows], dim=1)
+        torch.testing.assert_close(want.sensitivity[module], 1 - cosine, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("least", [0, 1 << 40], ids=["compiled", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_pieces_nor_threads_nor_the_compiler_change_a_bit(dtype, least, monkeypatch):
+    base = {name: weight.to(dtype) for name, weight in llama_weights(2).items()}
+    tuned = {name: weight.to(dtype) for name, weight in tuned_from(llama_weights(2)).items()}
+    want = score_neurons(base, tuned, model_type="llama", threads=1)
+    monkeypatch.setattr(similarity, "_WORTH_COMPILING", least)
+    for piece in (1, 50, None):
+        for threads in (1, 3):
+            got = score_neurons(base, tuned, model_type="llama", piece=piece, threads=threads)
+            for module, values in want.sensitivity.items():
+                assert torch.equal(got.sensitivity[module], values)
+
+
+def test_models_that_cannot_be_compared_are_refused_by_name():
+    base = llama_weights(1)
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def refuses(text, tuned=base, **options):
+        options = {"model_type": "llama"} | options
+        with pytest.raises(NeftError, match=re.escape(text)) as caught:
+            score_neurons(base, tuned, **options)
+        assert "\n" not in str(caught.value)
+
+    refuses(f"tuned: {name} has dtype int8; use a model that", base | {name: base[name].char()})
+    refuses(f"tuned: {name} is on the meta device", base | {name: base[name].to("meta")})
+    refuses("tuned: got list; give a model, a state dict or the", [1])
+    refuses("base: has no model_type; give model_type or config", model_type=None)
+    refuses("model_type: got 'x'; known:", model_type="x")
+    broken = base | {name: base[name].clone()}
+    broken[name][3, 1] = float("inf")
+    refuses(f"tuned: {name} has a value that is not finite in row 3; make the model", broken)
+
+
+def test_the_package_offers_them_without_loading_anything():
+    code = (
+        "import sys, neft_core\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert {'NeuronMask', 'NeuronScores', 'score_neurons', 'select_neurons'} <= "
+        "set(dir(neft_core))\n"
+        "from neft_core import score_neurons, select_neurons, NeuronMask, NeuronScores\n"
+        "assert score_neurons.__module__ == 'neft_core.similarity'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    import neft_core
+
+    with pytest.raises(AttributeError, match="has no attribute 'scores'"):
+        getattr(neft_core, "scores")  # noqa: B009

@@ -1,0 +1,153 @@
+"""Sums over the weights of neurons, in one order of additions: the same bits wherever they run.
+
+Weight i of a neuron belongs to lane i mod 16. A lane adds its products in the order of i; then lane
+l + 8 is added to lane l, of the eight left l + 4 to l, and so on. Nothing but D decides the order:
+not how neurons are cut into pieces, how they lie in storage, threads, or the processor.
+
+`sums.c` does the same in one pass over memory. It is compiled where a C compiler is at hand, in a
+temporary folder, and used only when it gives the bits of the code here on a sample.
+
+Shapes: N neurons, D weights in each.
+"""
+
+import ctypes
+import functools
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LANES = 16
+
+_SOURCE = Path(__file__).with_name("sums.c")
+# Products and sums stay apart, or the bits would change. The second choice is for compilers that do
+# not know the options of the first.
+_OPTIONS = (("-march=native", "-mprefer-vector-width=512"), ())
+_COMPILED = {torch.float32: "float", torch.bfloat16: "bf16"}
+
+
+def sums(base: Tensor, tuned: Tensor, kernel: "Kernel | None" = None) -> Tensor:
+    """Of each neuron w and its displacement d = v - w: w.w, d.w and d.d.
+
+    Args:
+        base: w of each neuron, [N, D], floating point.
+        tuned: v of each neuron, [N, D].
+        kernel: what to compute with on a CPU; the result is the same bits.
+
+    Returns:
+        The sums, float64, [3, N].
+    """
+    if kernel is not None and kernel.takes(base) and kernel.takes(tuned):
+        return kernel(base, tuned)
+    return _added(lambda w, d: (w * w, d * w, d * d), base, tuned)
+
+
+def across(base: Tensor, tuned: Tensor, along: Tensor) -> Tensor:
+    """Squared size of d - along * w of each neuron, with the same names; float64, [N]."""
+
+    def terms(w: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+        part = d - along[:, None] * w
+        return (part * part,)
+
+    return _added(terms, base, tuned)[0]
+
+
+def _added(
+    terms: Callable[[Tensor, Tensor], tuple[Tensor, ...]], base: Tensor, tuned: Tensor
+) -> Tensor:
+    """Sums over D of each of the K terms that `terms` makes of w and d, [K, N].
+
+    Goes by 16 weights of all neurons, so that what it allocates is small and used again.
+    """
+    lanes: list[Tensor] = []
+    for w, v in zip(base.split(LANES, 1), tuned.split(LANES, 1), strict=True):
+        wide = w.to(torch.float64)
+        products = terms(wide, v.to(torch.float64) - wide)
+        lanes = lanes or [torch.zeros_like(product) for product in products]
+        for lane, product in zip(lanes, products, strict=True):
+            lane.narrow(1, 0, product.shape[1]).add_(product)
+    found = base.new_zeros(len(lanes), len(base), LANES, dtype=torch.float64)
+    for whole, lane in zip(found, lanes, strict=True):
+        whole.narrow(1, 0, lane.shape[1]).copy_(lane)
+    half = LANES
+    while half > 1:
+        half //= 2
+        found = found[..., :half] + found[..., half:]
+    return found[..., 0]
+
+
+class Kernel:
+    """`sums` compiled, for neurons on a CPU of at most 32 bits a weight."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._functions = {}
+        for kind in ("rows", "columns"):
+            for base, first in _COMPILED.items():
+                for tuned, second in _COMPILED.items():
+                    function = library[f"{kind}_{first}_{second}"]
+                    function.argtypes = [
+                        *[ctypes.c_void_p] * 2,
+                        *[ctypes.c_size_t] * 4,
+                        ctypes.c_void_p,
+                    ]
+                    function.restype = None
+                    self._functions[kind, base, tuned] = function
+
+    @staticmethod
+    def takes(neurons: Tensor) -> bool:
+        """Whether it is made for these."""
+        return neurons.device.type == "cpu" and neurons.dtype.itemsize <= 4
+
+    def __call__(self, base: Tensor, tuned: Tensor) -> Tensor:
+        """As `sums`."""
+        pair = [part if part.dtype in _COMPILED else part.float() for part in (base, tuned)]
+        if all(part.stride(0) == 1 for part in pair):
+            kind, along = "columns", 1
+        else:
+            kind, along = "rows", 0
+            pair = [part if part.stride(1) == 1 else part.contiguous() for part in pair]
+        steps = [part.stride(along) * part.element_size() for part in pair]
+        n, d = base.shape
+        out = torch.zeros(3, n, dtype=torch.float64)
+        function = self._functions[kind, pair[0].dtype, pair[1].dtype]
+        function(pair[0].data_ptr(), pair[1].data_ptr(), n, d, *steps, out.data_ptr())
+        return out
+
+
+@functools.cache
+def compiled() -> Kernel | None:
+    """The compiled sums; None without a C compiler (`CC`, or `cc`), or where its bits differ."""
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    for options in _OPTIONS:
+        with tempfile.TemporaryDirectory(prefix="neft-") as folder:
+            library = Path(folder) / "sums.so"
+            command = [*compiler, "-O3", "-ffp-contract=off", "-shared", "-fPIC", *options]
+            try:
+                subprocess.run(
+                    [*command, str(_SOURCE), "-o", str(library)],
+                    check=True, capture_output=True, timeout=60,
+                )  # fmt: skip
+                kernel = Kernel(ctypes.CDLL(str(library)))
+            except (OSError, subprocess.SubprocessError):
+                continue
+        return kernel if _agrees(kernel) else None
+    return None
+
+
+def _agrees(kernel: Kernel) -> bool:
+    """Whether it gives the same bits as `sums` does by itself."""
+    generator = torch.Generator().manual_seed(0)
+    base, tuned = torch.randn(2, 70, 300, generator=generator)
+    for first in _COMPILED:
+        for second in _COMPILED:
+            rows = base.to(first), tuned.to(second)
+            columns = base.t().to(first).t(), tuned.t().to(second).t()
+            for pair in (rows, columns):
+                if not torch.equal(kernel(*pair), sums(*pair)):
+                    return False
+    return True
