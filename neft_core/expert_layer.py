@@ -8,7 +8,7 @@ with merged ones, the module computes itself.
 Shapes: T tokens, c experts for each, E experts. Weights are logical [E, out, in].
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from neft_core.errors import NeftError
 from neft_core.groups import write_neurons
 from neft_core.layer import NeftLinear
 from neft_core.sparse_experts import ExpertsLinear, Route, experts_forward
+
+if TYPE_CHECKING:
+    from neft_core.tuner import NeftConfig
 
 
 class ExpertWeight(NeftLinear):
@@ -54,7 +57,7 @@ class ExpertWeight(NeftLinear):
         part = values - self._held(adapter, indices).to(values.dtype)
         self.settle()
         change = torch.zeros_like(self.base_layer.weight, dtype=values.dtype)
-        write_neurons(change, part, indices, self.axis, self.transposed)
+        write_neurons(change, part, indices, self.axis, self.base_layer.transposed)
         return change
 
 
@@ -70,6 +73,7 @@ class NeftExperts(nn.Module):
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
         self.base_layer = experts
+        self.train(experts.training)
         self.register_state_dict_pre_hook(_settle)
         self.register_load_state_dict_pre_hook(_settle)
 
@@ -117,3 +121,70 @@ def _settle(module: NeftExperts, *_args: Any) -> None:
     """Before a state dict is read or loaded: the base's parameters come before their adapters."""
     for part in module.weights.values():
         part.settle()
+
+
+def add_to_experts(
+    experts: NeftExperts,
+    config: "NeftConfig",
+    adapter: str,
+    key: str,
+    shared: set[int],
+    active: bool,
+) -> None:
+    """Trained neurons for the parameters of an experts module that have none so far.
+
+    Args:
+        experts: the layer around the module.
+        config: which neurons.
+        adapter: name of the first adapter.
+        key: name of the module in its model.
+        shared: identities of parameters that several modules have.
+        active: the adapter trains.
+    """
+    for own, name in config.stacked(key).items():
+        if own in experts.weights:
+            continue
+        entry, base = config.modules[name], experts.base_layer
+        layer = ExpertWeight(
+            frozen.Stacked(base, own, entry["axis"]),
+            adapter,
+            entry["axis"],
+            entry["count"],
+            config.indices(name),
+            form=config.form,
+            shared=id(getattr(base, own)) in shared,
+            inference_mode=config.inference_mode,
+        )
+        if not active:
+            layer.requires_grad_(False)
+        experts.add_module(own, layer.train(experts.training))
+
+
+def check_experts(config: "NeftConfig", name: str, module: Any, own: str) -> None:
+    """Refuse a module of experts whose parameter `own` can't hold the neurons, by name.
+
+    Raises:
+        NeftError: it is refused.
+    """
+    experts = module.base_layer if isinstance(module, NeftExperts) else module
+    weight = getattr(experts, own, None)
+    if not isinstance(weight, Tensor) or not hasattr(experts, "is_transposed"):
+        raise NeftError(
+            f"{config.source}: {name}: {type(experts).__name__} computes in its own way; "
+            "experts that transformers marks by use_experts_implementation are needed"
+        )
+    entry, group, shape = config.modules[name], config.group(name), tuple(weight.shape)
+    part = frozen.Stacked(experts, own, entry["axis"])
+    fits = (
+        len(shape) == 3
+        and weight.is_floating_point()
+        and entry["transposed"] == part.transposed
+        and entry["experts"] == shape[0]
+        and entry["length"] == frozen.size(part)[1 - entry["axis"]]
+        and (group is None or group.fits(shape))
+    )
+    if not fits:
+        raise NeftError(
+            f"{config.source}: {name} has shape {shape} and {weight.dtype} in this model; "
+            "use the mask's own model, not quantised"
+        )

@@ -47,10 +47,6 @@ class NeftLayer(BaseTunerLayer):  # type: ignore[misc]
         """Give the weight its own bits, or those of the merged adapters."""
         raise NotImplementedError
 
-    def mark(self, flags: Tensor) -> int:
-        """Set the flags of trained weights, in a tensor of the stored weight's shape; how many."""
-        raise NotImplementedError
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:  # noqa: ARG002
         """No: whole rows and columns have no low rank."""
         return False
@@ -234,14 +230,10 @@ class NeftLinear(nn.Module, NeftLayer):
         if not names:
             return 0
         values, indices = self._combined(names)
-        true = torch.ones(values.shape, dtype=torch.bool)
-        write_neurons(flags, true, indices.to(flags.device), self.axis, self.transposed)
-        return true.numel()
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the weight is stored as [in, out]."""
-        return frozen.is_transposed(self.base_layer)
+        on = torch.ones(values.shape, dtype=torch.bool)
+        transposed = frozen.is_transposed(self.base_layer)
+        write_neurons(flags, on, indices.to(flags.device), self.axis, transposed)
+        return values.numel()
 
     @property
     def parameter(self) -> str:

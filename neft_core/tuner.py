@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from neft_core import frozen
 from neft_core.errors import NeftError
-from neft_core.expert_layer import ExpertWeight, NeftExperts
+from neft_core.expert_layer import NeftExperts, add_to_experts, check_experts
 from neft_core.groups import Group
 from neft_core.layer import NeftLayer, NeftLinear
 from neft_core.masks import NeuronMask
@@ -145,9 +145,10 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
                 )
             if peft_config.modules[name]["experts"]:
                 owner, _, own = matches[0].rpartition(".")
-                _check_experts(peft_config, name, model.get_submodule(owner), own)
+                check_experts(peft_config, name, model.get_submodule(owner), own)
             else:
                 _check(peft_config, name, model.get_submodule(matches[0]))
+            _check_indices(peft_config, name)
         counts: dict[int, int] = {}
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
@@ -170,8 +171,11 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
     ) -> None:
         name = peft_config.named(current_key)
         if name is None:
-            experts = self._experts(target, target_name, parent)
-            self._add_to_experts(peft_config, adapter_name, experts, current_key)
+            experts = target if isinstance(target, NeftExperts) else NeftExperts(target)
+            if experts is not target:
+                self._replace_module(parent, target_name, experts, target)
+            active = adapter_name in self.active_adapters
+            add_to_experts(experts, peft_config, adapter_name, current_key, self._shared, active)
             return
         entry, indices = peft_config.modules[name], peft_config.indices(name)
         if isinstance(target, NeftLinear):
@@ -191,37 +195,6 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
-
-    def _experts(self, target: nn.Module, target_name: str, parent: nn.Module) -> NeftExperts:
-        """The layer around an experts module."""
-        if isinstance(target, NeftExperts):
-            return target
-        experts = NeftExperts(target)
-        experts.train(target.training)
-        self._replace_module(parent, target_name, experts, target)
-        return experts
-
-    def _add_to_experts(
-        self, config: NeftConfig, adapter_name: str, experts: NeftExperts, key: str
-    ) -> None:
-        """Trained neurons for the parameters of an experts module that have none so far."""
-        for own, name in config.stacked(key).items():
-            if own in experts.weights:
-                continue
-            entry, base = config.modules[name], experts.base_layer
-            layer = ExpertWeight(
-                frozen.Stacked(base, own, entry["axis"]),
-                adapter_name,
-                entry["axis"],
-                entry["count"],
-                config.indices(name),
-                form=config.form,
-                shared=id(getattr(base, own)) in self._shared,
-                inference_mode=config.inference_mode,
-            )
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            experts.add_module(own, layer)
 
     def _post_injection_hook(
         self,
@@ -319,34 +292,6 @@ def _check(config: NeftConfig, name: str, module: Any) -> None:
             f"{config.source}: {name} is a {type(module).__name__} of shape {shape} in this model; "
             "use the mask's own model"
         )
-    _check_indices(config, name)
-
-
-def _check_experts(config: NeftConfig, name: str, module: Any, own: str) -> None:
-    """The same for the parameter `own` of a module of experts."""
-    experts = module.base_layer if isinstance(module, NeftExperts) else module
-    weight = getattr(experts, own, None)
-    if not isinstance(weight, Tensor) or not hasattr(experts, "is_transposed"):
-        raise NeftError(
-            f"{config.source}: {name}: {type(experts).__name__} computes in its own way; "
-            "experts that transformers marks by use_experts_implementation are needed"
-        )
-    entry, group, shape = config.modules[name], config.group(name), tuple(weight.shape)
-    part = frozen.Stacked(experts, own, entry["axis"])
-    fits = (
-        len(shape) == 3
-        and weight.is_floating_point()
-        and entry["transposed"] == part.transposed
-        and entry["experts"] == shape[0]
-        and entry["length"] == frozen.size(part)[1 - entry["axis"]]
-        and (group is None or group.fits(shape))
-    )
-    if not fits:
-        raise NeftError(
-            f"{config.source}: {name} has shape {shape} and {weight.dtype} in this model; "
-            "use the mask's own model, not quantised"
-        )
-    _check_indices(config, name)
 
 
 def _check_indices(config: NeftConfig, name: str) -> None:
@@ -355,8 +300,10 @@ def _check_indices(config: NeftConfig, name: str) -> None:
     if indices is None or group is None:
         return
     if not group.holds(indices) or bool((indices.diff() <= 0).any()):
+        last = group.start + group.count
+        among = "its candidates" if group.experts else f"[{group.start}, {last})"
         raise NeftError(
-            f"{config.source}: {name} has indices that are not increasing candidates; "
+            f"{config.source}: {name} has indices that are not increasing in {among}; "
             "run 'neft stage select'"
         )
 
