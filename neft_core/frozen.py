@@ -16,27 +16,81 @@ UNKNOWN = -1
 """Index of a neuron that is not loaded yet."""
 
 
+class Stacked:
+    """A 3-D parameter of experts, seen as the weight of one linear layer.
+
+    Its matrices follow each other along the neurons' axis; stored as [E, out, in], or [E, in, out]
+    where `transposed`.
+    """
+
+    bias = None
+
+    def __init__(self, experts: nn.Module, name: str, axis: int) -> None:
+        self.experts, self.name, self.axis = experts, name, axis
+        self.transposed = bool(getattr(experts, "is_transposed", False))
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as it is stored."""
+        weight: Tensor = getattr(self.experts, self.name)
+        return weight
+
+    @weight.setter
+    def weight(self, parameter: nn.Parameter) -> None:
+        setattr(self.experts, self.name, parameter)
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the logical weight."""
+        count, out, _ = matrix(self).shape
+        return count * out if self.axis == ROWS else out
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the logical weight."""
+        count, _, inside = matrix(self).shape
+        return inside if self.axis == ROWS else count * inside
+
+    def parameters(self) -> list[Tensor]:
+        """As a module's."""
+        return [self.weight]
+
+    def buffers(self) -> list[Tensor]:
+        """As a module's."""
+        return []
+
+
 def is_conv1d(layer: Any) -> bool:
     """Whether a layer stores its weight as [in, out], as GPT-2's do."""
     return type(layer).__name__ == "Conv1D"
 
 
+def is_transposed(layer: Any) -> bool:
+    """Whether a layer stores its weight, or each expert's, as [in, out]."""
+    return layer.transposed if isinstance(layer, Stacked) else is_conv1d(layer)
+
+
 def is_plain(layer: Any) -> bool:
     """Whether a layer is a linear map by a stored matrix of floating point, and nothing else."""
     weight: Any = getattr(layer, "weight", None)
-    computes = is_conv1d(layer) or type(layer).forward is nn.Linear.forward
+    known = is_conv1d(layer) or isinstance(layer, Stacked)
+    computes = known or type(layer).forward is nn.Linear.forward
     stored = type(weight) in (nn.Parameter, Tensor) or isinstance(weight, DTensor)
     return bool(computes and stored and weight.is_floating_point() and weight.element_size() > 1)
 
 
 def is_watched(layer: Any) -> bool:
     """Whether somebody hooks into the layer's own call, which has to happen then."""
+    if isinstance(layer, Stacked):
+        return is_watched(layer.experts)
     return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
 
 
 def matrix(layer: Any) -> Tensor:
-    """The stored weight as [out, in]."""
+    """The stored weight as [out, in], that of experts as [E, out, in]."""
     weight: Tensor = layer.weight
+    if isinstance(layer, Stacked):
+        return weight.transpose(1, 2) if layer.transposed else weight
     return weight.t() if is_conv1d(layer) else weight
 
 

@@ -131,7 +131,9 @@ class Source:
         return rows
 
 
-def read_neurons(stored: "Tensor", indices: "Tensor", axis: int, transposed: bool) -> "Tensor":
+def read_neurons(
+    stored: "Tensor", indices: "Tensor", axis: int, transposed: bool = False
+) -> "Tensor":
     """A copy of neurons of a stored weight, [k, D].
 
     Args:
@@ -148,7 +150,7 @@ def read_neurons(stored: "Tensor", indices: "Tensor", axis: int, transposed: boo
 
 
 def write_neurons(
-    stored: "Tensor", values: "Tensor", indices: "Tensor", axis: int, transposed: bool
+    stored: "Tensor", values: "Tensor", indices: "Tensor", axis: int, transposed: bool = False
 ) -> None:
     """Overwrite neurons of a stored weight, in its precision; arguments as of `read_neurons`.
 

@@ -23,15 +23,13 @@ from torch import Tensor, nn
 
 from neft_core import frozen
 from neft_core.errors import NeftError
-from neft_core.groups import ROWS
+from neft_core.groups import ROWS, read_neurons, write_neurons
 from neft_core.sparse import (
     ColumnLinear,
     Overlay,
     RowLinear,
     corrected,
-    read_values,
     stamp,
-    write_values,
 )
 
 
@@ -81,7 +79,7 @@ class NeftLinear(nn.Module, NeftLayer):
 
     def __init__(
         self,
-        base_layer: nn.Module,
+        base_layer: nn.Module | frozen.Stacked,
         adapter_name: str,
         axis: int,
         count: int,
@@ -160,7 +158,7 @@ class NeftLinear(nn.Module, NeftLayer):
         base = self.base_layer
         self.in_place = self._owns() and (bool(self.merged) or not frozen.is_watched(base))
         if not (self.in_place and names):
-            self._lift()
+            self.lift()
             return
         parts = [d[name] for name in names for d in (self.neft_values, self.neft_indices)]
         force = force or self.overlay.stale
@@ -173,7 +171,7 @@ class NeftLinear(nn.Module, NeftLayer):
         if self.merged:
             self.refresh()
         else:
-            self._lift()
+            self.lift()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters into the weight for good, in its precision; `unmerge` restores each bit.
@@ -223,14 +221,24 @@ class NeftLinear(nn.Module, NeftLayer):
         part = values - self._held(adapter, indices).to(values.dtype)
         self.settle()
         change = torch.zeros(frozen.size(self.base_layer), dtype=values.dtype, device=values.device)
-        write_values(change, part, indices, self.axis)
+        write_neurons(change, part, indices, self.axis)
         return change.t() if frozen.is_conv1d(self.base_layer) else change
 
-    def selected(self) -> tuple[int, Tensor]:
-        """The axis of the stored weight, and which of its rows or columns are trained, [k]."""
+    def mark(self, flags: Tensor) -> int:
+        """Set the flags of trained weights, in a tensor of the stored weight's shape; how many."""
         names = self._wanted()
-        indices = self._combined(names)[1] if names else torch.empty(0, dtype=torch.int64)
-        return self.axis ^ int(frozen.is_conv1d(self.base_layer)), indices.cpu()
+        if not names:
+            return 0
+        values, indices = self._combined(names)
+        on = torch.ones(values.shape, dtype=torch.bool)
+        transposed = frozen.is_transposed(self.base_layer)
+        write_neurons(flags, on, indices.to(flags.device), self.axis, transposed)
+        return values.numel()
+
+    @property
+    def parameter(self) -> str:
+        """The weight's name, after this layer's."""
+        return ".weight"
 
     def _wanted(self) -> tuple[str, ...]:
         """The adapters that the forward pass uses."""
@@ -267,17 +275,17 @@ class NeftLinear(nn.Module, NeftLayer):
         if overlay.indices is not None and torch.equal(overlay.indices, indices):
             assert overlay.originals is not None
             return overlay.originals
-        self._lift()
+        self.lift()
         weight = frozen.readable(self.base_layer)
         if weight is not None:
-            return read_values(weight, indices, self.axis)
+            return read_neurons(weight, indices, self.axis)
         known = self._probed.get(key)
         if known is None or known[0] != stamp(indices):
             rows = frozen.probe(self.base_layer, indices, self.axis)
             known = self._probed[key] = (stamp(indices), rows)
         return known[1]
 
-    def _lift(self) -> None:
+    def lift(self) -> None:
         """Give the weight its own bits; the next forward pass writes again."""
         if self.overlay.indices is not None:
             if not self._owns():
@@ -316,7 +324,7 @@ class NeftLinear(nn.Module, NeftLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NeftLinear":
         """Move or cast with the base's own bits in the weight."""
-        self._lift()
+        self.lift()
         self._probed.clear()
         super()._apply(fn, recurse)
         self._adopt()

@@ -213,16 +213,14 @@ def moved_outside(model: Any, base: nn.Module) -> tuple[int, list[str]]:
     from neft_core.tuner import neft_layers
 
     layers = neft_layers(model.get_base_model())
-    chosen = {f"{name}.weight": layer.selected() for name, layer in layers.items()}
+    chosen = {f"{name}{layer.parameter}": layer for name, layer in layers.items()}
     after = dict(model.merge_and_unload().named_parameters())
     compared, moved = 0, []
     for name, before in base.named_parameters():
         same = _bits(after[name].cpu()) == _bits(before)
         free = 0
         if name in chosen:
-            stored_axis, indices = chosen[name]
-            same.index_fill_(stored_axis, indices, True)
-            free = len(indices) * same.numel() // same.shape[stored_axis]
+            free = chosen[name].mark(same)
         compared += same.numel() - free
         if not bool(same.all()):
             moved.append(name)

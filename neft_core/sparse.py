@@ -17,27 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neft_core.groups import ROWS
-
-
-def read_values(weight: Tensor, indices: Tensor, axis: int) -> Tensor:
-    """A copy of the neurons `indices` of a weight, [k, D]."""
-    chosen = weight.detach().index_select(axis, indices)
-    return (chosen if axis == ROWS else chosen.t()).contiguous()
-
-
-@torch.no_grad()
-def write_values(weight: Tensor, values: Tensor, indices: Tensor, axis: int) -> None:
-    """Overwrite the neurons `indices` of a weight, in its precision.
-
-    Args:
-        weight: [out, in].
-        values: what to write, [k, D].
-        indices: rows (axis 0) or columns (axis 1), [k].
-        axis: 0 for rows, 1 for columns.
-    """
-    rounded = values.to(device=weight.device, dtype=weight.dtype)
-    weight.index_copy_(axis, indices, rounded if axis == ROWS else rounded.t())
+from neft_core.groups import ROWS, read_neurons, write_neurons
 
 
 def stamp(*tensors: Tensor) -> tuple[int, ...]:
@@ -75,16 +55,16 @@ class Overlay:
             self.lift(weight)
         if self.indices is None:
             self.indices = indices.clone()
-            self.originals = read_values(weight, indices, self.axis)
+            self.originals = read_neurons(weight, indices, self.axis)
             self._chosen = chosen
-        write_values(weight, values.detach(), indices, self.axis)
+        write_neurons(weight, values.detach(), indices, self.axis)
         self.edition += 1
         self.stale = False
 
     def lift(self, weight: Tensor) -> None:
         """Give the weight all of its own bits again."""
         if self.indices is not None and self.originals is not None:
-            write_values(weight, self.originals, self.indices, self.axis)
+            write_neurons(weight, self.originals, self.indices, self.axis)
             self.indices = self.originals = None
             self.edition += 1
 
@@ -113,14 +93,14 @@ class RowLinear(torch.autograd.Function):
             indices: the selected rows, [k].
             overlay: what keeps the values in `weight`; without it they stay there until backward.
         """
-        _keep(ctx, x, values, weight, indices, overlay)
+        keep(ctx, x, values, weight, indices, overlay)
         return _linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the input, [..., in], and of the selected rows, [k, in]."""
-        x, indices, weight = _kept(ctx)
+        x, indices, weight = kept(ctx)
         grad_x = grad_values = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight.to(grad.dtype)
@@ -143,14 +123,14 @@ class ColumnLinear(torch.autograd.Function):
         overlay: Overlay | None = None,
     ) -> Tensor:
         """As that of `RowLinear`, for columns."""
-        _keep(ctx, x.index_select(-1, indices), values, weight, indices, overlay)
+        keep(ctx, x.index_select(-1, indices), values, weight, indices, overlay)
         return _linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the input, [..., in], and of the selected columns, [k, out]."""
-        seen, _, weight = _kept(ctx)
+        seen, _, weight = kept(ctx)
         grad_x = grad_values = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight.to(grad.dtype)
@@ -219,13 +199,13 @@ def _change(
 ) -> Tensor:
     """The difference of the neurons, as the matrix that an input is multiplied with."""
     if whole:
-        held = read_values(held, indices, axis)
+        held = read_neurons(held, indices, axis)
     precise = torch.promote_types(held.dtype, torch.float32)
     change = (values.to(held.dtype).to(precise) - held.to(precise)).to(dtype)
     return change.t() if axis == ROWS else change
 
 
-def _keep(
+def keep(
     ctx: Any,
     seen: Tensor,
     values: Tensor,
@@ -243,8 +223,8 @@ def _keep(
         ctx.weight, ctx.edition = weight, overlay.edition
 
 
-def _kept(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_keep` saved, with the weight as the forward pass saw it."""
+def kept(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What `keep` saved, with the weight as the forward pass saw it."""
     seen, indices, last = ctx.saved_tensors
     overlay = ctx.overlay
     if overlay is None:

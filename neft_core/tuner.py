@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from neft_core import frozen
 from neft_core.errors import NeftError
+from neft_core.expert_layer import NeftExperts, add_to_experts, check_experts
 from neft_core.groups import Group
 from neft_core.layer import NeftLayer, NeftLinear
 from neft_core.masks import NeuronMask
@@ -32,7 +33,8 @@ class NeftConfig(PeftConfig):  # type: ignore[misc]
         mask: the selected neurons, or the path of their file; not kept in the adapter's files,
             which hold the indices beside the values.
         modules: per module its `axis` (0 rows, 1 columns), `count` of neurons, their `length` and
-            whether the weight is `transposed`; taken from the mask.
+            whether the weight is `transposed`, how many `experts` a 3-D parameter has; taken from
+            the mask.
         provenance: what made the mask, the hash of its base model included.
         form: `in_place` writes the neurons into the base's weight, which costs nothing per token;
             `additive` adds their change to the output; `auto` is in place where that is possible.
@@ -61,6 +63,7 @@ class NeftConfig(PeftConfig):  # type: ignore[misc]
                     "count": len(indices),
                     "length": mask.groups[name].length,
                     "transposed": mask.groups[name].transposed,
+                    "experts": mask.groups[name].experts,
                 }
                 for name, indices in mask.indices.items()
                 if len(indices)
@@ -96,6 +99,17 @@ class NeftConfig(PeftConfig):  # type: ignore[misc]
                 return None
         return module
 
+    def stacked(self, module: str) -> dict[str, str]:
+        """The keys of `modules` that mean 3-D parameters of a model's module, by their own name."""
+        keys = [name for name, entry in self.modules.items() if entry["experts"]]
+        owners = {name.rpartition(".")[0] for name in keys}
+        while module not in owners:
+            _, dot, module = module.partition(".")
+            if not dot:
+                return {}
+        parts = [name.rpartition(".") for name in keys]
+        return {end: f"{owner}.{end}" for owner, _, end in parts if owner == module}
+
 
 class NeftModel(BaseTuner):  # type: ignore[misc]
     """A model with trained neurons, as PEFT builds it."""
@@ -119,15 +133,22 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
         found: dict[str, list[str]] = {name: [] for name in peft_config.modules}
         for key in keys:
             name = peft_config.named(key)
-            if name is not None:
+            if name is not None and not peft_config.modules[name]["experts"]:
                 found[name].append(key)
+            for own, name in peft_config.stacked(key).items():
+                found[name].append(f"{key}.{own}")
         for name, matches in found.items():
             if len(matches) != 1:
                 what = f"{len(matches)} such modules" if matches else "no such module"
                 raise NeftError(
                     f"{peft_config.source}: {name}: the model has {what}; use the mask's own model"
                 )
-            _check(peft_config, name, model.get_submodule(matches[0]))
+            if peft_config.modules[name]["experts"]:
+                owner, _, own = matches[0].rpartition(".")
+                check_experts(peft_config, name, model.get_submodule(owner), own)
+            else:
+                _check(peft_config, name, model.get_submodule(matches[0]))
+            _check_indices(peft_config, name)
         counts: dict[int, int] = {}
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
@@ -136,7 +157,7 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
 
     @staticmethod
     def _check_target_module_exists(peft_config: NeftConfig, key: str) -> bool:
-        return peft_config.named(key) is not None
+        return peft_config.named(key) is not None or bool(peft_config.stacked(key))
 
     def _create_and_replace(
         self,
@@ -149,7 +170,13 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
         parameter_name: str | None = None,  # noqa: ARG002
     ) -> None:
         name = peft_config.named(current_key)
-        assert name is not None
+        if name is None:
+            experts = target if isinstance(target, NeftExperts) else NeftExperts(target)
+            if experts is not target:
+                self._replace_module(parent, target_name, experts, target)
+            active = adapter_name in self.active_adapters
+            add_to_experts(experts, peft_config, adapter_name, current_key, self._shared, active)
+            return
         entry, indices = peft_config.modules[name], peft_config.indices(name)
         if isinstance(target, NeftLinear):
             target.update_layer(adapter_name, entry["count"], indices, peft_config.inference_mode)
@@ -196,6 +223,12 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
         if not merge:
             for layer in layers.values():
                 layer.settle()
+        # PEFT would look for the weight of a module that has several.
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, NeftExperts):
+                for part in module.weights.values() if merge else ():
+                    part.merge(options.get("safe_merge", False), options.get("adapter_names"))
+                self.model.set_submodule(name, module.base_layer)
         plain: nn.Module = super()._unload_and_optionally_merge(merge=merge, **options)
         for key, hook in list(plain._forward_pre_hooks.items()):
             if hook is _before_forward:
@@ -259,14 +292,20 @@ def _check(config: NeftConfig, name: str, module: Any) -> None:
             f"{config.source}: {name} is a {type(module).__name__} of shape {shape} in this model; "
             "use the mask's own model"
         )
-    indices = config.indices(name)
-    if indices is not None and group is not None:
-        first, last = group.start, group.start + group.count
-        if indices[0] < first or indices[-1] >= last or bool((indices.diff() <= 0).any()):
-            raise NeftError(
-                f"{config.source}: {name} has indices that are not increasing in "
-                f"[{first}, {last}); run 'neft stage select'"
-            )
+
+
+def _check_indices(config: NeftConfig, name: str) -> None:
+    """Refuse neurons of a mask that are not candidates."""
+    indices, group = config.indices(name), config.group(name)
+    if indices is None or group is None:
+        return
+    if not group.holds(indices) or bool((indices.diff() <= 0).any()):
+        last = group.start + group.count
+        among = "its candidates" if group.experts else f"[{group.start}, {last})"
+        raise NeftError(
+            f"{config.source}: {name} has indices that are not increasing in {among}; "
+            "run 'neft stage select'"
+        )
 
 
 def register() -> None:

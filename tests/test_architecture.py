@@ -17,7 +17,8 @@ MODULES = {
 FLOWS = {f"flows.{path.stem}": path for path in sorted((ROOT / "flows").glob("*.py"))}
 
 CORE = {"groups", "experts_apart", "patterns", "neurons", "masks", "checkpoints", "sums", "weights",
-        "similarity", "selection", "frozen", "sparse", "layer", "tuner"}  # fmt: skip
+        "similarity", "selection", "frozen", "sparse", "sparse_experts", "layer", "expert_layer",
+        "tuner"}  # fmt: skip
 """The numerical core, which takes plain arguments."""
 
 DATA = {"rows", "data", "splits", "tasks", "encoding", "metrics"} | {

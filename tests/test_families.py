@@ -1,18 +1,21 @@
 """Every family through scoring, selection and its mask, on checkpoints as they lie on disk."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from conftest import run_stages
 from families import shapes_of, tiny_model
 from safetensors.torch import save_file
 
-from neft_core import checkpoints, neurons
+from neft_core import checkpoints, models, neurons
 from neft_core.errors import NeftError
 from neft_core.groups import read_neurons
 from neft_core.masks import NeuronMask
 from neft_core.selection import select_neurons
 from neft_core.similarity import score_neurons, sensitivity
+from neft_core.workspace import Workspace
 
 TYPES = sorted(neurons.FAMILIES)
 MIXTURES = [name for name in TYPES if any(p.experts for p in neurons.FAMILIES[name].parts)]
@@ -89,6 +92,34 @@ def test_experts_apart_and_together_score_the_same(model_type, tmp_path):
             assert got.groups == want.groups
             assert got.total_parameters == want.total_parameters
             assert all(torch.equal(got.sensitivity[m], s) for m, s in want.sensitivity.items())
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_a_mixture_goes_through_every_stage(model_type, finished, tmp_path):
+    ws = Workspace(shutil.copytree(finished.root, tmp_path / "w"))
+    tokens = json.loads((ws.path("base") / "config.json").read_text())["vocab_size"]
+    base = tiny_model(model_type, vocab_size=tokens, max_position_embeddings=64)
+    (ws.root / "mixture").mkdir()
+    models.save_checkpoint(base, ws.root / "mixture")
+    for path in ws.path("base").glob("token*"):
+        shutil.copy(path, ws.root / "mixture")
+    text = ws.params_file.read_text()
+    text = "model: {kind: local, path: mixture}\n" + text[text.index("tasks:") :]
+    text = text.replace("layout: mlp", "layout: all").replace("max_tokens: 160", "max_tokens: 64")
+    entry = "runs: {neft: {task: en-fr, method: {name: neft, share: 0.4}}}\n"
+    ws.params_file.write_text(
+        text[: text.index("runs:")] + entry + text[text.index("evaluation:") :]
+    )
+    run_stages(ws, "base", "prepare", "warmup", "score", "select", "train", "evaluate")
+    metrics = json.loads(ws.path("train", "neft", "seed-1", "metrics.json").read_text())
+    mask = NeuronMask.load(ws.path("masks", "neft.safetensors"))
+    total = sum(parameter.numel() for parameter in base.parameters())
+    assert any("experts.gate_up_proj" in module for module in mask.indices)
+    assert mask.total_parameters == total
+    assert metrics["trainable_parameters"] == mask.parameters
+    assert metrics["unselected_weights_verified"] == total - mask.parameters
+    tuned = checkpoints.shapes(ws.path("warmup", "en-fr"))
+    assert tuned == checkpoints.shapes(ws.root / "mixture"), "experts lie as in the base"
 
 
 def test_scores_by_patterns_of_a_model_outside_the_table(tmp_path):

@@ -16,7 +16,7 @@ from neft_core.groups import Group
 from neft_core.layer import NeftLinear
 from neft_core.masks import NeuronMask
 from neft_core.neurons import candidates
-from neft_core.sparse import ColumnLinear, RowLinear, read_values, write_values
+from neft_core.sparse import ColumnLinear, RowLinear, read_neurons, write_neurons
 from neft_core.tuner import NeftConfig, neft_layers, sync
 
 ROWS, COLUMNS = 0, 1
@@ -210,7 +210,7 @@ def test_gradients_are_those_of_finite_differences(function, shape, transposed):
     def mapped(x, values):
         weight = stored.clone()
         logical = weight.t() if transposed else weight
-        write_values(logical, values.detach(), indices, axis)
+        write_neurons(logical, values.detach(), indices, axis)
         return function.apply(x, values, logical, bias, indices)
 
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -538,9 +538,9 @@ def test_values_read_and_written_are_the_same(axis, transposed):
     stored = logical.t().contiguous() if transposed else logical.clone()
     indices = torch.tensor([0, 3])
     view = stored.t() if transposed else stored
-    values = read_values(view, indices, axis)
+    values = read_neurons(view, indices, axis)
     assert torch.equal(values, logical[indices] if axis == ROWS else logical.t()[indices])
-    write_values(view, -values - 1, indices, axis)
+    write_neurons(view, -values - 1, indices, axis)
     changed = stored.t() if transposed else stored
     want = logical.clone()
     for index in indices.tolist():
