@@ -5,6 +5,7 @@ what DVC hashes, so whatever ran is what it says. `--params FILE` with a file th
 workspace's own runs in a workspace of its own under `.neft/workspaces`, which shares the cache.
 """
 
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +64,14 @@ def _private_workspace(file: Path) -> Workspace:
     name = file.resolve().parent.name if file.name == Params.FILE else file.stem
     parse_params(read_yaml(file), file.name)
     folder = host.state("workspaces", name)
+    owner = Workspace(folder).state("params-file")
+    if owner.exists() and owner.read_text(encoding="utf-8") != str(file.resolve()):
+        # A file of the same name, elsewhere, was here first.
+        mark = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:6]
+        folder = folder.with_name(f"{name}-{mark}")
     ws = init_workspace(folder, "", cache=host.root / ".dvc" / "cache")
+    with replacing(ws.state("params-file")) as temporary:
+        temporary.write_text(str(file.resolve()), encoding="utf-8")
     document = _round_trip().load(file.read_text(encoding="utf-8"))
     _absolute(document, file.resolve().parent)
     with replacing(ws.params_file) as temporary, temporary.open("w", encoding="utf-8") as handle:
@@ -112,11 +120,22 @@ def _changed(path: Path, settings: Sequence[str]) -> tuple[str, list[str]]:
             raise NeftError(f"--set {setting}: {'.'.join(parents)} holds no keys")
         before = node.get(last)
         if before != wanted or last not in node:
+            was = _yaml(before) if last in node else "unset"
+            changes.append(f"{key}: {was} is now {_yaml(wanted)}")
             node[last] = wanted
-            changes.append(f"{key}: {before!r} is now {wanted!r}")
     buffer = io.StringIO()
     yaml.dump(document, buffer)
     return buffer.getvalue(), changes
+
+
+def _yaml(value: Any) -> str:
+    """A value in one line, as params.yaml may have it."""
+    yaml: Any = YAML(typ="safe")
+    buffer = io.StringIO()
+    yaml.default_flow_style, yaml.width = True, 4096
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(value, buffer)
+    return buffer.getvalue().removesuffix("...\n").strip()
 
 
 def _round_trip() -> YAML:

@@ -44,7 +44,6 @@ LONG = {
     "config": "one class a section; its docstrings are the reference of params.yaml",
     "training": "the loop, its checkpoints and how it resumes, which only make sense together",
     "runs": "the stages that hold a model share how it is loaded and placed",
-    "mlflow_store": "all that knows MLflow's client",
     "corpus.grammar_hi": "one language's grammar",
     "corpus.sampler": "all constructions draw from one sampler",
 }
