@@ -7,6 +7,7 @@ workspace's own runs in a workspace of its own under `.neft/workspaces`, which s
 
 import hashlib
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,22 +121,17 @@ def _changed(path: Path, settings: Sequence[str]) -> tuple[str, list[str]]:
             raise NeftError(f"--set {setting}: {'.'.join(parents)} holds no keys")
         before = node.get(last)
         if before != wanted or last not in node:
-            was = _yaml(before) if last in node else "unset"
-            changes.append(f"{key}: {was} is now {_yaml(wanted)}")
+            was = _shown(before) if last in node else "unset"
+            changes.append(f"{key}: {was} is now {_shown(wanted)}")
             node[last] = wanted
     buffer = io.StringIO()
     yaml.dump(document, buffer)
     return buffer.getvalue(), changes
 
 
-def _yaml(value: Any) -> str:
-    """A value in one line, as params.yaml may have it."""
-    yaml: Any = YAML(typ="safe")
-    buffer = io.StringIO()
-    yaml.default_flow_style, yaml.width = True, 4096
-    yaml.sort_base_mapping_type_on_output = False
-    yaml.dump(value, buffer)
-    return buffer.getvalue().removesuffix("...\n").strip()
+def _shown(value: Any) -> str:
+    """A value in one line of YAML, of which JSON is a part."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _round_trip() -> YAML:

@@ -125,8 +125,9 @@ class Tracker:
             raise
         finally:
             ended.set()
-            thread.join(timeout=15)
-            if thread.is_alive() and not self._away:
+            killed = status == ["KILLED"]
+            thread.join(timeout=5 if killed else 15)
+            if thread.is_alive() and not self._away and not killed:
                 self._give_up(NeftError(f"MLflow at {public(tracking_uri(self.workspace))}: slow"))
 
     def _give_up(self, fault: NeftError) -> None:

@@ -128,7 +128,7 @@ def test_everything_then_nothing_then_only_what_changed(
     lock = (ws.root / "dvc.lock").read_bytes()
     told = run(ws, env)
     assert told[0] == f"{STAGES} stages, {STAGES} up to date"
-    assert len(told) == STAGES + 1
+    assert told.index("") == STAGES + 1, "nothing else before the table"
     assert states(prefect_home) == {"Cached": STAGES}
     assert trainings(ws) == whole
     assert (ws.root / "dvc.lock").read_bytes() == lock
@@ -149,7 +149,7 @@ def test_a_failure_stops_only_what_needs_it(
     ws: Workspace, env: dict[str, str], prefect_home: Path
 ) -> None:
     told = run(ws, {**env, "FAKE_FAIL": "train full"}, status=2)
-    assert told[-1] == "data/x.jsonl: line 7: no target; add one"
+    assert told[-1] == "neft: data/x.jsonl: line 7: no target; add one"
     assert "train@full failed: data/x.jsonl: line 7: no target; add one" in told
     assert "evaluate@full: skipped, as train@full failed" in told
     assert not [line for line in told if "Traceback" in line or "Error" in line]
@@ -166,11 +166,12 @@ def test_interrupted_runs_leave_no_process_and_end_as_an_undisturbed_one(
         process = start(ws, {**env, "FAKE_DELAY": "1"})
         assert process.stdout is not None
         for line in process.stdout:
-            if "train full works" in line:
+            if "train@full: starts" in line:
                 break
         rows = ws.state("live/train/full/seed-1/train.csv")
         began = time.time()
         while not rows.exists() or rows.stat().st_mtime < began + 2:
+            assert process.poll() is None
             time.sleep(0.05)
         if how == signal.SIGINT:
             os.killpg(process.pid, how)  # as a terminal does
@@ -180,7 +181,9 @@ def test_interrupted_runs_leave_no_process_and_end_as_an_undisturbed_one(
         told = process.communicate(timeout=30)[0]
         assert process.returncode == (-how if how == signal.SIGKILL else 130)
         if how != signal.SIGKILL:
-            assert told == "neft: interrupted; run the same command again to go on\n"
+            *log, last = told.splitlines()
+            assert last == "neft: interrupted; run the same command again to go on"
+            assert not [line for line in log if not re.match(r"\d\d:\d\d:\d\d   ", line)], told
             # DVC's list of who is at work, which a kill would leave as it was.
             assert (ws.root / ".dvc/tmp/rwlock").read_text() == "{}"
         while left := list(left_over(env)):
@@ -207,7 +210,7 @@ def test_two_starts_at_once_on_a_fresh_home(
         time.sleep(0.1)
     told = run(ws, env, status=2)
     assert told == [
-        f"{ws.root}: process {first.pid} is at work on it; wait for it, or stop it first"
+        f"neft: {ws.root}: process {first.pid} is at work on it; wait for it, or stop it first"
     ]
     for process in (first, apart):
         text = process.communicate(timeout=300)[0]
@@ -217,6 +220,6 @@ def test_two_starts_at_once_on_a_fresh_home(
 def test_a_wrong_server_address_is_told(ws: Workspace, env: dict[str, str]) -> None:
     told = run(ws, {**env, "PREFECT_API_URL": "http://me:secret@127.0.0.1:9/api"}, status=2)
     assert told == [
-        "PREFECT_API_URL: http://127.0.0.1:9/api does not answer; "
+        "neft: PREFECT_API_URL: http://127.0.0.1:9/api does not answer; "
         "start that server, or unset it to run without one"
     ]

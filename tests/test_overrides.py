@@ -123,11 +123,11 @@ def test_files_of_the_same_name_have_a_workspace_each(ws, tmp_path):
     for steps in (7, 8, 7):
         folder = tmp_path / str(steps)
         folder.mkdir(exist_ok=True)
-        (folder / "other.yaml").write_text(TEXT.replace("steps: 6", f"steps: {steps}"))
-        owns.append(overrides.apply(folder / "other.yaml", []))
-    assert owns[0] == owns[2] == Workspace(ws.root / ".neft" / "workspaces" / "other")
+        (folder / "same.yaml").write_text(TEXT.replace("steps: 6", f"steps: {steps}"))
+        owns.append(overrides.apply(folder / "same.yaml", []))
+    assert owns[0] == owns[2] == Workspace(ws.root / ".neft" / "workspaces" / "same")
     assert owns[1].root.parent == owns[0].root.parent
-    assert owns[1].root.name.startswith("other-")
+    assert owns[1].root.name.startswith("same-")
     assert [own.params().warmup.steps for own in owns] == [7, 8, 7]
 
 
