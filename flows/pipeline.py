@@ -5,10 +5,9 @@ DVC decides what is up to date; Prefect shows it, retries, logs and cancels.
 
 import contextlib
 import functools
-import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,13 +16,16 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.concurrency.sync import concurrency
+from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed
 
 from flows import server
+from flows.console import console, on_state
 from neft_core import tracking
 from neft_core.config import HubModel, HubSource, Params
 from neft_core.errors import NeftError
 from neft_core.graph import Changes, Graph, Stage
+from neft_core.pages import pages
 from neft_core.repro import StageFailed, reproduce
 from neft_core.workspace import Workspace, find_workspace, hold
 
@@ -49,7 +51,16 @@ class Result:
     seconds: float = 0.0
 
 
-@flow(name="neft-pipeline", description="Base model and corpus to a comparison of methods.")
+def _run_name() -> str:
+    """A flow run is named after its workspace."""
+    return Path(flow_run.parameters["workspace"]).resolve().name
+
+
+@flow(
+    name="neft-pipeline",
+    description="Base model and corpus to a comparison of methods.",
+    flow_run_name=_run_name,
+)
 def pipeline(workspace: str = ".", force: bool = False) -> Result:
     """Make every stage that is not up to date.
 
@@ -71,7 +82,7 @@ def run_pipeline(workspace: Workspace, force: bool = False) -> Result:
     # Said before a server starts; the flow itself holds the lock for as long as it runs.
     with hold(workspace.state("lock"), str(workspace.root)):
         pass
-    with server.api() as lasting, _brief(lasting):
+    with server.api() as lasting, console(lasting):
         return pipeline(str(workspace.root), force)
 
 
@@ -112,9 +123,12 @@ def _walk(workspace: Workspace, force: bool) -> Result:
     if result.outcomes.get("summary") not in (None, "failed", "skipped") and table.is_file():
         result.table = table.read_text(encoding="utf-8")
         create_markdown_artifact(result.table, key="neft-summary", description="Result table")
-    link = tracker.link()
-    if link:
-        create_link_artifact(link, link_text="MLflow runs", key="neft-mlflow")
+    create_link_artifact(
+        pages(workspace)[0].url,
+        link_text="MLflow runs",
+        key="neft-mlflow",
+        description="Served by MLflow's server, or by 'neft ui' in the workspace",
+    )
     result.seconds = time.monotonic() - began
     if reasons:
         kind = StageFailed if any(isinstance(r, StageFailed) for r in reasons) else NeftError
@@ -161,6 +175,15 @@ def _make(
     def make() -> State:
         log = get_run_logger()
         began = time.monotonic()
+
+        def said(line: str) -> str:
+            """A stage's line under its heading: without the stage's name, with which it begins."""
+            own = " ".join(filter(None, (stage.family, stage.item)))
+            return "  " + line.removeprefix(own).lstrip(",: ")
+
+        def told(line: str) -> None:
+            log.info("%s", said(line))
+
         why = "; ".join([*changes.inputs, *changes.outputs][:3]) or "forced"
         log.info("%s: starts (%s)", stage.name, why)
         with contextlib.ExitStack() as stack:
@@ -168,7 +191,7 @@ def _make(
                 stack.enter_context(concurrency("gpu", occupy=1, strict=False))
             if stage.family == "train" and stage.item:
                 stack.enter_context(tracker.follow(graph, stage.item))
-            outcome = reproduce(graph, stage.name, log.info, force=force)
+            outcome = reproduce(graph, stage.name, told, on_state=on_state(said), force=force)
         if stage.family in ("train", "evaluate"):
             tracker.sync(graph)
         if outcome == "unchanged":
@@ -186,48 +209,7 @@ def _on_accelerator(params: Params) -> bool:
     return device not in ("auto", "cpu") or (device == "auto" and Path("/dev/nvidiactl").exists())
 
 
-class _Said(logging.Filter):
-    """Drops what Prefect says where our own line says it, and addresses that end with the run."""
-
-    def __init__(self, lasting: bool) -> None:
-        super().__init__()
-        self._lasting = lasting
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        fault = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-        text = str(record.msg)
-        return not (
-            isinstance(fault, NeftError | StageFailed)
-            or text.startswith(("Finished in state", "Beginning flow run"))
-            or (text.startswith("View at ") and not self._lasting)
-        )
-
-
-@contextlib.contextmanager
-def _brief(lasting: bool) -> Iterator[None]:
-    """Keep Prefect's own lines out of the log of a run that somebody watches."""
-    quiet = _Said(lasting)
-    loggers = [logging.getLogger(f"prefect.{name}") for name in ("flow_runs", "task_runs")]
-    for logger in loggers:
-        logger.addFilter(quiet)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(quiet)
-
-
-def main() -> int:
-    """Run the flow on the current directory's workspace; the exit status."""
-    try:
-        run_pipeline(find_workspace())
-    except (NeftError, StageFailed) as fault:
-        print(fault, file=sys.stderr)
-        return 2 if isinstance(fault, NeftError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from neft_core.cli import main
+
+    sys.exit(main(["run"]))

@@ -1,17 +1,20 @@
-"""The command line: `neft run | stage | init | track | generate`."""
+"""The command line: `neft run | stage | init | track | ui | generate`."""
 
 import argparse
+import contextlib
 import errno
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import FrameType
 
 from neft_core import __version__
 from neft_core.errors import NeftError
@@ -30,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What libraries will change in their next major version is no news for a user.
         warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        return command(options) or 0
+        with _interruptible():
+            return command(options) or 0
     except NeftError as fault:
         return _say(str(fault), 2)
     except BrokenPipeError:
@@ -44,10 +48,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return 1
     except KeyboardInterrupt:
-        return _say("interrupted; what is finished is kept, run again to go on", 130)
+        return _say("interrupted; run the same command again to go on", 130)
     except Exception:
         traceback.print_exc()
         return 1
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM in this block is like Ctrl-C: half-written files are removed, children ended."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _say(message: str, code: int) -> int:
@@ -95,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     track = commands.add_parser("track", help="bring MLflow up to date with the runs here")
     track.set_defaults(command=_track)
 
+    ui = commands.add_parser("ui", help="open the pages of MLflow and Prefect for the runs here")
+    ui.add_argument("--mlflow-port", type=int, default=5000, metavar="PORT")
+    ui.add_argument("--prefect-port", type=int, default=4200, metavar="PORT")
+    ui.set_defaults(command=_ui)
+
     generate = commands.add_parser("generate", help="base and fine-tuned model side by side")
     generate.add_argument("--run", required=True, metavar="NAME", help="a run of params.yaml")
     generate.add_argument("--seed", type=int, help="which seed of it (default: its first)")
@@ -114,8 +137,8 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     ws = overrides.apply(options.params, options.set)
     from flows.pipeline import run_pipeline
+    from neft_core.pages import near, pages
     from neft_core.repro import StageFailed
-    from neft_core.tracking import ui_commands
 
     try:
         result = run_pipeline(ws, force=options.force)
@@ -127,9 +150,19 @@ def _run(options: argparse.Namespace) -> int:
     did = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     print(f"{len(result.outcomes)} stages in {result.seconds:.0f} s: {did}")
     for name, what in ARTEFACTS.items():
-        print(f"  {ws.path(name)}: {what}")
-    print("to look at the runs:", *ui_commands(ws), sep="\n  ")
+        print(f"  {near(ws.path(name))}: {what}")
+    print(f"to look at the runs: {near(Path(sys.executable).parent / 'neft')} ui, or one by one")
+    for page in pages(ws):
+        print(f"  {page.name}: {page.url}", *([page.line()] if page.command else []), sep="\n    ")
     return 0
+
+
+def _ui(options: argparse.Namespace) -> None:
+    from neft_core.pages import pages, serve
+    from neft_core.workspace import find_workspace
+
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+        serve(pages(find_workspace(), options.mlflow_port, options.prefect_port))
 
 
 def _stage(options: argparse.Namespace) -> int:

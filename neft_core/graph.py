@@ -6,6 +6,7 @@ The only module that imports DVC.
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 from neft_core.config import read_yaml
 from neft_core.errors import NeftError
-from neft_core.workspace import Workspace
+from neft_core.workspace import Workspace, follow_git
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Graph:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self.notes = _mend(workspace.root)
+        if (workspace.root / ".dvc").is_dir() and follow_git(workspace.root):
+            self.notes.append(f"{workspace.root}: a git repository now; DVC uses it from here on")
         self.refresh()
         with _translated(workspace.root):
             edges = self._repo.index.graph
@@ -70,6 +73,8 @@ class Graph:
         """Read dvc.yaml, dvc.lock and params.yaml again, after another process changed them."""
         from dvc.repo import Repo
 
+        # Bars that flash up for a moment, between the lines of a run.
+        logging.getLogger("dvc.progress").setLevel(logging.CRITICAL)
         root = self.workspace.root
         if not (root / ".dvc").is_dir():
             raise NeftError(f"{root}: no DVC repository; run 'neft init {root}'")

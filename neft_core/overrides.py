@@ -5,7 +5,9 @@ what DVC hashes, so whatever ran is what it says. `--params FILE` with a file th
 workspace's own runs in a workspace of its own under `.neft/workspaces`, which shares the cache.
 """
 
+import hashlib
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,14 @@ def _private_workspace(file: Path) -> Workspace:
     name = file.resolve().parent.name if file.name == Params.FILE else file.stem
     parse_params(read_yaml(file), file.name)
     folder = host.state("workspaces", name)
+    owner = Workspace(folder).state("params-file")
+    if owner.exists() and owner.read_text(encoding="utf-8") != str(file.resolve()):
+        # A file of the same name, elsewhere, was here first.
+        mark = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:6]
+        folder = folder.with_name(f"{name}-{mark}")
     ws = init_workspace(folder, "", cache=host.root / ".dvc" / "cache")
+    with replacing(ws.state("params-file")) as temporary:
+        temporary.write_text(str(file.resolve()), encoding="utf-8")
     document = _round_trip().load(file.read_text(encoding="utf-8"))
     _absolute(document, file.resolve().parent)
     with replacing(ws.params_file) as temporary, temporary.open("w", encoding="utf-8") as handle:
@@ -112,11 +121,17 @@ def _changed(path: Path, settings: Sequence[str]) -> tuple[str, list[str]]:
             raise NeftError(f"--set {setting}: {'.'.join(parents)} holds no keys")
         before = node.get(last)
         if before != wanted or last not in node:
+            was = _shown(before) if last in node else "unset"
+            changes.append(f"{key}: {was} is now {_shown(wanted)}")
             node[last] = wanted
-            changes.append(f"{key}: {before!r} is now {wanted!r}")
     buffer = io.StringIO()
     yaml.dump(document, buffer)
     return buffer.getvalue(), changes
+
+
+def _shown(value: Any) -> str:
+    """A value in one line of YAML, of which JSON is a part."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _round_trip() -> YAML:

@@ -6,12 +6,12 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 GRACE = 5.0
-"""Seconds between SIGTERM and SIGKILL."""
+"""Seconds between one signal and the next, harder one."""
 
 # A pipe tells of our death even where it was SIGKILL: its other end reads end of file then. The
 # guard sits in the child's own group, so "group 0" can never be somebody else's.
@@ -25,18 +25,25 @@ exec "$@"
 
 @contextlib.contextmanager
 def group(
-    command: Sequence[str], *, cwd: Path, env: Mapping[str, str], output: IO[bytes] | None = None
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    output: IO[bytes] | None = None,
+    ask: Sequence[signal.Signals] = (signal.SIGTERM,),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command in a session of its own; no process of it outlives the block.
 
-    Ctrl-C in the terminal reaches us alone; leaving the block sends the group SIGTERM, then
-    SIGKILL. When we die ourselves, by SIGKILL even, the group is killed by its guard.
+    Ctrl-C in the terminal reaches us alone; leaving the block sends the group the signals that
+    ask it to end, one after the other, then SIGKILL. When we die ourselves, by SIGKILL even, the
+    group is killed by its guard.
 
     Args:
         command: program and arguments.
         cwd: its working directory.
         env: its whole environment.
         output: a file for what it prints; None: a pipe, which must be read (see `lines`).
+        ask: the signals that ask it to end.
 
     Yields:
         The process; its `stdout` carries both output streams.
@@ -54,10 +61,10 @@ def group(
         yield child
     finally:
         try:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(GRACE)
+            for sent in ask:
+                if child.poll() is None:
+                    os.killpg(child.pid, sent)
+                    _wait(child)
         finally:
             # The guard keeps the group's number taken until now, so this hits nobody else.
             with contextlib.suppress(ProcessLookupError):
@@ -69,10 +76,28 @@ def group(
                         pipe.close()
 
 
-def lines(child: subprocess.Popen[bytes]) -> Iterator[str]:
+def _wait(child: subprocess.Popen[bytes]) -> None:
+    """Wait for the child, and for all that hold its pipe: they may be clearing up behind it."""
+    end = time.monotonic() + GRACE
+    if child.stdout is not None:
+        pipe = child.stdout.fileno()
+        while (left := end - time.monotonic()) > 0 and select.select([pipe], [], [], left)[0]:
+            if not os.read(pipe, 1 << 16):
+                break
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(max(0.0, end - time.monotonic()))
+
+
+def lines(
+    child: subprocess.Popen[bytes], on_state: Callable[[str], None] | None = None
+) -> Iterator[str]:
     """The child's output line by line, until it ends.
 
     Of a progress bar, which overwrites its line after a carriage return, the last state is kept.
+
+    Args:
+        child: a process of `group`.
+        on_state: takes each state of such a line as it comes.
     """
     assert child.stdout is not None
     pipe = child.stdout.fileno()
@@ -88,6 +113,8 @@ def lines(child: subprocess.Popen[bytes]) -> Iterator[str]:
             for line in whole:
                 yield _last_state(line)
             rest = rest[rest.rfind(b"\r", 0, len(rest) - 1) + 1 :]
+            if on_state is not None and rest.endswith(b"\r"):
+                on_state(_last_state(rest))
         elif child.poll() is not None:
             ended = ended or time.monotonic()
             if time.monotonic() - ended > 0.5:

@@ -1,13 +1,20 @@
 """Progress of long work: a bar in a terminal, plain lines elsewhere."""
 
+import os
 import sys
 import time
 from types import TracebackType
 
 from tqdm import tqdm
 
+OVERWRITE = "NEFT_OVERWRITE"
+"""Variable that asks for one line, overwritten, where output is read by who has a terminal."""
+
 LINE_EVERY = 10.0
 """Seconds between plain lines."""
+
+STATE_EVERY = 0.5
+"""Seconds between states of one line, for whoever shows them in a terminal."""
 
 
 class Progress:
@@ -26,6 +33,7 @@ class Progress:
         self._start = self._last = time.monotonic()
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=label, unit=unit, initial=done) if terminal else None
+        self._overwrite = bool(os.environ.get(OVERWRITE))
 
     def __enter__(self) -> "Progress":
         return self
@@ -39,15 +47,16 @@ class Progress:
             self._bar.update(units)
             return
         now = time.monotonic()
-        if now - self._last >= LINE_EVERY and self._done < self._total:
+        every = STATE_EVERY if self._overwrite else LINE_EVERY
+        if now - self._last >= every and self._done < self._total:
             rate = (self._done - self._first) / (now - self._start)
             left = (self._total - self._done) / rate if rate > 0 else 0.0
-            self._print(f"about {left:.0f} s left")
+            self._print(f"about {left:.0f} s left", end="\r" if self._overwrite else "\n")
             self._last = now
 
-    def _print(self, rest: str) -> None:
+    def _print(self, rest: str, end: str = "\n") -> None:
         parts = [f"{self._unit} {self._done}/{self._total}", self._note, rest]
-        print(f"{self._label}: {', '.join(p for p in parts if p)}", flush=True)
+        print(f"{self._label}: {', '.join(p for p in parts if p)}", end=end, flush=True)
 
     def __exit__(
         self,

@@ -12,6 +12,7 @@ from typing import Literal
 from neft_core import processes
 from neft_core.errors import NeftError
 from neft_core.graph import Graph
+from neft_core.progress import OVERWRITE
 from neft_core.workspace import Workspace
 
 Outcome = Literal["ran", "restored", "unchanged"]
@@ -25,7 +26,12 @@ class StageFailed(Exception):  # noqa: N818
 
 
 def reproduce(
-    graph: Graph, name: str, on_line: Callable[[str], None], *, force: bool = False
+    graph: Graph,
+    name: str,
+    on_line: Callable[[str], None],
+    *,
+    on_state: Callable[[str], None] | None = None,
+    force: bool = False,
 ) -> Outcome:
     """Make one stage by `dvc repro` in a child process; its inputs must be there.
 
@@ -33,6 +39,7 @@ def reproduce(
         graph: the workspace's graph; read anew at the end.
         name: the stage.
         on_line: takes each line that the stage prints, as it comes.
+        on_state: takes the state of its progress, several times a second; None: lines tell it.
         force: run it even if nothing changed.
 
     Returns:
@@ -48,19 +55,25 @@ def reproduce(
             f"{changes.missing[0]}: not found; stage '{name}' reads it, "
             "put it there or name another path in params.yaml"
         )
-    outcome = _repro(graph, name, on_line, force)
+    outcome = _repro(graph, name, on_line, on_state, force)
     damaged = graph.drop_damaged(name) if outcome == "restored" else []
     if damaged:
         for path in damaged:
             on_line(f"{path}: damaged in the DVC cache too; making it again")
-        outcome = _repro(graph, name, on_line, force)
+        outcome = _repro(graph, name, on_line, on_state, force)
     for line in changes.outputs:
         done = "restored from the DVC cache" if outcome == "restored" else "made again"
         on_line(f"{line}; {done}")
     return outcome
 
 
-def _repro(graph: Graph, name: str, on_line: Callable[[str], None], force: bool) -> Outcome:
+def _repro(
+    graph: Graph,
+    name: str,
+    on_line: Callable[[str], None],
+    on_state: Callable[[str], None] | None,
+    force: bool,
+) -> Outcome:
     command = [sys.executable, "-m", "dvc", "repro", "-s", *(["-f"] if force else []), name]
     here = str(Path(sys.executable).parent)
     env = {
@@ -71,11 +84,16 @@ def _repro(graph: Graph, name: str, on_line: Callable[[str], None], force: bool)
         "PYTHONUNBUFFERED": "1",
         OWNER: str(os.getpid()),
     }
+    if on_state is not None:
+        env[OVERWRITE] = "1"
     told: deque[str] = deque(maxlen=1)
     outcome: Outcome = "unchanged"
     error = busy = ""
-    with processes.group(command, cwd=graph.workspace.root, env=env) as child:
-        for line in processes.lines(child):
+    # DVC releases its locks on SIGINT, and lets the stage clear up; where a shell without job
+    # control started us, both ignore it.
+    ask = (signal.SIGINT, signal.SIGTERM)
+    with processes.group(command, cwd=graph.workspace.root, env=env, ask=ask) as child:
+        for line in processes.lines(child, on_state):
             if line == f"Running stage '{name}':":
                 outcome = "ran"
             elif line.startswith(f"Stage '{name}' is cached - skipping run"):

@@ -4,10 +4,7 @@ import contextlib
 import contextvars
 import json
 import logging
-import os
-import shlex
 import sqlite3
-import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping
@@ -16,18 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from neft_core import records
+from neft_core.delivery import OUTPUT, Wanted, deliver, seed_key, training
 from neft_core.errors import NeftError
 from neft_core.graph import Graph, entry_key, locked
-from neft_core.mlflow_store import (
-    OUTPUT,
-    Store,
-    Wanted,
-    is_server,
-    open_store,
-    public,
-    seed_key,
-    tracking_uri,
-)
+from neft_core.mlflow_store import Store, open_store, public, tracking_uri
 from neft_core.workspace import Workspace
 
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
@@ -36,32 +25,6 @@ _Identity = tuple[int, int, int] | None
 
 POLL = 2.0
 """Seconds between two looks at a training's live files."""
-
-HOST, MLFLOW_PORT, PREFECT_PORT = "127.0.0.1", 5000, 4200
-
-
-def ui_commands(workspace: Workspace) -> list[str]:
-    """Commands that open the MLflow and Prefect pages of this workspace, on this machine alone."""
-    here = Path(sys.executable).parent
-    near = Path(os.path.relpath(here))
-    tool = near if len(str(near)) < len(str(here)) else here
-    uri = tracking_uri(workspace)
-    if is_server(uri):
-        mlflow = f"MLflow: {public(uri)}"
-    else:
-        store = ["--backend-store-uri", public(uri)]
-        place = ["--host", HOST, "--port", str(MLFLOW_PORT)]
-        mlflow = shlex.join([str(tool / "mlflow"), "ui", *store, *place, "--workers", "1"])
-        # Without its job runners it is one process instead of ten.
-        mlflow = f"DO_NOT_TRACK=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {mlflow}"
-    prefect = os.environ.get("PREFECT_API_URL")
-    if prefect:
-        return [mlflow, f"Prefect: {public(prefect).removesuffix('/api')}"]
-    place = ["--host", HOST, "--port", str(PREFECT_PORT)]
-    return [
-        mlflow,
-        shlex.join([str(tool / "prefect"), "server", "start", *place, "--analytics-off"]),
-    ]
 
 
 @dataclass(frozen=True)
@@ -91,9 +54,16 @@ def sync(workspace: Workspace, graph: Graph, *, trust: bool = False) -> Delivery
     if trust and _delivered(workspace, uri, wanted):
         return Delivery(public(uri))
     with open_store(workspace) as store:
-        created, updated = store.deliver(wanted)
+        created, updated = deliver(store, wanted)
         _write_state(workspace, store, wanted)
     return Delivery(public(uri), created, updated)
+
+
+def experiment(workspace: Workspace) -> str | None:
+    """Id of the MLflow experiment that the workspace's runs were delivered to last."""
+    known = _read_state(workspace)
+    same = known.get("uri") == public(tracking_uri(workspace))
+    return str(known["experiment"]) if same else None
 
 
 class Tracker:
@@ -155,18 +125,10 @@ class Tracker:
             raise
         finally:
             ended.set()
-            thread.join(timeout=15)
-            if thread.is_alive() and not self._away:
+            killed = status == ["KILLED"]
+            thread.join(timeout=5 if killed else 15)
+            if thread.is_alive() and not self._away and not killed:
                 self._give_up(NeftError(f"MLflow at {public(tracking_uri(self.workspace))}: slow"))
-
-    def link(self) -> str | None:
-        """Address of the runs' page; of a local file, where `ui_commands` will show it."""
-        known = _read_state(self.workspace)
-        if "experiment" not in known or self._away:
-            return None
-        uri = tracking_uri(self.workspace)
-        root = public(uri).rstrip("/") if is_server(uri) else f"http://{HOST}:{MLFLOW_PORT}"
-        return f"{root}/#/experiments/{known['experiment']}/runs"
 
     def _give_up(self, fault: NeftError) -> None:
         self._away = True
@@ -231,7 +193,7 @@ def _follow(
                 points = records.history(folder)
                 store = store or stack.enter_context(open_store(workspace))
                 if seed not in sent:
-                    found = store.training(entries, run, seed, origin)
+                    found = training(store, entries, run, seed, origin)
                     run_id = str(found.info.run_id)
                     if OUTPUT in found.data.tags:
                         delivered.add(seed)

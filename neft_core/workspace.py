@@ -17,6 +17,9 @@ PACKAGE = Path(__file__).parent
 PIPELINE = PACKAGE / "pipeline.yaml"
 """The pipeline definition; every workspace's dvc.yaml is this file."""
 
+TEMPORARY = ".*.[0-9]*"
+"""Names under which `files.replacing` writes; a killed process may leave them beside outputs."""
+
 IGNORED = "/work/\n/.neft/\n/mlflow.db*\n/dvc.lock.damaged\n/mlruns/\n/dvc_plots/\n"
 
 
@@ -141,6 +144,14 @@ def init_from(folder: Path, template: Path | None, cache: Path | None) -> Worksp
     return ws
 
 
+def _lines(file: Path, *wanted: str) -> None:
+    """Add to a text file the lines that it lacks."""
+    have = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    new = [line for line in wanted if line not in have]
+    if new:
+        file.write_text("\n".join([*have, *new, ""]), encoding="utf-8")
+
+
 def init_dvc(folder: Path, *, cache: Path | None = None) -> None:
     """Make a directory a DVC repository without telemetry, unless it is one, and ready for plots.
 
@@ -158,6 +169,8 @@ def init_dvc(folder: Path, *, cache: Path | None = None) -> None:
     try:
         if not own.is_dir():
             Repo.init(str(folder), no_scm=not git).close()
+        _lines(own / ".gitignore", "/config.local", "/tmp", "/cache")
+        _lines(folder / ".dvcignore", TEMPORARY)
         with Config(str(own.resolve())).edit("local") as settings:
             settings["core"] = {"analytics": False, "check_update": False, "no_scm": not git}
             settings["plots"] = {"html_template": PAGE}
@@ -166,3 +179,18 @@ def init_dvc(folder: Path, *, cache: Path | None = None) -> None:
     except (DvcException, OSError) as fault:
         raise NeftError(f"{folder}: DVC can't be set up here ({fault}); check the path") from None
     init_plots(own)
+
+
+def follow_git(folder: Path) -> bool:
+    """Let DVC know of a git repository that was made after the workspace; whether there is one.
+
+    Raises:
+        NeftError: DVC's configuration can't be written.
+    """
+    from dvc.config import Config
+
+    own = folder / ".dvc"
+    if not (folder / ".git").exists() or not Config(str(own))["core"].get("no_scm"):
+        return False
+    init_dvc(folder)
+    return True

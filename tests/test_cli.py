@@ -37,7 +37,7 @@ def test_a_command_that_does_not_exist(argv, capsys):
         (OSError(errno.ENOSPC, "No space", "/x"), 2,
          ["neft: /x: no space left on the disk; free some and run again"]),
         (KeyboardInterrupt(), 130,
-         ["neft: interrupted; what is finished is kept, run again to go on"]),
+         ["neft: interrupted; run the same command again to go on"]),
         (ValueError("odd"), 1, None),
         (OSError(errno.EIO, "broken"), 1, None),
     ],

@@ -1,11 +1,13 @@
 """Stages killed half-way, and the same pipeline twice: the same bytes in the end."""
 
+import contextlib
 import csv
 import io
 import itertools
 import os
 import pydoc
 import shutil
+import signal
 
 import pytest
 from conftest import run_stages, tiny_workspace
@@ -59,8 +61,8 @@ CUTS = [
 ]
 
 
-def killed(ws, stage: list[str], function: str, call: int) -> int:
-    """Exit status of a process that runs a stage and dies in the n-th call of a function."""
+def killed(ws, stage: list[str], function: str, call: int, how: int = signal.SIGKILL) -> int:
+    """Exit status of a process that runs a stage and gets a signal in a function's n-th call."""
     from neft_core import cli
 
     child = os.fork()
@@ -71,12 +73,17 @@ def killed(ws, stage: list[str], function: str, call: int) -> int:
 
             def dying(*args, **options):
                 if next(calls) == call:
-                    os._exit(9)
+                    os.kill(os.getpid(), how)
                 return whole(*args, **options)
 
             setattr(owner, name, dying)
             os.chdir(ws.root)
-            cli.main(["stage", *stage])
+            # As a shell with job control starts it: the tests may run where SIGINT is ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                code = cli.main(["stage", *stage])
+            (ws.root / "said").write_text(said.getvalue())
+            os._exit(code)
         finally:
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -95,7 +102,7 @@ def test_killed_half_way_and_run_again(copied, neft, stage, function, call):
     name, *item = stage.split()
     before = files(copied)
     remove_outputs(copied, name, item[0] if item else None)
-    assert killed(copied, [name, *item], f"neft_core.{function}", call) == 9
+    assert killed(copied, [name, *item], f"neft_core.{function}", call) == -signal.SIGKILL
     unfinished = [path for path in before if not (copied.path() / path).exists()]
     assert unfinished or name in ("warmup", "train", "summary"), "it was killed too late"
     assert neft(copied, "stage", name, *item) == (0, [])
@@ -106,9 +113,27 @@ def test_killed_half_way_and_run_again(copied, neft, stage, function, call):
     assert not list(copied.state("checkpoints").glob("*"))
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("stage", "function", "call"),
+    [("base", "models.Base.save", 1), ("train neft", "training.Trainer._step", 17)],
+)
+def test_asked_to_end_and_run_again(copied, neft, stage, function, call, how):
+    """By Ctrl-C or SIGTERM: one line, nothing temporary left, and the same bytes in the end."""
+    name, *item = stage.split()
+    before = files(copied)
+    remove_outputs(copied, name, item[0] if item else None)
+    assert killed(copied, [name, *item], f"neft_core.{function}", call, how) == 130
+    said = (copied.root / "said").read_text()
+    assert said == "neft: interrupted; run the same command again to go on\n"
+    assert not list(copied.path().rglob(".*.[0-9]*"))
+    assert neft(copied, "stage", name, *item) == (0, [])
+    assert files(copied) == before
+
+
 def test_a_resumed_training_says_so(copied, capsys):
     remove_outputs(copied, "train", "full")
-    assert killed(copied, ["train", "full"], "neft_core.training.Trainer._step", 8) == 9
+    assert killed(copied, ["train", "full"], "neft_core.training.Trainer._step", 8) < 0
     assert list(copied.state("checkpoints", "train-full").rglob("checkpoint-6"))
     capsys.readouterr()
     from neft_core.stages import STAGES

@@ -40,7 +40,7 @@ def test_set_changes_one_line_and_keeps_comments(ws, capsys):
     assert (params.runs["full"].lr, params.warmup.steps) == (2e-3, 7)
     assert len(lines(text) ^ lines(TEXT)) == 3  # a new line, and one that is another now
     assert capsys.readouterr().out.splitlines() == [
-        "params.yaml: runs.full.lr: None is now 0.002",
+        "params.yaml: runs.full.lr: unset is now 0.002",
         "params.yaml: warmup.steps: 6 is now 7",
     ]
 
@@ -116,6 +116,19 @@ def test_another_file_runs_in_a_workspace_of_its_own(ws, tmp_path):
     assert file.read_text() == TEXT.replace("experiment: tiny", "experiment: mine")
     # Again with another text: the file is what counts, not what was set last time.
     assert overrides.apply(file, []).params().warmup.steps == 6
+
+
+def test_files_of_the_same_name_have_a_workspace_each(ws, tmp_path):
+    owns = []
+    for steps in (7, 8, 7):
+        folder = tmp_path / str(steps)
+        folder.mkdir(exist_ok=True)
+        (folder / "same.yaml").write_text(TEXT.replace("steps: 6", f"steps: {steps}"))
+        owns.append(overrides.apply(folder / "same.yaml", []))
+    assert owns[0] == owns[2] == Workspace(ws.root / ".neft" / "workspaces" / "same")
+    assert owns[1].root.parent == owns[0].root.parent
+    assert owns[1].root.name.startswith("same-")
+    assert [own.params().warmup.steps for own in owns] == [7, 8, 7]
 
 
 def test_directories_in_the_hubs_layout_keep_their_meaning(ws, tmp_path):

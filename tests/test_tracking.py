@@ -14,10 +14,11 @@ import fabricated
 import pytest
 
 from neft_core import tracking
+from neft_core.delivery import seed_key
 from neft_core.errors import NeftError
 from neft_core.graph import Graph, entry_key, locked
-from neft_core.mlflow_store import open_store, public, seed_key
-from neft_core.tracking import Delivery, Tracker, sync, ui_commands
+from neft_core.mlflow_store import open_store
+from neft_core.tracking import Delivery, Tracker, sync
 from neft_core.workspace import Workspace, init_dvc
 
 
@@ -86,6 +87,10 @@ def test_everything_is_delivered_once(ws: Workspace) -> None:
     assert metrics["mask/neurons"] == 5
     assert metrics["best_dev_loss"] == 2.5
     assert "mask/neurons" not in found["full seed 1"].data.metrics
+    assert steps(ws, run, "mask/neurons") == [(0, 5.0)]
+    assert not metrics.keys() & run.data.params.keys()
+    assert run.info.end_time - run.info.start_time == 1500, "the seconds of work/cost"
+    assert parent.data.tags["mlflow.note.content"] == "| run | BLEU |\n|---|---|\n| neft | 21.5 |"
     assert steps(ws, run, "train/loss") == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5)]
     assert steps(ws, run, "dev/loss") == [(0, 3.5), (4, 2.5)]
     inputs = {i.dataset.name: i.dataset for i in run.inputs.dataset_inputs}
@@ -331,19 +336,7 @@ def test_a_moved_workspace_is_told(ws: Workspace) -> None:
 
 
 def test_a_large_adapter_stays_where_it_is(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neft_core.mlflow_store.LARGEST_ADAPTER", 10)
+    monkeypatch.setattr("neft_core.delivery.LARGEST_ADAPTER", 10)
     sync(ws, Graph(ws))
     assert len(runs(ws)["full seed 1"].data.tags["neft.adapter.md5"]) == 32
     assert not list((ws.root / "mlruns").rglob("*.safetensors"))
-
-
-def test_commands(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    mlflow, prefect = ui_commands(ws)
-    assert f"ui --backend-store-uri 'sqlite:///{ws.root}/mlflow.db' --host 127.0.0.1" in mlflow
-    assert "--workers 1" in mlflow
-    assert prefect.endswith("prefect server start --host 127.0.0.1 --port 4200 --analytics-off")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@host/mlflow")
-    monkeypatch.setenv("PREFECT_API_URL", "http://host:4200/api")
-    assert ui_commands(ws) == ["MLflow: https://host/mlflow", "Prefect: http://host:4200"]
-    assert public("sqlite:////a/b@c.db") == "sqlite:////a/b@c.db"

@@ -5,9 +5,19 @@ import subprocess
 import sys
 
 import pytest
+from conftest import TINY_PARAMS
 
 from neft_core.errors import NeftError
-from neft_core.workspace import PIPELINE, find_workspace, hold, init_dvc, init_from, init_workspace
+from neft_core.graph import Graph
+from neft_core.workspace import (
+    PIPELINE,
+    find_workspace,
+    follow_git,
+    hold,
+    init_dvc,
+    init_from,
+    init_workspace,
+)
 
 
 def test_found_from_any_directory_below(finished):
@@ -62,6 +72,37 @@ def test_init_keeps_what_is_there(tmp_path):
     assert "analytics = False" in config
     assert "check_update = false" in config.lower()
     assert f"dir = {tmp_path / 'cache'}" in config
+
+
+def test_what_a_killed_process_left_is_nothing_to_dvc(tmp_path):
+    from dvc.repo import Repo
+
+    init_workspace(tmp_path, "")
+    with Repo(str(tmp_path)) as repo:
+        ignored = [
+            name
+            for name in (".neft.123", ".adapter.safetensors.7", "neft", ".gitignore", "seed.1")
+            if repo.dvcignore.is_ignored_file(str(tmp_path / "work" / "train" / name))
+        ]
+    assert ignored == [".neft.123", ".adapter.safetensors.7"]
+    assert init_workspace(tmp_path, "").root == tmp_path
+    assert (tmp_path / ".dvcignore").read_text().count(".*.[0-9]*") == 1
+
+
+def test_a_git_repository_made_later_is_found(tmp_path):
+    ws = init_workspace(tmp_path / "w", TINY_PARAMS)
+    assert not follow_git(ws.root)
+    subprocess.run(["git", "init", "-q"], cwd=ws.root, check=True)
+    graph = Graph(ws)
+    assert graph.notes == [f"{ws.root}: a git repository now; DVC uses it from here on"]
+    assert graph._repo.scm.root_dir == str(ws.root)
+    assert Graph(ws).notes == []
+    subprocess.run(["git", "add", "-A"], cwd=ws.root, check=True)
+    command = ["git", "ls-files", ".dvc"]
+    done = subprocess.run(command, cwd=ws.root, check=True, capture_output=True, text=True)
+    assert sorted(done.stdout.split()) == [
+        ".dvc/.gitignore", ".dvc/config", ".dvc/plots/curves.json"
+    ]  # fmt: skip
 
 
 def test_init_from_a_template(tmp_path):
