@@ -9,9 +9,9 @@ from neft_core.optimizers import BLOCK, SMALL, Adam8bit, Factored, codebook, deq
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_codebook_by_hand(signed):
-    book, bounds = codebook(signed)
-    assert book.dtype == torch.float32
-    assert (len(book), len(bounds)) == (256, 255)
+    book, nearest = codebook(signed)
+    assert (book.dtype, len(book)) == (torch.float32, 256)
+    assert (nearest.dtype, len(nearest)) == (torch.uint8, 65536)
     assert (book.diff() > 0).all()
     assert book[-1] == 1
     top = 64 if signed else 128
@@ -37,24 +37,24 @@ def test_quantised_values_are_the_nearest_of_their_block(signed):
     assert torch.equal(scales, torch.tensor(largest))
     book, _ = codebook(signed)
     own = torch.tensor([[row[i // BLOCK] for i in range(BLOCK + 70)] for row in largest])
-    every = book * own[..., None]
-    if not signed:  # zero is for zero alone
-        every[..., 0][values > 0] = float("inf")
-    nearest = every.gather(2, (every - values[..., None]).abs().argmin(2, keepdim=True))[..., 0]
-    torch.testing.assert_close(dequantise(codes, scales, signed), nearest, rtol=1e-6, atol=0)
+    distances = (book * own[..., None] - values[..., None]).abs()
+    if not signed:  # nothing becomes zero
+        distances[..., 0] = float("inf")
+    error = (dequantise(codes, scales, signed) - values).abs()
+    rounding = values.abs() / 2**11 + own * 2**-24  # numbers are looked up in fp16
+    assert (error <= distances.amin(2) + 2 * rounding).all()
 
 
-def test_quantised_zeros_and_largest_values_are_exact():
+def test_quantised_zeros_and_largest_values():
     values = torch.zeros(3, 70)
     values[1, 0] = 3.7
     values[2, 9] = 1e-20
     assert torch.equal(dequantise(*quantise(values, True), True), values)
-    positive = values.clone()
-    positive[1, 1] = 1e-12  # 12 powers of ten below the largest, and still not zero
-    kept = dequantise(*quantise(positive, False), False)
-    assert kept[1, 1] > 0
-    kept[1, 1] = positive[1, 1]
-    assert torch.equal(kept, positive)
+    kept = dequantise(*quantise(values, False), False)
+    assert torch.equal(kept[0], values[0])
+    assert torch.equal(kept[values > 0], values[values > 0])
+    # Beside a large root none is zero.
+    assert torch.allclose(kept[1, 1:], torch.tensor(3.7 * 0.325e-6))
 
 
 def steps_of(make, shape, steps=40, seed=0, spread=0.0, **options):

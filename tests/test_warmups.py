@@ -14,6 +14,7 @@ from test_methods import tiny_gpt2
 from neft_core.errors import NeftError
 from neft_core.masks import NeuronScores
 from neft_core.methods import trained_parameters
+from neft_core.optimizers import InBackward
 from neft_core.steps import Recipe
 from neft_core.training import Trainer
 from neft_core.warmups import MODULES, STATES, Warmup, describe, memory, shapes_of
@@ -224,7 +225,10 @@ CHEAP = {
 
 
 @pytest.mark.parametrize("name", CHEAP)
-def test_the_stage_warms_up_as_asked_and_says_so(copied, name):
+def test_the_stage_warms_up_as_asked_and_says_so(copied, monkeypatch, name):
+    calls = []
+    step = InBackward.step
+    monkeypatch.setattr(InBackward, "step", lambda *a: calls.append(a) or step(*a))
     exact = json.loads(copied.path("warmup", "en-fr", "provenance.json").read_text())
     assert "warmup" not in exact
     edit(copied, ("warmup: {steps: 6,", f"warmup: {{steps: 6, {CHEAP[name]},"))
@@ -243,8 +247,14 @@ def test_the_stage_warms_up_as_asked_and_says_so(copied, name):
     still = {key for key in base if torch.equal(base[key], made[0][key])}
     parts = itertools.product((0, 1), ("up", "down"))
     moved = {f"model.layers.{n}.mlp.{part}_proj.weight" for n, part in parts}
+    assert bool(calls) == ("in_backward" in CHEAP[name])
     if name == "candidates":
         assert still == set(base) - moved
     else:
         assert "model.embed_tokens.weight" in still
         assert not still & moved
+    edit(copied, ("states: 8bit" if name == "lora" else "states: factored", "states: fp32"))
+    shutil.rmtree(copied.path("warmup"))
+    run_stages(copied, "warmup")
+    other = load_file(copied.path("warmup", "en-fr", "model.safetensors"))
+    assert any(not torch.equal(other[key], made[0][key]) for key in moved)
