@@ -325,8 +325,8 @@ class Optimisation(Section):
     """Rows in a micro-batch."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches in a step."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """The gradient of what trains is clipped to this norm."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """The gradient of what trains is clipped to this norm; null: it isn't clipped."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled decay of what trains, towards zero."""
     gradient_checkpointing: bool = False
@@ -336,12 +336,45 @@ class Optimisation(Section):
 
 
 class Warmup(Optimisation):
-    """The limited-step full fine-tune that gives the tuned model."""
+    """The limited-step fine-tune that gives the tuned model; by default of all parameters, exact.
+
+    `modules`, `states` and `update` make it smaller, in any combination; what each costs in
+    fidelity is in docs/results.md.
+    """
 
     steps: int = Field(ge=1)
     """K: optimiser steps."""
     seed: int = Field(default=1, ge=0)
-    """Seed of the order of rows."""
+    """Seed of the order of rows, and of new parameters."""
+    modules: Literal["all", "candidates", "lora"] = "all"
+    """What trains: `all` parameters, the `candidates` of the layout alone, or `lora` on every
+    linear module, merged in fp32 afterwards."""
+    layout: Literal["mlp", "mlp+gate", "all", "rows"] | None = None
+    """With `candidates`: whose weights train; the same as `scoring.layout`."""
+    rank: int | None = Field(default=None, ge=1)
+    """With `lora`: rank of the factors; the scale is 2."""
+    states: Literal["fp32", "8bit", "factored"] = "fp32"
+    """What the optimiser keeps: AdamW's two moments in `fp32` (8 bytes for each trained value) or
+    in `8bit` (2), or Adafactor's `factored` second moment (almost nothing)."""
+    update: Literal["after_backward", "in_backward"] = "after_backward"
+    """`in_backward`: each parameter is updated as soon as its gradient is there, so that one
+    gradient is kept at a time. Clipping then needs a second pass for the norm: the same result in
+    twice the time; with `max_grad_norm: null` there is one pass."""
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "Warmup":
+        for key, modules in (("layout", "candidates"), ("rank", "lora")):
+            given = getattr(self, key)
+            if given is None and self.modules == modules:
+                raise _refuse(f"{key}: missing; modules: {modules} needs it")
+            if given is not None and self.modules != modules:
+                raise _refuse(f"{key}: got {given!r}; it is for modules: {modules} only")
+        if self.update == "in_backward" and self.accumulation > 1:
+            raise _refuse(
+                f"accumulation: got {self.accumulation}; update: in_backward keeps no gradient to "
+                "add to: set 1, or update: after_backward"
+            )
+        return self
 
 
 class Scoring(Section):
@@ -528,6 +561,7 @@ class Params(Section):
                 hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(self.tasks)}"
                 raise _refuse(f"runs.{name}.task: got '{run.task}'; {hint}")
         self._autocast_where_types_differ()
+        self._warmup_fits()
         if isinstance(self.model, BuiltModel):
             for name, task in self.tasks.items():
                 if task.format.max_tokens > self.model.context:
@@ -542,9 +576,33 @@ class Params(Section):
                 )
         return self
 
+    def _warmup_fits(self) -> None:
+        """What the warm-up trains is scored; an update in the backward has no loss to unscale."""
+        warmup = self.warmup
+        if warmup.layout not in (None, self.scoring.layout):
+            raise _refuse(
+                f"warmup.layout: got '{warmup.layout}'; the same as scoring.layout, "
+                f"'{self.scoring.layout}'"
+            )
+        if warmup.update == "in_backward" and self.compute.processes > 1:
+            raise _refuse(
+                "warmup.update: got 'in_backward' with compute.processes "
+                f"{self.compute.processes}; one process, or after_backward"
+            )
+        if warmup.update == "in_backward" and self.compute.mixed_precision == "fp16":
+            raise _refuse(
+                "warmup.update: got 'in_backward' with compute.mixed_precision fp16, which scales "
+                "all gradients at once; use bf16"
+            )
+
     def _autocast_where_types_differ(self) -> None:
         """What trains is float32; amid frozen layers of another type it needs autocast."""
         if self.compute.mixed_precision == "no" and self.compute.dtype in ("bfloat16", "float16"):
+            if self.warmup.modules == "candidates":
+                raise _refuse(
+                    f"compute.mixed_precision: got 'no' with dtype {self.compute.dtype} and "
+                    "warmup.modules candidates; set dtype: float32, or mixed_precision: auto"
+                )
             for name, run in self.runs.items():
                 if isinstance(run.method, InOut | Embed):
                     raise _refuse(

@@ -50,7 +50,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _train_only(model: nn.Module, chosen: Callable[[str], bool]) -> None:
+def train_only(model: nn.Module, chosen: Callable[[str], bool]) -> None:
     """Freeze all but the chosen parameters; those become fp32, unless the base is in fp64."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(chosen(name))
@@ -59,14 +59,14 @@ def _train_only(model: nn.Module, chosen: Callable[[str], bool]) -> None:
 
 
 def _full(model: Any, _options: Options, _mask: Mask, _type: str) -> Any:
-    _train_only(model, lambda _name: True)
+    train_only(model, lambda _name: True)
     return model
 
 
 def _in_out(model: Any, _options: Options, _mask: Mask, model_type: str) -> Any:
     stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     modules = {group.module for group in candidates(stored, model_type, "mlp")}
-    _train_only(model, lambda name: name.removesuffix(".weight") in modules)
+    train_only(model, lambda name: name.removesuffix(".weight") in modules)
     return model
 
 
@@ -74,7 +74,7 @@ def _embed(model: Any, _options: Options, _mask: Mask, _type: str) -> Any:
     embedding = model.get_input_embeddings().weight
     stored = embedding.dtype
     names = {name for name, parameter in model.named_parameters() if parameter is embedding}
-    _train_only(model, names.__contains__)
+    train_only(model, names.__contains__)
     # What follows takes the type of its own weights: a LayerNorm on a CPU refuses any other.
     model.get_input_embeddings().register_forward_hook(
         lambda _module, _inputs, output: output.to(stored)

@@ -1,5 +1,6 @@
 """Stages that hold a model: warm-up, training, generation; and a trained run loaded again."""
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,7 +121,10 @@ def _load(ws: Workspace, card: Any, params: Params, directory: Path | None = Non
 
 def _optimisation(section: Any) -> dict[str, Any]:
     """The fields that every training section shares with a recipe."""
-    return dict(section.model_dump(include=set(config.Optimisation.model_fields)))
+    shared = dict(section.model_dump(include=set(config.Optimisation.model_fields)))
+    if shared["max_grad_norm"] is None:
+        shared["max_grad_norm"] = math.inf
+    return shared
 
 
 def _arithmetic(params: Params) -> dict[str, Any]:
@@ -129,21 +133,48 @@ def _arithmetic(params: Params) -> dict[str, Any]:
 
 
 def warmup(ws: Workspace, task: str) -> None:
-    """K steps of full fine-tuning; the candidates of every layout stay in fp32."""
-    from neft_core import models, training
+    """K steps of fine-tuning; the candidates of every layout stay in fp32."""
+    state = ws.state("checkpoints", f"warmup-{task}")
+    _, cost = warm_up(ws, task, ws.params().warmup, ws.path("warmup", task), state)
+    if ranks.main():
+        write_json(ws.path("cost", f"warmup-{task}.json"), cost)
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def warm_up(
+    ws: Workspace, task: str, section: config.Warmup, target: Path, state: Path
+) -> tuple[Any, dict[str, float]]:
+    """Fine-tune the base as a section of params says, and write the tuned model with its origin.
+
+    Args:
+        ws: the workspace with the base and the prepared task.
+        task: the rows to train on.
+        section: how to.
+        target: the directory to write: the checkpoint, train.csv, provenance.json.
+        state: where an interrupted warm-up goes on from.
+
+    Returns:
+        How it went, and what it cost.
+    """
+    import torch
+
+    from neft_core import models, training, warmups
     from neft_core.course import TRAIN_COLUMNS, write_table
     from neft_core.encoding import load_encoded
-    from neft_core.methods import METHODS, trained_parameters
+    from neft_core.methods import trained_parameters
     from neft_core.patterns import scorable
     from neft_core.steps import Recipe
 
     params = ws.params()
     card, tokenizer = base_card(ws)
-    section = params.warmup
     train, _ = load_encoded(ws.path("prepared", task, "train.safetensors"))
     model = _load(ws, card, params)
     stored = model.dtype
-    model = METHODS["full"].prepare(model, {}, None, card.model_type)
+    # The model's own names: those in the base's files may lack a prefix.
+    scored = scorable({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    choice = warmups.Warmup(**section.model_dump(include={*warmups.Warmup.__annotations__}))
+    torch.manual_seed(section.seed)
+    model = warmups.MODULES[choice.modules].prepare(model, choice, card.model_type)
     recipe = Recipe(steps=section.steps, seed=section.seed, **_optimisation(section))
     inputs = training.fingerprint(
         section.model_dump(),
@@ -159,28 +190,26 @@ def warmup(ws: Workspace, task: str) -> None:
         train,
         None,
         pad=tokenizer.pad_token_id,
-        folder=ws.state("checkpoints", f"warmup-{task}", inputs),
+        folder=state / inputs,
         label=f"warmup {task}",
+        optimizer=warmups.STATES[choice.states],
+        in_backward=choice.update == "in_backward",
         **placement(params),
     )
     course = trainer.run()
     tuned, cost = trainer.release(), _cost(course, trainer)
     if not ranks.main():
-        return
-    tuned.cpu()
-    # The model's own names: those in the base's files may lack a prefix.
-    shapes = {name: tuple(tensor.shape) for name, tensor in tuned.state_dict().items()}
-    scored = scorable(shapes)
-    with replacing(ws.path("warmup", task)) as folder:
+        return course, cost
+    tuned = warmups.MODULES[choice.modules].finish(tuned.cpu(), scored)
+    origin = {"base": card.hash, "steps": course.step, "data": training.digest(train), **_by()}
+    if choice != warmups.Warmup():
+        origin["warmup"] = warmups.describe(choice)
+    with replacing(target) as folder:
         folder.mkdir()
         models.save_checkpoint(tuned, folder, scored, stored)
         write_table(folder / "train.csv", TRAIN_COLUMNS, course.train)
-        write_json(
-            folder / "provenance.json",
-            {"base": card.hash, "steps": course.step, "data": training.digest(train), **_by()},
-        )
-    write_json(ws.path("cost", f"warmup-{task}.json"), cost)
-    shutil.rmtree(ws.state("checkpoints", f"warmup-{task}"), ignore_errors=True)
+        write_json(folder / "provenance.json", origin)
+    return course, cost
 
 
 def _by() -> dict[str, str]:

@@ -201,6 +201,7 @@ def score(ws: Workspace, task: str) -> None:
             "seed": str(params.warmup.seed),
             "task": task,
             "version": __version__,
+            **({"warmup": origin["warmup"]} if "warmup" in origin else {}),
         },
     )
     scores.save(ws.path("scores", f"{task}.safetensors"))

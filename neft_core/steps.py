@@ -37,7 +37,7 @@ class Recipe:
     lr_warmup: int = 0
     """Steps over which the learning rate rises from zero."""
     max_grad_norm: float = 1.0
-    """Norm that the gradient of what trains is clipped to."""
+    """Norm that the gradient of what trains is clipped to; infinite: none."""
     weight_decay: float = 0.0
     """Decoupled decay towards zero of what trains."""
     evaluate_every: int = 0

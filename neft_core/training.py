@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from neft_core.course import (
 )
 from neft_core.errors import NeftError
 from neft_core.files import load_tensors, save_tensors
+from neft_core.optimizers import InBackward, per_parameter
 from neft_core.progress import Progress
 from neft_core.steps import (
     Arrays,
@@ -58,6 +59,11 @@ class Trainer:
         label: for progress and messages.
         mixed_precision: `no`, `bf16` or `fp16`, as Accelerate has it.
         cpu: stay on the CPU.
+        optimizer: called with parameters, `lr` and `weight_decay`.
+        in_backward: step each parameter in the backward pass (see `InBackward`).
+
+    Raises:
+        NeftError: a way to share, or a number of micro-batches, that these can't take.
     """
 
     def __init__(
@@ -74,6 +80,8 @@ class Trainer:
         label: str,
         mixed_precision: str = "no",
         cpu: bool = True,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        in_backward: bool = False,
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -86,8 +94,19 @@ class Trainer:
         self.accelerator = Accelerator(
             cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[ddp]
         )
-        optimizer = torch.optim.AdamW(
-            trained.values(), lr=recipe.lr, weight_decay=recipe.weight_decay
+        if in_backward and (recipe.accumulation > 1 or self.accelerator.num_processes > 1):
+            raise NeftError(
+                f"{label}: updates in the backward pass keep no gradient to add to; "
+                "use one micro-batch in a step, and one process"
+            )
+        shared = self.accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+        if shared and optimizer is not torch.optim.AdamW:
+            raise NeftError(f"{label}: its small states need whole parameters; use states: fp32")
+        values = list(trained.values())
+        made = optimizer(
+            per_parameter(values) if in_backward else values,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
         )
         self._check_kind()
         if recipe.gradient_checkpointing:
@@ -96,7 +115,8 @@ class Trainer:
         self.raw_model = model
         # Sharding changes a model for good: its bare form is kept aside.
         self._skeleton = ranks.skeleton(model) if self.accelerator.is_fsdp2 else None
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(model, made)
+        self.in_backward = InBackward(self.optimizer, recipe.max_grad_norm) if in_backward else None
         # Sharding puts other tensors in the place of those given.
         wrapped = "._checkpoint_wrapped_module"
         now = {name.replace(wrapped, ""): p for name, p in model.named_parameters()}
@@ -202,29 +222,41 @@ class Trainer:
         rows = np.concatenate(micro_batches)
         tokens = trained_tokens(self.train_rows, rows)
         shares = deal(micro_batches, rank, processes)
-        total = 0.0
+        course.tokens += int(np.diff(self.train_rows["offsets"])[rows].sum())
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, course.step)
-        for number, share in enumerate(shares, 1):
-            # Gradients are exchanged once a step.
-            accelerator.sync_gradients = last = number == len(shares)
-            with nullcontext() if last else accelerator.no_sync(self.model):
-                batch = collate_share(self.train_rows, share, rows, self.pad)
-                moved = {name: values.to(accelerator.device) for name, values in batch.items()}
-                loss, _ = loss_sum(self.model, moved)
-                accelerator.backward(loss / tokens * processes)
-            total += loss.item()
-        total = sum(self._gather(total))
-        course.tokens += int(np.diff(self.train_rows["offsets"])[rows].sum())
+
+        def backward() -> float:
+            total = 0.0
+            for number, share in enumerate(shares, 1):
+                last = number == len(shares)
+                # Gradients are exchanged once a step.
+                with nullcontext() if last else accelerator.no_sync(self.model):
+                    batch = collate_share(self.train_rows, share, rows, self.pad)
+                    moved = {name: values.to(accelerator.device) for name, values in batch.items()}
+                    loss, _ = loss_sum(self.model, moved)
+                    if self.in_backward is not None:  # nothing may move after a loss like that
+                        self._check_loss(loss.item())
+                    accelerator.backward(loss / tokens * processes)
+                total += loss.item()
+            return total
+
+        if self.in_backward is not None:
+            total, norm = self.in_backward.step(backward)
+        else:
+            total = sum(self._gather(backward()))
+            self._check_loss(total)
+            norm = accelerator.clip_grad_norm_(self.trained.values(), self.recipe.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return total / tokens, float(ranks.whole(norm))
+
+    def _check_loss(self, total: float) -> None:
         if not math.isfinite(total):
             raise NeftError(
-                f"{self.label}: loss is {total} at step {course.step + 1}; "
+                f"{self.label}: loss is {total} at step {self.course.step + 1}; "
                 f"lower the learning rate ({self.recipe.lr:g}) or look at the data"
             )
-        norm = accelerator.clip_grad_norm_(self.trained.values(), self.recipe.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return total / tokens, float(ranks.whole(norm))
 
     def _gather(self, value: float) -> list[float]:
         """A number of every process, by rank."""

@@ -37,7 +37,7 @@ def refused(tmp_path: Path, *changes: tuple[str, str], text: str = TINY_PARAMS) 
          "runs.neft.method.percnt: unknown key; did you mean 'percent'?"),
         ("lr: 1e-3,", "lr: 1e-3, qqq: 1,", "warmup.qqq: unknown key; known here: lr, batch_size, "
          "accumulation, max_grad_norm, weight_decay, gradient_checkpointing, checkpoint_every, "
-         "steps, seed"),
+         "steps, seed, modules, layout, rank, states, update"),
         ("kind: built", "kind: buit", "model.kind: got 'buit'; allowed are built, local, hub"),
         ("  kind: built\n", "", "model.kind: missing; it is required"),
         ("name: full", "name: ful", "runs.full.method.name: got 'ful'; allowed are full, in_out, "
@@ -87,6 +87,23 @@ def refused(tmp_path: Path, *changes: tuple[str, str], text: str = TINY_PARAMS) 
          "give exactly one of percent, neurons, share"),
         ("rank: 2", "rank: 2, percent: 9", "runs.lora.method.percent: unknown key; "
          "known here: name, rank, alpha, dropout"),
+        ("warmup: {", "warmup: {modules: lora, ", "warmup.rank: missing; modules: lora needs it"),
+        ("warmup: {", "warmup: {rank: 4, ", "warmup.rank: got 4; it is for modules: lora only"),
+        ("warmup: {", "warmup: {modules: candidates, ",
+         "warmup.layout: missing; modules: candidates needs it"),
+        ("warmup: {", "warmup: {modules: candidates, layout: mlp+gate, ",
+         "warmup.layout: got 'mlp+gate'; the same as scoring.layout, 'mlp'"),
+        ("warmup: {", "warmup: {states: 4bit, ",
+         "warmup.states: got '4bit'; allowed are fp32, 8bit, factored"),
+        ("warmup: {", "warmup: {update: in_backward, accumulation: 2, ",
+         "warmup.accumulation: got 2; update: in_backward keeps no gradient to add to: set 1, or "
+         "update: after_backward"),
+        ("threads: 1}\nwarmup: {", "threads: 1, processes: 2}\nwarmup: {update: in_backward, ",
+         "warmup.update: got 'in_backward' with compute.processes 2; one process, or "
+         "after_backward"),
+        ("auto, threads: 1}\nwarmup: {", "fp16, threads: 1}\nwarmup: {update: in_backward, ",
+         "warmup.update: got 'in_backward' with compute.mixed_precision fp16, which scales all "
+         "gradients at once; use bf16"),
         ("seeds: [1, 2]", "seeds: [1, 1]", "runs.neft.seeds: got [1, 1]; each seed once"),
         ("heads: 2", "heads: 3",
          "model.heads: got 3 with hidden 16; hidden / heads must be even"),
