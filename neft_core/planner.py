@@ -1,0 +1,329 @@
+"""Will it fit: what the params ask of memory, disk and time, before anything is loaded.
+
+`plan` forecasts every stage and every method; `check` refuses a start that can't succeed.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from neft_core import config, runs
+from neft_core.capacity import copies_share_blocks, free_disk, free_gpu_memory, free_memory
+from neft_core.config import Params
+from neft_core.errors import NeftError
+from neft_core.forecast import Need, Subject, Training, forecast
+from neft_core.simulation import Batch, Work
+from neft_core.workspace import Workspace
+
+MARGIN = 1.05
+"""What is asked for beyond a forecast: kernels' own memory, and gaps between blocks."""
+
+SKIP = "NEFT_CHECK_FIT"
+"""Set to 0 to start whatever the forecast says."""
+
+CHECKED = ("warmup", "train")
+"""Stages that are refused where they can't fit."""
+
+WHAT_IF: dict[str, dict[str, Any]] = {
+    "full": {},
+    "in_out": {},
+    "embed": {},
+    "lora": {"rank": 16},
+    "neft": {"percent": 9.0},
+}
+"""Methods, and their options where no run has them."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A task's rows as far as they are known.
+
+    Attributes:
+        train, dev, test: how many; None where only the data tells.
+        longest: tokens of the longest training row, or what the params allow.
+        typical: tokens of a row in the middle; None before `prepare`.
+        trained: most tokens with a loss in a row; None: all.
+        prompt: tokens of the longest prompt of the test rows.
+    """
+
+    train: int | None
+    dev: int | None
+    test: int | None
+    longest: int
+    typical: int | None = None
+    trained: int | None = None
+    prompt: int | None = None
+
+    def batch(self, size: int) -> Batch:
+        """The largest micro-batch."""
+        size = min(size, self.train or size)
+        trained = None if self.trained is None else size * self.trained
+        return Batch(size, self.longest, trained, padded=size > 1)
+
+
+class Planner:
+    """Forecasts for one set of params on one machine.
+
+    Args:
+        params: checked.
+        root: where relative paths start.
+        data: the workspace whose prepared rows and base model count; None: params alone.
+        config_file: the model's config.json, where it is not where params say.
+        download: a Hub model's config.json may be fetched.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        root: Path,
+        data: Workspace | None = None,
+        *,
+        config_file: Path | None = None,
+        download: bool = True,
+    ) -> None:
+        self.params, self.root, self.data = params, root, data
+        self._config_file, self._download = config_file, download
+        self._needs: dict[str, Need] = {}
+        wanted = params.compute.device
+        self.gpu = wanted != "cpu" and (wanted == "cuda" or free_gpu_memory() is not None)
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The base model."""
+        import torch
+
+        compute, choice = self.params.compute, self.params.model
+        kind = runs.precision(compute, not self.gpu)
+        return Subject(
+            self._config(),
+            getattr(torch, runs.frozen_type(compute, not self.gpu)),
+            {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind),
+            self.gpu,
+            getattr(choice, "trust_remote_code", False),
+        )
+
+    def _config(self) -> Any:
+        from neft_core import models
+
+        choice = self.params.model
+        trust = getattr(choice, "trust_remote_code", False)
+        if self._config_file is not None:
+            return models.read_config(self._config_file, trust_remote_code=trust)
+        if isinstance(choice, config.BuiltModel):
+            sizes = {"vocabulary", "hidden", "intermediate", "layers", "heads", "context"}
+            return models.llama_config(**choice.model_dump(include=sizes))
+        if isinstance(choice, config.LocalModel):
+            path = self.root / Path(choice.path).expanduser()
+        else:
+            path = models.hub_config(choice.id, choice.revision, download=self._download)
+            path = path.parent if trust else path
+        return models.read_config(path, trust_remote_code=trust)
+
+    def rows(self, task: str) -> Rows:
+        """What is known of a task's rows: of prepared data where there is some."""
+        section = self.params.tasks[task]
+        source, longest = section.source, section.format.max_tokens
+        known = Rows(source.train, source.dev, source.test, longest)
+        folder = self.data.path("prepared", task) if self.data else None
+        if folder is None or not (folder / "train.safetensors").is_file():
+            return known
+        import numpy as np
+
+        from neft_core.encoding import load_encoded
+
+        train, dev, test = (
+            load_encoded(folder / f"{name}.safetensors")[0] for name in ("train", "dev", "test")
+        )
+        lengths = np.diff(train["offsets"])
+        trained = np.add.reduceat(train["trained"].astype(np.int64), train["offsets"][:-1])
+        return Rows(
+            len(lengths),
+            len(dev["offsets"]) - 1,
+            len(test["offsets"]) - 1,
+            int(lengths.max()),
+            int(np.median(lengths)),
+            int(trained.max()),
+            int(np.max(test["prompts"])),
+        )
+
+    def training(self, stage: str, item: str) -> Training:
+        """What a stage trains: `base`, `warmup` of a task, `train` of a run."""
+        params = self.params
+        if stage == "base":
+            assert isinstance(params.model, config.BuiltModel)
+            how = params.model.pretraining
+            return Training("full", Batch(how.batch_size, params.model.context))
+        section: config.Optimisation = params.warmup if stage == "warmup" else params.training
+        rows = self.rows(item if stage == "warmup" else params.runs[item].task)
+        shared: dict[str, Any] = {
+            "batch": rows.batch(section.batch_size),
+            "checkpointing": section.gradient_checkpointing,
+            "accumulation": section.accumulation,
+            "layout": params.scoring.layout,
+        }
+        if stage == "warmup":
+            return Training("full", **shared)
+        method = params.runs[item].method
+        # Which neurons, doesn't matter; how many, does.
+        options = method.model_dump(exclude_none=True, exclude={"name", "policy", "seed"})
+        return Training(
+            method.name, options=options, dev=rows.batch(2 * section.batch_size), **shared
+        )
+
+    def need(self, training: Training) -> Need:
+        """What a training needs; asked once for equal ones."""
+        key = repr(training)
+        if key not in self._needs:
+            self._needs[key] = forecast(self.subject, training)
+        return self._needs[key]
+
+    def kept(self, stage: str, item: str) -> int:
+        """Bytes that a training stage leaves in `work/`."""
+        subject, params = self.subject, self.params
+        if stage == "base":
+            return 4 * subject.parameters
+        if stage == "warmup":
+            scored = subject.scored()
+            return 4 * scored + subject.dtype.itemsize * (subject.parameters - scored)
+        return len(params.runs[item].seeds) * self.need(self.training(stage, item)).adapter
+
+    # Refusals
+
+    def refusals(self, stage: str, item: str) -> Iterator[str]:
+        """One line for each thing that a training stage lacks here."""
+        training = self.training(stage, item)
+        need = self.need(training)
+        section = "warmup" if stage == "warmup" else f"runs.{item}"
+        where = f"{Params.FILE}: {section}"
+        for kind, room, wanted in self._rooms():
+            if room is not None and wanted(need) * MARGIN > room:
+                batch = training.batch
+                with_ = f"method {training.method}, {batch.rows} rows of {batch.tokens} tokens"
+                if stage == "train":
+                    with_ = f"{batch.rows} rows of {batch.tokens} tokens"
+                yield (
+                    f"{where}: needs {size(wanted(need) * MARGIN)} of {kind} with {with_}, "
+                    f"{size(room)} available; {self._remedy(stage, training, room, wanted)}"
+                )
+                break
+        disk = (1 if copies_share_blocks(self.root) else 2) * self.kept(stage, item)
+        room = free_disk(self.root)
+        if (disk + need.checkpoint) * MARGIN > room:
+            yield (
+                f"{where}: needs {size((disk + need.checkpoint) * MARGIN)} of disk, "
+                f"{size(need.checkpoint)} of it for checkpoints while it trains, {size(room)} "
+                f"available in {self.root}; free some, or use a disk with more"
+            )
+
+    def _rooms(self) -> list[tuple[str, int | None, Callable[[Need], int]]]:
+        """Kinds of memory, what is free of each, and what a need takes of it."""
+        main = ("memory", free_memory(), lambda need: need.host)
+        if self.gpu:
+            return [("GPU memory", free_gpu_memory(), lambda need: need.peak), main]
+        return [main]
+
+    def _remedy(
+        self, stage: str, training: Training, room: int, wanted: Callable[[Need], int]
+    ) -> str:
+        """The first change that fits, or the one that needs least."""
+        tried = []
+        for change, other in changes(stage, training):
+            try:
+                asked = wanted(self.need(other)) * MARGIN
+            except NeftError:
+                continue
+            if asked <= room:
+                return f"{change} needs {size(asked)}"
+            tried.append((asked, change))
+        if not tried:
+            return "a smaller model is needed"
+        asked, change = min(tried)
+        return f"the least that was tried, {change}, needs {size(asked)}"
+
+    # Time
+
+    def steps(self, stage: str, item: str) -> int | None:
+        """Optimiser steps of a training stage, over all seeds; None where rows aren't known."""
+        params = self.params
+        if stage == "warmup":
+            return params.warmup.steps
+        if stage == "base":
+            assert isinstance(params.model, config.BuiltModel)
+            counts = [
+                2 * task.source.pretrain
+                for task in params.tasks.values()
+                if task.source.pretrain is not None and task.format.task == "translation"
+            ]
+            how = params.model.pretraining
+            return how.epochs * math.ceil(sum(counts) / how.batch_size)
+        run, section = params.runs[item], params.training
+        rows = self.rows(run.task).train
+        if rows is None:
+            return None
+        per_epoch = math.ceil(rows / (section.batch_size * section.accumulation))
+        return len(run.seeds) * max(1, round((run.epochs or section.epochs) * per_epoch))
+
+    def step_work(self, training: Training, typical: int | None) -> Work:
+        """Work of an optimiser step: of typical rows where they are known, else of the longest."""
+        step = self.need(training).step
+        share = 1.0 if typical is None else typical / training.batch.tokens
+        return step.pass_ * (share * training.accumulation) + step.update
+
+
+def changes(stage: str, training: Training) -> Iterator[tuple[str, Training]]:
+    """Other ways to do a training, the mildest first, as params.yaml would say them."""
+    section = "warmup" if stage == "warmup" else "training"
+    gentle: list[tuple[str, Training]] = []
+    if not training.checkpointing:
+        change = f"{section}.gradient_checkpointing: true"
+        gentle.append((change, replace(training, checkpointing=True)))
+    if training.batch.rows > 1:
+        few = training.smaller()
+        change = f"{section}.batch_size: 1 with accumulation: {few.accumulation}"
+        gentle.append((change, few))
+        if not training.checkpointing:
+            both = f"{change} and gradient_checkpointing: true"
+            gentle.append((both, replace(few, checkpointing=True)))
+    yield from gentle
+    if stage == "train":
+        least = gentle[-1][1] if gentle else training
+        tail = f" with {gentle[-1][0]}" if gentle else ""
+        if training.method != "neft":
+            for rest, name in (("", training), (tail, least)):
+                options = WHAT_IF["neft"]
+                yield (
+                    f"method neft at {options['percent']:g} %{rest}",
+                    replace(name, method="neft", options=options),
+                )
+
+
+def check(ws: Workspace, stages: Iterable[tuple[str, str]], *, download: bool = True) -> None:
+    """Refuse to start what can't fit.
+
+    Args:
+        ws: the workspace.
+        stages: names and items; only those in `CHECKED` count.
+        download: a Hub model's config.json may be fetched.
+
+    Raises:
+        NeftError: one line for each stage that lacks memory or disk here.
+    """
+    wanted = [(stage, item) for stage, item in stages if stage in CHECKED]
+    if not wanted or os.environ.get(SKIP) == "0":
+        return
+    planner = Planner(ws.params(), ws.root, ws, download=download)
+    lines = [line for stage, item in wanted for line in planner.refusals(stage, item)]
+    if lines:
+        raise NeftError("\n".join(f"{line} ({SKIP}=0 starts anyway)" for line in lines))
+
+
+def size(amount: float) -> str:
+    """Bytes as people say them: `107.8 GB`."""
+    if amount < 1000:
+        return f"{amount:.0f} bytes"
+    power = min(4, int(math.log10(amount)) // 3)
+    return f"{amount / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
