@@ -36,6 +36,10 @@ class Rates:
         starting = work.calls * self.call
         return max(computing, starting) if self.overlap else computing + starting
 
+    def slower(self, factor: float) -> "Rates":
+        """Rates with which everything takes `factor` times as long."""
+        return Rates(self.flops / factor, self.moved / factor, self.call * factor, self.overlap)
+
 
 def free_memory() -> int:
     """Bytes of memory that this process can still have: the system's, or its cgroup's if less."""

@@ -1,5 +1,7 @@
 """Forecasts for one model: what a training, a dev loss or a generation needs, from shapes alone."""
 
+import copy
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -51,6 +53,16 @@ class Subject:
     def parameters(self) -> int:
         """Parameters of the whole model; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.model().parameters())
+
+    def one_layer(self) -> "Subject":
+        """The same model with one layer and few words."""
+        small = copy.deepcopy(self.config)
+        small.update({"num_hidden_layers": 1, "vocab_size": 512})
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(small, key, None)
+        if getattr(small, "layer_types", None):
+            small.layer_types = small.layer_types[:1]
+        return replace(self, config=small)
 
     def scored(self) -> int:
         """Weights of the candidates of every layout, which the tuned model keeps in fp32."""
@@ -141,7 +153,6 @@ def forecast(subject: Subject, training: Training) -> Need:
         NeftError: the budget doesn't fit the model.
     """
     model, mask = prepared(subject, training)
-    adapter = METHODS[training.method].adapter(model)
     step = simulation.simulate_step(
         model,
         training.batch,
@@ -150,7 +161,7 @@ def forecast(subject: Subject, training: Training) -> Need:
         optimizer=simulation.adamw(foreach=subject.gpu),
         accumulating=training.accumulation > 1,
     )
-    held = step.frozen + step.trained
+    selected = mask.neurons if mask else 0
     peak = step.peak
     if training.dev is not None:
         loss = simulation.simulate_loss(model, training.dev, autocast=subject.autocast)
@@ -158,10 +169,31 @@ def forecast(subject: Subject, training: Training) -> Need:
     return Need(
         step=step,
         peak=peak,
-        host=held if subject.gpu else peak,
-        adapter=sum(tensor.numel() * tensor.element_size() for tensor in adapter.values()),
-        selected=mask.neurons if mask else 0,
+        host=step.frozen + step.trained if subject.gpu else peak,
+        adapter=step.trained + 8 * selected,  # and where each neuron is
+        selected=selected,
     )
+
+
+def measure(subject: Subject, training: Training, device: str) -> float:
+    """Seconds of a real step with random weights; for models that are small."""
+    model = models.skeleton(subject.config, subject.dtype, device=device)
+    model = METHODS[training.method].prepare(model, training.options, None, subject.model_type)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    ids = torch.zeros(training.batch.rows, training.batch.tokens, dtype=torch.int64, device=device)
+    least = float("inf")
+    for _ in range(3):
+        begun = time.perf_counter()
+        with torch.autocast(device, dtype=subject.autocast, enabled=subject.autocast is not None):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        least = min(least, time.perf_counter() - begun)
+    return least
 
 
 def generation(

@@ -347,7 +347,9 @@ def hub_config(name: str, revision: str, *, download: bool) -> Path:
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()
     try:
         return Path(
             hf_hub_download(name, "config.json", revision=revision, local_files_only=not download)
@@ -359,13 +361,19 @@ def hub_config(name: str, revision: str, *, download: bool) -> Path:
     raise NeftError(f"model '{name}': no config.json ({reason}); give the file with --config FILE")
 
 
-def skeleton(config: Any, dtype: "torch.dtype", *, trust_remote_code: bool = False) -> Any:
-    """A model with shapes and no values: on the meta device, in no time and no memory."""
+def skeleton(
+    config: Any,
+    dtype: "torch.dtype",
+    *,
+    device: str = "meta",
+    trust_remote_code: bool = False,
+) -> Any:
+    """A model without weights of its own: on `meta` without any, elsewhere with random ones."""
     import torch
     from transformers import AutoModelForCausalLM
 
     _quiet()
-    with torch.device("meta"):
+    with torch.device(device):
         return AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )

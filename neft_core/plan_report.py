@@ -7,7 +7,7 @@ from typing import Any
 
 from neft_core import capacity, config
 from neft_core.capacity import Rates
-from neft_core.forecast import Training, generation
+from neft_core.forecast import Training
 from neft_core.neurons import candidates
 from neft_core.planner import MARGIN, WHAT_IF, Planner, size
 from neft_core.simulation import Work
@@ -16,7 +16,7 @@ SMALL = ("corpus", "prepare", "select", "summary")
 """Stages that need little of anything."""
 
 
-def report(planner: Planner, rates: Rates) -> dict[str, Any]:
+def report(planner: Planner, rates: Rates | None) -> dict[str, Any]:
     """Everything that is forecast, as plain data.
 
     Raises:
@@ -42,7 +42,7 @@ def report(planner: Planner, rates: Rates) -> dict[str, Any]:
         },
         "rows": {task: asdict(planner.rows(task)) for task in params.tasks},
         "available": rooms,
-        "rates": asdict(rates),
+        "rates": asdict(rates) if rates else None,
         "margin": MARGIN,
         "methods": [_method(planner, rates, room, *entry) for entry in _methods(planner)],
         "stages": stages,
@@ -68,7 +68,7 @@ def _methods(planner: Planner) -> Iterator[tuple[list[str], Training]]:
 
 
 def _method(
-    planner: Planner, rates: Rates, room: int | None, names: list[str], training: Training
+    planner: Planner, rates: Rates | None, room: int | None, names: list[str], training: Training
 ) -> dict[str, Any]:
     need = planner.need(training)
     step = need.step
@@ -95,12 +95,13 @@ def _method(
         },
         "adapter": need.adapter,
         "flops": step.pass_.flops * training.accumulation,
-        "seconds": rates.seconds(planner.step_work(training, typical)),
+        "seconds": _seconds(rates, planner.step_work(training, typical)),
+        "longest_rows": typical is None,
         "fits": None if room is None else need.peak * MARGIN <= room,
     }
 
 
-def _stages(planner: Planner, rates: Rates) -> Iterator[dict[str, Any]]:
+def _stages(planner: Planner, rates: Rates | None) -> Iterator[dict[str, Any]]:
     """Every stage of the pipeline that needs something, with memory, time and disk."""
     params, subject = planner.params, planner.subject
     if isinstance(params.model, config.BuiltModel):
@@ -113,7 +114,7 @@ def _stages(planner: Planner, rates: Rates) -> Iterator[dict[str, Any]]:
     neurons = sum(group.count for group in groups)
     for task in params.tasks:
         # Two values are read in fp32 at most, and compared in float64.
-        seconds = rates.seconds(Work(moved=80 * scored))
+        seconds = _seconds(rates, Work(moved=80 * scored))
         yield _stage("score", task, 32 * largest, seconds, kept=8 * neurons)
     for run in params.runs:
         yield _trained(planner, rates, "train", run)
@@ -124,6 +125,10 @@ def _stages(planner: Planner, rates: Rates) -> Iterator[dict[str, Any]]:
         training = planner.training("train", run)
         memory, seconds = _generated(planner, rates, entry.task, training)
         yield _stage("evaluate", run, memory, seconds and len(entry.seeds) * seconds)
+
+
+def _seconds(rates: Rates | None, work: Work) -> float | None:
+    return None if rates is None else rates.seconds(work)
 
 
 def _stage(
@@ -138,12 +143,12 @@ def _stage(
     }
 
 
-def _trained(planner: Planner, rates: Rates, stage: str, item: str) -> dict[str, Any]:
+def _trained(planner: Planner, rates: Rates | None, stage: str, item: str) -> dict[str, Any]:
     """A stage that trains: its steps, and its dev losses at a third of a step's work each."""
     training, params = planner.training(stage, item), planner.params
     need, steps = planner.need(training), planner.steps(stage, item)
     seconds = None
-    if steps is not None:
+    if steps is not None and rates is not None:
         task = params.runs[item].task if stage == "train" else item
         rows = planner.rows(task) if task else None
         typical = rows.typical if rows else None
@@ -160,7 +165,7 @@ def _trained(planner: Planner, rates: Rates, stage: str, item: str) -> dict[str,
 
 
 def _generated(
-    planner: Planner, rates: Rates, task: str, training: Training | None
+    planner: Planner, rates: Rates | None, task: str, training: Training | None
 ) -> tuple[int, float | None]:
     """Peak bytes of generating a task's test split once, and seconds at full length."""
     params, rows = planner.params, planner.rows(task)
@@ -168,8 +173,8 @@ def _generated(
     count = min(section.batch_size, rows.test or section.batch_size)
     new = section.max_new_tokens
     tokens = (rows.prompt or rows.longest) + new
-    peak, work = generation(planner.subject, training, count, tokens)
-    if rows.test is None:
+    peak, work = planner.generation(training, count, tokens)
+    if rows.test is None or rates is None:
         return peak, None
     weights = planner.subject.parameters * planner.subject.dtype.itemsize
     once = Work(work.flops // tokens, work.moved // tokens + weights, work.calls)
@@ -180,6 +185,7 @@ def _generated(
 def text(found: dict[str, Any]) -> str:
     """The report as one reads it in a terminal."""
     model, here, disk = found["model"], found["available"], found["disk"]
+    longest = any(rows["typical"] is None for rows in found["rows"].values())
     autocast = "" if model["autocast"] == "None" else f", mixed precision {model['autocast']}"
     lines = [
         f"model: {model['type']}, {model['parameters']:,} parameters; frozen weights "
@@ -196,16 +202,16 @@ def text(found: dict[str, Any]) -> str:
     lines += ["", *_table(_method_rows(found["methods"]))]
     lines += [
         "",
-        "trained: fp32 values with what restores the base is part of weights. peak: the most at "
-        "once;",
-        "gradients come as activations go, so it may be less than the sum. (..): no run has it.",
+        "weights: all that doesn't train, originals of trained neurons included; trained: in fp32;",
+        "peak: the most at once, gradients come as activations go; (..): no run has it; "
+        "<: were all rows the longest",
         "",
         *_table(
             [
                 {
                     "stage": stage["stage"],
                     "memory": size(stage["memory"]),
-                    "time": duration(stage["seconds"]),
+                    "time": duration(stage["seconds"], longest and stage["stage"][:5] != "score"),
                     "kept on disk": size(stage["kept"]) if stage["kept"] else "-",
                     "while it runs": size(stage["scratch"]) if stage["scratch"] else "-",
                 }
@@ -237,7 +243,7 @@ def _method_rows(methods: Sequence[dict[str, Any]]) -> Iterator[dict[str, str]]:
             "parameters": f"{entry['parameters']:,}",
             "%": f"{entry['percent']:.2f}",
             **{part: size(amount) for part, amount in entry["bytes"].items()},
-            "step": duration(entry["seconds"]),
+            "step": duration(entry["seconds"], entry["longest_rows"]),
             "fits": fits,
         }
 
@@ -253,13 +259,14 @@ def _table(rows: Iterator[dict[str, str]] | list[dict[str, str]]) -> Iterator[st
         yield "  ".join([line, *(row[head].rjust(widths[head]) for head in others)])
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds as people say them."""
+def duration(seconds: float | None, at_most: bool = False) -> str:
+    """Seconds as people say them; `<` before a time that all rows at full length would take."""
     if seconds is None:
         return "?"
+    before = "< " if at_most else ""
     if seconds < 1:
-        return f"{1000 * seconds:.0f} ms"
+        return f"{before}{1000 * seconds:.0f} ms"
     for limit, unit, length in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
         if seconds < limit:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds / 86_400:.1f} days"
+            return f"{before}{seconds / length:.1f} {unit}"
+    return f"{before}{seconds / 86_400:.1f} days"

@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from neft_core import config, runs
-from neft_core.capacity import copies_share_blocks, free_disk, free_gpu_memory, free_memory
+from neft_core.capacity import (
+    Rates,
+    calibrate,
+    copies_share_blocks,
+    free_disk,
+    free_gpu_memory,
+    free_memory,
+)
 from neft_core.config import Params
 from neft_core.errors import NeftError
-from neft_core.forecast import Need, Subject, Training, forecast
+from neft_core.forecast import Need, Subject, Training, forecast, generation, measure
 from neft_core.simulation import Batch, Work
 from neft_core.workspace import Workspace
 
@@ -25,8 +32,8 @@ MARGIN = 1.05
 SKIP = "NEFT_CHECK_FIT"
 """Set to 0 to start whatever the forecast says."""
 
-CHECKED = ("warmup", "train")
-"""Stages that are refused where they can't fit."""
+SHORT = 8
+"""Tokens of a row that is as good as nothing."""
 
 WHAT_IF: dict[str, dict[str, Any]] = {
     "full": {},
@@ -74,6 +81,7 @@ class Planner:
         data: the workspace whose prepared rows and base model count; None: params alone.
         config_file: the model's config.json, where it is not where params say.
         download: a Hub model's config.json may be fetched.
+        least: rows that aren't prepared count as short: what can't fit then, can't fit at all.
     """
 
     def __init__(
@@ -84,10 +92,12 @@ class Planner:
         *,
         config_file: Path | None = None,
         download: bool = True,
+        least: bool = False,
     ) -> None:
-        self.params, self.root, self.data = params, root, data
+        self.params, self.root, self.data, self.least = params, root, data, least
         self._config_file, self._download = config_file, download
         self._needs: dict[str, Need] = {}
+        self._generations: dict[str, tuple[int, Work]] = {}
         wanted = params.compute.device
         self.gpu = wanted != "cpu" and (wanted == "cuda" or free_gpu_memory() is not None)
 
@@ -127,7 +137,7 @@ class Planner:
         """What is known of a task's rows: of prepared data where there is some."""
         section = self.params.tasks[task]
         source, longest = section.source, section.format.max_tokens
-        known = Rows(source.train, source.dev, source.test, longest)
+        known = Rows(source.train, source.dev, source.test, SHORT if self.least else longest)
         folder = self.data.path("prepared", task) if self.data else None
         if folder is None or not (folder / "train.safetensors").is_file():
             return known
@@ -181,6 +191,13 @@ class Planner:
             self._needs[key] = forecast(self.subject, training)
         return self._needs[key]
 
+    def generation(self, training: Training | None, rows: int, tokens: int) -> tuple[int, Work]:
+        """As `forecast.generation`, asked once for equal ones."""
+        key = repr((training, rows, tokens))
+        if key not in self._generations:
+            self._generations[key] = generation(self.subject, training, rows, tokens)
+        return self._generations[key]
+
     def kept(self, stage: str, item: str) -> int:
         """Bytes that a training stage leaves in `work/`."""
         subject, params = self.subject, self.params
@@ -202,11 +219,11 @@ class Planner:
         for kind, room, wanted in self._rooms():
             if room is not None and wanted(need) * MARGIN > room:
                 batch = training.batch
-                with_ = f"method {training.method}, {batch.rows} rows of {batch.tokens} tokens"
-                if stage == "train":
-                    with_ = f"{batch.rows} rows of {batch.tokens} tokens"
+                rows = f"with {batch.rows} rows of {batch.tokens} tokens"
+                if batch.tokens <= SHORT:
+                    rows = "however short the rows"
                 yield (
-                    f"{where}: needs {size(wanted(need) * MARGIN)} of {kind} with {with_}, "
+                    f"{where}: needs {size(wanted(need) * MARGIN)} of {kind} {rows}, "
                     f"{size(room)} available; {self._remedy(stage, training, room, wanted)}"
                 )
                 break
@@ -267,6 +284,28 @@ class Planner:
         per_epoch = math.ceil(rows / (section.batch_size * section.accumulation))
         return len(run.seeds) * max(1, round((run.epochs or section.epochs) * per_epoch))
 
+    def rates(self, *, layer: bool = False) -> Rates | None:
+        """How fast the device is; None where it is not in this machine.
+
+        Args:
+            layer: correct them by a real step of one layer of the model.
+        """
+        if self.gpu and free_gpu_memory() is None:
+            return None
+        device = "cuda" if self.gpu else "cpu"
+        runs.device(self.params)
+        found = calibrate(device, self.subject.autocast or self.subject.dtype)
+        if not layer:
+            return found
+        one = self.subject.one_layer()
+        training = Training(
+            "full", Batch(1, min(256, self.rows(next(iter(self.params.tasks))).longest))
+        )
+        step = forecast(one, training).step
+        return found.slower(
+            measure(one, training, device) / found.seconds(step.pass_ + step.update)
+        )
+
     def step_work(self, training: Training, typical: int | None) -> Work:
         """Work of an optimiser step: of typical rows where they are known, else of the longest."""
         step = self.need(training).step
@@ -301,22 +340,28 @@ def changes(stage: str, training: Training) -> Iterator[tuple[str, Training]]:
                 )
 
 
-def check(ws: Workspace, stages: Iterable[tuple[str, str]], *, download: bool = True) -> None:
+def check(ws: Workspace, stages: Iterable[tuple[str, str]], *, before: bool = False) -> None:
     """Refuse to start what can't fit.
 
     Args:
         ws: the workspace.
-        stages: names and items; only those in `CHECKED` count.
-        download: a Hub model's config.json may be fetched.
+        stages: names and items of trainings.
+        before: other stages run first; rows that aren't prepared count as short, and a model
+            that isn't here yet is left out.
 
     Raises:
         NeftError: one line for each stage that lacks memory or disk here.
     """
-    wanted = [(stage, item) for stage, item in stages if stage in CHECKED]
-    if not wanted or os.environ.get(SKIP) == "0":
+    if os.environ.get(SKIP) == "0":
         return
-    planner = Planner(ws.params(), ws.root, ws, download=download)
-    lines = [line for stage, item in wanted for line in planner.refusals(stage, item)]
+    planner = Planner(ws.params(), ws.root, ws, download=not before, least=before)
+    try:
+        planner.subject  # noqa: B018 - it may be unknown
+    except NeftError:
+        if before:
+            return
+        raise
+    lines = [line for stage, item in stages for line in planner.refusals(stage, item)]
     if lines:
         raise NeftError("\n".join(f"{line} ({SKIP}=0 starts anyway)" for line in lines))
 

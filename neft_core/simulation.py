@@ -246,7 +246,7 @@ def simulate_step(
             freed.
     """
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     with fake(model) as tracker:
         everything = {id(t): t for _, _, t in _places(model)}.values()
