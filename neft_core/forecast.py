@@ -104,7 +104,10 @@ class Training:
         """The same steps, one row at a time."""
         rows = self.batch.rows
         return replace(
-            self, batch=replace(self.batch, rows=1), accumulation=rows * self.accumulation
+            self,
+            batch=replace(self.batch, rows=1),
+            accumulation=rows * self.accumulation,
+            dev=self.dev and replace(self.dev, rows=2),
         )
 
 

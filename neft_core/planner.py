@@ -128,6 +128,11 @@ class Planner:
             return models.llama_config(**choice.model_dump(include=sizes))
         if isinstance(choice, config.LocalModel):
             path = self.root / Path(choice.path).expanduser()
+            if not path.is_dir():
+                raise NeftError(
+                    f"{path}: no such directory; give a model's directory, or its config.json "
+                    "with --config FILE"
+                )
         else:
             path = models.hub_config(choice.id, choice.revision, download=self._download)
             path = path.parent if trust else path

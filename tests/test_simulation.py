@@ -97,7 +97,7 @@ def test_a_step_needs_what_was_forecast(method, dtype, checkpointing, monkeypatc
     need = forecast(of, training)
     real = Real(on_cpu(of, training, monkeypatch), batch, of.autocast, checkpointing)
     assert need.step.activations == pytest.approx(real.kept, rel=0.01)
-    assert need.step.peak == pytest.approx(real.peak(), rel=0.02)
+    assert need.step.peak == pytest.approx(real.peak(), rel=0.05)
     trained = sum(p.numel() for p in real.trained)
     assert need.step.parameters == trained
     # AdamW counts the steps of each parameter in four more bytes.
