@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neft_core.simulation import Work
+from neft_core.tracker import Work
 
 
 @dataclass(frozen=True)

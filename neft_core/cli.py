@@ -169,7 +169,7 @@ def _check_fit(ws: "Workspace", force: bool) -> None:
         if stage.name in due and stage.item and stage.family in CHECKED
     ]
     if chosen:
-        from neft_core.planner import check
+        from neft_core.fit import check
 
         check(ws, chosen, before=True)
 
@@ -208,7 +208,7 @@ def _stage(options: argparse.Namespace) -> int:
     name = "-".join(stage)
     _exit_with_owner()
     if options.name in CHECKED and options.item and not ranks.launched():
-        from neft_core.planner import check
+        from neft_core.fit import check
 
         check(ws, [(options.name, options.item)])
     if not ranks.main() or launching.FAULTS in os.environ:

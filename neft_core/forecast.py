@@ -14,7 +14,8 @@ from neft_core.masks import NeuronMask, NeuronScores
 from neft_core.methods import METHODS
 from neft_core.neurons import candidates, family
 from neft_core.selection import select
-from neft_core.simulation import Batch, Step, Work
+from neft_core.simulation import Batch, Step
+from neft_core.tracker import Work
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from neft_core.capacity import Rates
 from neft_core.forecast import Training
 from neft_core.neurons import candidates
 from neft_core.planner import MARGIN, WHAT_IF, Planner, size
-from neft_core.simulation import Work
+from neft_core.tracker import Work
 
 SMALL = ("corpus", "prepare", "select", "summary")
 """Stages that need little of anything."""
@@ -58,7 +58,7 @@ def _methods(planner: Planner) -> Iterator[tuple[list[str], Training]]:
     """Each training that some runs share, then those that no run has."""
     found: dict[str, tuple[list[str], Training]] = {}
     for name in planner.params.runs:
-        training = planner.training("train", name)
+        training, _ = planner.ask("train", name)
         found.setdefault(repr(training), ([], training))[0].append(name)
     yield from found.values()
     first = next(iter(found.values()))[1]
@@ -145,8 +145,8 @@ def _stage(
 
 def _trained(planner: Planner, rates: Rates | None, stage: str, item: str) -> dict[str, Any]:
     """A stage that trains: its steps, and its dev losses at a third of a step's work each."""
-    training, params = planner.training(stage, item), planner.params
-    need, steps = planner.need(training), planner.steps(stage, item)
+    (training, need), params = planner.ask(stage, item), planner.params
+    steps = planner.steps(stage, item)
     seconds = None
     if steps is not None and rates is not None:
         task = params.runs[item].task if stage == "train" else item

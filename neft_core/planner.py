@@ -1,12 +1,7 @@
-"""Will it fit: what the params ask of memory, disk and time, before anything is loaded.
-
-`plan` forecasts every stage and every method; `check` refuses a start that can't succeed.
-"""
+"""What the params ask of memory, disk and time, before anything is loaded."""
 
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,22 +10,17 @@ from neft_core import config, runs
 from neft_core.capacity import (
     Rates,
     calibrate,
-    copies_share_blocks,
-    free_disk,
     free_gpu_memory,
-    free_memory,
 )
 from neft_core.config import Params
 from neft_core.errors import NeftError
 from neft_core.forecast import Need, Subject, Training, forecast, generation, measure
-from neft_core.simulation import Batch, Work
+from neft_core.simulation import Batch
+from neft_core.tracker import Work
 from neft_core.workspace import Workspace
 
 MARGIN = 1.05
 """What is asked for beyond a forecast: kernels' own memory, and gaps between blocks."""
-
-SKIP = "NEFT_CHECK_FIT"
-"""Set to 0 to start whatever the forecast says."""
 
 SHORT = 8
 """Tokens of a row that is as good as nothing."""
@@ -134,9 +124,20 @@ class Planner:
                     "with --config FILE"
                 )
         else:
-            path = models.hub_config(choice.id, choice.revision, download=self._download)
+            revision = self._resolved(choice) or choice.revision
+            path = models.hub_config(choice.id, revision, download=self._download)
             path = path.parent if trust else path
         return models.read_config(path, trust_remote_code=trust)
+
+    def _resolved(self, choice: config.HubModel) -> str:
+        """The commit that stage `base` found; empty before it ran."""
+        from neft_core import models
+
+        try:
+            card = models.Base.load(self.data.path("base")) if self.data else None
+        except NeftError:
+            return ""
+        return card.revision if card and card.location == choice.id else ""
 
     def rows(self, task: str) -> Rows:
         """What is known of a task's rows: of prepared data where there is some."""
@@ -196,6 +197,20 @@ class Planner:
             self._needs[key] = forecast(self.subject, training)
         return self._needs[key]
 
+    def ask(self, stage: str, item: str) -> tuple[Training, Need]:
+        """A stage's training and what it needs.
+
+        Raises:
+            NeftError: the budget doesn't fit the model.
+        """
+        training = self.training(stage, item)
+        try:
+            return training, self.need(training)
+        except NeftError as fault:
+            if stage != "train":
+                raise
+            raise NeftError(f"{Params.FILE}: runs.{item}.method.{fault}") from None
+
     def generation(self, training: Training | None, rows: int, tokens: int) -> tuple[int, Work]:
         """As `forecast.generation`, asked once for equal ones."""
         key = repr((training, rows, tokens))
@@ -211,62 +226,7 @@ class Planner:
         if stage == "warmup":
             scored = subject.scored()
             return 4 * scored + subject.dtype.itemsize * (subject.parameters - scored)
-        return len(params.runs[item].seeds) * self.need(self.training(stage, item)).adapter
-
-    # Refusals
-
-    def refusals(self, stage: str, item: str) -> Iterator[str]:
-        """One line for each thing that a training stage lacks here."""
-        training = self.training(stage, item)
-        need = self.need(training)
-        section = "warmup" if stage == "warmup" else f"runs.{item}"
-        where = f"{Params.FILE}: {section}"
-        for kind, room, wanted in self._rooms():
-            if room is not None and wanted(need) * MARGIN > room:
-                batch = training.batch
-                rows = f"with {batch.rows} rows of {batch.tokens} tokens"
-                if batch.tokens <= SHORT:
-                    rows = "however short the rows"
-                yield (
-                    f"{where}: needs {size(wanted(need) * MARGIN)} of {kind} {rows}, "
-                    f"{size(room)} available; {self._remedy(stage, training, room, wanted)}"
-                )
-                break
-        disk = (1 if copies_share_blocks(self.root) else 2) * self.kept(stage, item)
-        room = free_disk(self.root)
-        if (disk + need.checkpoint) * MARGIN > room:
-            yield (
-                f"{where}: needs {size((disk + need.checkpoint) * MARGIN)} of disk, "
-                f"{size(need.checkpoint)} of it for checkpoints while it trains, {size(room)} "
-                f"available in {self.root}; free some, or use a disk with more"
-            )
-
-    def _rooms(self) -> list[tuple[str, int | None, Callable[[Need], int]]]:
-        """Kinds of memory, what is free of each, and what a need takes of it."""
-        main = ("memory", free_memory(), lambda need: need.host)
-        if self.gpu:
-            return [("GPU memory", free_gpu_memory(), lambda need: need.peak), main]
-        return [main]
-
-    def _remedy(
-        self, stage: str, training: Training, room: int, wanted: Callable[[Need], int]
-    ) -> str:
-        """The first change that fits, or the one that needs least."""
-        tried = []
-        for change, other in changes(stage, training):
-            try:
-                asked = wanted(self.need(other)) * MARGIN
-            except NeftError:
-                continue
-            if asked <= room:
-                return f"{change} needs {size(asked)}"
-            tried.append((asked, change))
-        if not tried:
-            return "a smaller model is needed"
-        asked, change = min(tried)
-        return f"the least that was tried, {change}, needs {size(asked)}"
-
-    # Time
+        return len(params.runs[item].seeds) * self.ask(stage, item)[1].adapter
 
     def steps(self, stage: str, item: str) -> int | None:
         """Optimiser steps of a training stage, over all seeds; None where rows aren't known."""
@@ -316,59 +276,6 @@ class Planner:
         step = self.need(training).step
         share = 1.0 if typical is None else typical / training.batch.tokens
         return step.pass_ * (share * training.accumulation) + step.update
-
-
-def changes(stage: str, training: Training) -> Iterator[tuple[str, Training]]:
-    """Other ways to do a training, the mildest first, as params.yaml would say them."""
-    section = "warmup" if stage == "warmup" else "training"
-    gentle: list[tuple[str, Training]] = []
-    if not training.checkpointing:
-        change = f"{section}.gradient_checkpointing: true"
-        gentle.append((change, replace(training, checkpointing=True)))
-    if training.batch.rows > 1:
-        few = training.smaller()
-        change = f"{section}.batch_size: 1 with accumulation: {few.accumulation}"
-        gentle.append((change, few))
-        if not training.checkpointing:
-            both = f"{change} and gradient_checkpointing: true"
-            gentle.append((both, replace(few, checkpointing=True)))
-    yield from gentle
-    if stage == "train":
-        least = gentle[-1][1] if gentle else training
-        tail = f" with {gentle[-1][0]}" if gentle else ""
-        if training.method != "neft":
-            for rest, name in (("", training), (tail, least)):
-                options = WHAT_IF["neft"]
-                yield (
-                    f"method neft at {options['percent']:g} %{rest}",
-                    replace(name, method="neft", options=options),
-                )
-
-
-def check(ws: Workspace, stages: Iterable[tuple[str, str]], *, before: bool = False) -> None:
-    """Refuse to start what can't fit.
-
-    Args:
-        ws: the workspace.
-        stages: names and items of trainings.
-        before: other stages run first; rows that aren't prepared count as short, and a model
-            that isn't here yet is left out.
-
-    Raises:
-        NeftError: one line for each stage that lacks memory or disk here.
-    """
-    if os.environ.get(SKIP) == "0":
-        return
-    planner = Planner(ws.params(), ws.root, ws, download=not before, least=before)
-    try:
-        planner.subject  # noqa: B018 - it may be unknown
-    except NeftError:
-        if before:
-            return
-        raise
-    lines = [line for stage, item in stages for line in planner.refusals(stage, item)]
-    if lines:
-        raise NeftError("\n".join(f"{line} ({SKIP}=0 starts anyway)" for line in lines))
 
 
 def size(amount: float) -> str:

@@ -17,7 +17,7 @@ MODULES = {
 FLOWS = {f"flows.{path.stem}": path for path in sorted((ROOT / "flows").glob("*.py"))}
 
 CORE = {"groups", "experts_apart", "patterns", "neurons", "masks", "checkpoints", "similarity",
-        "selection", "sparse"}  # fmt: skip
+        "selection", "sparse", "simulation", "tracker"}  # fmt: skip
 """The numerical core, which takes plain arguments."""
 
 DATA = {"rows", "data", "splits", "tasks", "encoding", "metrics"} | {

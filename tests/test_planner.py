@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from conftest import edit, tiny_workspace
 
-from neft_core import capacity, plan_report, planner
+from neft_core import capacity, fit, plan_report, planner
 from neft_core.capacity import Rates
 from neft_core.config import load_params
 from neft_core.errors import NeftError
-from neft_core.planner import Planner, check, size
-from neft_core.simulation import Work
+from neft_core.fit import check, refusals
+from neft_core.planner import Planner, size
+from neft_core.tracker import Work
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,9 +33,10 @@ def room(monkeypatch):
     """Say how much memory and disk there is."""
 
     def say(memory=10**15, disk=10**15, gpu=None):
-        monkeypatch.setattr(planner, "free_memory", lambda: memory)
-        monkeypatch.setattr(planner, "free_disk", lambda folder: disk)
-        monkeypatch.setattr(planner, "free_gpu_memory", lambda: gpu)
+        monkeypatch.setattr(fit, "free_memory", lambda: memory)
+        monkeypatch.setattr(fit, "free_disk", lambda folder: disk)
+        for module in (fit, planner):
+            monkeypatch.setattr(module, "free_gpu_memory", lambda: gpu)
 
     return say
 
@@ -151,6 +153,24 @@ def test_a_model_that_is_not_here_is_said_in_one_line(tmp_path, capsys, monkeypa
     assert said.startswith(f"neft: {wrong}: not a model's configuration (")
 
 
+def test_a_budget_that_the_model_has_not_is_refused_by_its_key(copied, neft):
+    edit(copied, ("percent: 9", "percent: 99"))
+    code, said = neft(copied, "plan")
+    assert (code, said[0][:52]) == (2, "neft: params.yaml: runs.neft.method.percent: got 99;")
+
+
+def test_a_model_that_looks_at_values_starts_unchecked(finished, room, monkeypatch, capsys):
+    def odd(*_arguments, **_options):
+        raise RuntimeError("data-dependent")
+
+    room(memory=1000)
+    monkeypatch.setattr(planner, "forecast", odd)
+    check(finished, [("train", "neft")])
+    assert capsys.readouterr().out == (
+        "train neft: can't be forecast (RuntimeError); starts unchecked\n"
+    )
+
+
 def test_a_start_that_fits_goes_on(finished, room):
     room()
     check(finished, [("warmup", "en-fr"), ("train", "neft")])
@@ -223,13 +243,13 @@ def test_a_gpu_is_asked_for_its_own_memory_and_for_main_memory(finished, room):
     )
     room(gpu=1000, memory=1000)
     planned = Planner(params, finished.root, finished)
-    (line,) = planned.refusals("train", "neft")
+    (line,) = refusals(planned, "train", "neft")
     assert " of GPU memory with 8 rows " in line
     room(gpu=10**12, memory=1000)
-    (line,) = planned.refusals("train", "neft")
+    (line,) = refusals(planned, "train", "neft")
     assert " of memory with 8 rows " in line
     room(gpu=None)
-    assert list(planned.refusals("train", "neft")) == []
+    assert list(refusals(planned, "train", "neft")) == []
     report = plan_report.report(planned, planned.rates())
     assert report["methods"][0]["seconds"] is None
     assert "no GPU here" in plan_report.text(report)

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from neft_core import models
 from neft_core.forecast import Subject, Training, forecast, generation, prepared
-from neft_core.simulation import Batch, Tracker, Work, adamw, fake, simulate_step
+from neft_core.simulation import Batch, adamw, fake, simulate_step
+from neft_core.tracker import Tracker, Work
 
 SIZES = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 METHODS = {
