@@ -76,10 +76,19 @@ def refusals(planner: Planner, stage: str, item: str) -> Iterator[str]:
 
 def _rooms(planner: Planner) -> list[tuple[str, int | None, Callable[[Need], int]]]:
     """Kinds of memory, what is free of each, and what a need takes of it."""
-    main = ("memory", free_memory(), lambda need: need.host)
+    compute = planner.params.compute
+    if compute.accelerate_config is not None:
+        return []  # it may shard, and reach other machines
+    several = compute.processes
+
+    def held(need: Need) -> int:
+        # Each process keeps its gradients a second time, in the buckets that are exchanged.
+        return need.peak + (need.step.gradients if several > 1 else 0)
+
     if planner.gpu:
-        return [("GPU memory", free_gpu_memory(), lambda need: need.peak), main]
-    return [main]
+        main: Callable[[Need], int] = lambda need: several * need.host  # noqa: E731
+        return [("GPU memory", free_gpu_memory(), held), ("memory", free_memory(), main)]
+    return [("memory", free_memory(), lambda need: several * held(need))]
 
 
 def _remedy(

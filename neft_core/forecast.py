@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ import torch
 from neft_core import models, simulation
 from neft_core.masks import NeuronMask, NeuronScores
 from neft_core.methods import METHODS
-from neft_core.neurons import candidates, family
+from neft_core.neurons import candidates
+from neft_core.patterns import Patterns, scorable
 from neft_core.selection import select
 from neft_core.simulation import Batch, Step
 from neft_core.tracker import Work
@@ -66,16 +68,14 @@ class Subject:
         return replace(self, config=small)
 
     def scored(self) -> int:
-        """Weights of the candidates of every layout, which the tuned model keeps in fp32."""
-        layout = "mlp+gate" if "gate" in family(self.model_type).parts else "mlp"
-        groups = candidates(self.shapes, self.model_type, layout)
-        return sum(group.count * group.length for group in groups)
+        """Weights that any layout may score, which the tuned model keeps in fp32."""
+        return sum(prod(self.shapes[name]) for name in scorable(self.shapes))
 
-    def mask(self, layout: str, policy: Mapping[str, Any]) -> NeuronMask:
+    def mask(self, layout: str | Patterns, policy: Mapping[str, Any]) -> NeuronMask:
         """As many neurons as a budget buys; which ones isn't known yet, so any."""
         groups = {g.module: g for g in candidates(self.shapes, self.model_type, layout)}
         flat = {name: torch.zeros(g.count, dtype=torch.float64) for name, g in groups.items()}
-        scores = NeuronScores(flat, groups, self.parameters, {"layout": layout})
+        scores = NeuronScores(flat, groups, self.parameters, {"layout": str(layout)})
         return select(scores, "random", **policy)
 
 
@@ -96,7 +96,7 @@ class Training:
     method: str
     batch: Batch
     options: Mapping[str, Any] = field(default_factory=dict)
-    layout: str = "mlp"
+    layout: str | Patterns = "mlp"
     checkpointing: bool = False
     accumulation: int = 1
     dev: Batch | None = None

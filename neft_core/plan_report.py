@@ -108,7 +108,7 @@ def _stages(planner: Planner, rates: Rates | None) -> Iterator[dict[str, Any]]:
         yield _trained(planner, rates, "base", "")
     for task in params.tasks:
         yield _trained(planner, rates, "warmup", task)
-    groups = candidates(subject.shapes, subject.model_type, params.scoring.layout)
+    groups = candidates(subject.shapes, subject.model_type, params.scoring.candidates)
     largest = max(group.count * group.length for group in groups)
     scored = sum(group.count * group.length for group in groups)
     neurons = sum(group.count for group in groups)

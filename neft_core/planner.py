@@ -179,7 +179,7 @@ class Planner:
             "batch": rows.batch(section.batch_size),
             "checkpointing": section.gradient_checkpointing,
             "accumulation": section.accumulation,
-            "layout": params.scoring.layout,
+            "layout": params.scoring.candidates,
         }
         if stage == "warmup":
             return Training("full", **shared)
@@ -255,10 +255,12 @@ class Planner:
         Args:
             layer: correct them by a real step of one layer of the model.
         """
+        import torch
+
         if self.gpu and free_gpu_memory() is None:
             return None
         device = "cuda" if self.gpu else "cpu"
-        runs.device(self.params)
+        torch.set_num_threads(self.params.compute.threads)
         found = calibrate(device, self.subject.autocast or self.subject.dtype)
         if not layer:
             return found
