@@ -61,7 +61,7 @@ def overlap(options: argparse.Namespace) -> dict[str, Any]:
     """Warm up and score in every way; overlaps with the exact selection of the same seed and K."""
     from neft_core import runs, similarity
     from neft_core.masks import NeuronScores
-    from neft_core.selection import select
+    from neft_core.selection import select_neurons
     from neft_core.workspace import find_workspace
 
     ws = find_workspace(options.workspace)
@@ -80,14 +80,14 @@ def overlap(options: argparse.Namespace) -> dict[str, Any]:
                     folder = Path(temporary)
                     course, _ = runs.warm_up(ws, task, section, folder / "tuned", folder / "state")
                     tail = [row[2] for row in course.train[-10:]]
-                    similarity.score(
+                    similarity.score_neurons(
                         card.directory(ws.root),
                         folder / "tuned",
                         ws.params().scoring.layout,
                         provenance={"loss": f"{statistics.mean(tail):.4f}"},
                     ).save(file)
             scores = NeuronScores.load(file)
-            masks[name, steps, seed] = {p: select(scores, percent=p) for p in PERCENTS}
+            masks[name, steps, seed] = {p: select_neurons(scores, percent=p) for p in PERCENTS}
             losses[name, steps, seed] = float(scores.provenance["loss"])
     rows: dict[str, Any] = {}
     for steps in options.steps:
@@ -146,7 +146,7 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
         choice = warmups.Warmup(**section.model_dump(include={*warmups.Warmup.__annotations__}))
         model: Any = models.build_llama(**sizes, context=length, seed=1)
         model = warmups.MODULES[choice.modules].prepare(model, choice, "llama")
-        recipe = training.Recipe(steps=1000, seed=1, **runs._optimisation(section))
+        recipe = steps.Recipe(steps=1000, seed=1, **runs._optimisation(section))
         trainer = training.Trainer(
             model, trained_parameters(model), recipe, arrays, None, pad=0, folder=Path(folder),
             label=name, optimizer=warmups.STATES[choice.states],
@@ -155,7 +155,7 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
         forecast = warmups.memory(warmups.shapes_of(model), choice)
         return trainer, forecast
 
-    plan = training.plan_steps(np.diff(arrays["offsets"]), base_recipe(training))
+    plan = steps.plan_steps(np.diff(arrays["offsets"]), base_recipe(steps))
     seconds: dict[str, list[float]] = {name: [] for name in options.variants}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(options.turns):
@@ -186,7 +186,7 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
 
 def base_recipe(training: Any) -> Any:
     """Steps of eight rows."""
-    return training.Recipe(lr=1e-4, steps=1000, batch_size=8, seed=1)
+    return steps.Recipe(lr=1e-4, steps=1000, batch_size=8, seed=1)
 
 
 def measured(trainer: Any, micro_batches: Any) -> dict[str, int]:

@@ -1,8 +1,9 @@
-"""The command line: `neft run | stage | init | track | ui | generate`."""
+"""The command line: `neft run | plan | stage | init | track | ui | generate`."""
 
 import argparse
 import contextlib
 import errno
+import json
 import os
 import signal
 import sys
@@ -15,9 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from neft_core import __version__
 from neft_core.errors import NeftError
+
+if TYPE_CHECKING:
+    from neft_core.workspace import Workspace
 
 Command = Callable[[argparse.Namespace], int | None]
 
@@ -97,6 +102,24 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--force", action="store_true", help="run every stage anew")
     run.set_defaults(command=_run)
 
+    plan = commands.add_parser("plan", help="forecast memory, time and disk of every method")
+    plan.add_argument("--params", type=Path, metavar="FILE", help="another params file")
+    plan.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="as if params.yaml said so (repeatable); the file stays as it is",
+    )
+    plan.add_argument(
+        "--config", type=Path, metavar="FILE", help="the model's config.json; no weights are needed"
+    )
+    plan.add_argument(
+        "--calibrate", action="store_true", help="time a real step of one layer, for better times"
+    )
+    plan.add_argument("--json", action="store_true", help="all figures, in bytes and seconds")
+    plan.set_defaults(command=_plan)
+
     stage = commands.add_parser("stage", help="run one stage here and now (what dvc.yaml calls)")
     stage.add_argument("name", help="corpus, base, prepare, warmup, score, select, train, ...")
     stage.add_argument("item", nargs="?", help="the task or run")
@@ -136,6 +159,7 @@ def _run(options: argparse.Namespace) -> int:
         print(describe(*overrides.preview(options.params, options.set)))
         return 0
     ws = overrides.apply(options.params, options.set)
+    _check_fit(ws, options.force)
     from flows.pipeline import run_pipeline
     from neft_core.pages import near, pages
     from neft_core.repro import StageFailed
@@ -165,6 +189,39 @@ def _ui(options: argparse.Namespace) -> None:
         serve(pages(find_workspace(), options.mlflow_port, options.prefect_port))
 
 
+def _check_fit(ws: "Workspace", force: bool) -> None:
+    """Refuse what can't fit, of what would run."""
+    from neft_core.graph import Graph
+    from neft_core.preview import outdated
+
+    graph = Graph(ws)
+    due = {stage.name for stage in graph.stages} if force else set(outdated(graph))
+    chosen = [
+        (stage.family, stage.item)
+        for stage in graph.stages
+        if stage.name in due and stage.item and stage.family in CHECKED
+    ]
+    if chosen:
+        from neft_core.fit import check
+
+        check(ws, chosen, before=True)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from neft_core import overrides, plan_report
+    from neft_core.planner import Planner
+    from neft_core.workspace import find_workspace
+
+    params, ws = overrides.preview(options.params, options.set)
+    if ws is not None:
+        root = ws.root
+    else:
+        root = options.params.resolve().parent if options.params else find_workspace().root
+    planner = Planner(params, root, ws, config_file=options.config)
+    found = plan_report.report(planner, planner.rates(layer=options.calibrate))
+    print(json.dumps(found, indent=2) if options.json else plan_report.text(found))
+
+
 def _stage(options: argparse.Namespace) -> int:
     from neft_core import launching, ranks
     from neft_core.stages import STAGES
@@ -183,6 +240,10 @@ def _stage(options: argparse.Namespace) -> int:
     stage = [part for part in (options.name, options.item) if part]
     name = "-".join(stage)
     _exit_with_owner()
+    if options.name in CHECKED and options.item and not ranks.launched():
+        from neft_core.fit import check
+
+        check(ws, [(options.name, options.item)])
     if not ranks.main() or launching.FAULTS in os.environ:
         held: AbstractContextManager[None] = nullcontext()  # another process holds it
     else:
@@ -210,6 +271,10 @@ ITEMS = {
     "evaluate": "runs",
 }
 """Section of params that a stage's items come from; the other stages take none."""
+
+
+CHECKED = {"warmup", "train"}
+"""Stages that are refused where their memory or disk isn't there."""
 
 
 ARTEFACTS = {

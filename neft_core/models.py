@@ -281,10 +281,21 @@ def build_llama(
 ) -> "nn.Module":
     """A small Llama with tied embeddings and random weights."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = llama_config(vocabulary, hidden, intermediate, layers, heads, context)
+    model: nn.Module = LlamaForCausalLM(config)
+    return model
+
+
+def llama_config(
+    vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int, context: int
+) -> Any:
+    """The configuration of the small Llama."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -297,8 +308,75 @@ def build_llama(
         bos_token_id=1,
         eos_token_id=2,
     )
-    model: nn.Module = LlamaForCausalLM(config)
-    return model
+
+
+def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """A model's configuration, from its directory or a config.json alone.
+
+    Raises:
+        NeftError: it is absent, or transformers doesn't know such a model.
+    """
+    from transformers import AutoConfig
+
+    _quiet()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise NeftError(f"{file}: no such file; give a model's config.json")
+    try:
+        return AutoConfig.from_pretrained(
+            str(path if path.is_dir() else file),
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as fault:  # as in `load_model`
+        raise NeftError(
+            f"{file}: not a model's configuration ({_one_line(fault)}); give a config.json"
+        ) from fault
+
+
+def hub_config(name: str, revision: str, *, download: bool) -> Path:
+    """The config.json of a Hub model, without its weights.
+
+    Args:
+        name: the model's id.
+        revision: branch, tag or commit.
+        download: fetch that file where the local cache lacks it.
+
+    Raises:
+        NeftError: it can't be had.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        return Path(
+            hf_hub_download(name, "config.json", revision=revision, local_files_only=not download)
+        )
+    except GatedRepoError:
+        reason = "access is gated"
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        reason = "the Hub can't be reached and the local cache lacks it"
+    raise NeftError(f"model '{name}': no config.json ({reason}); give the file with --config FILE")
+
+
+def skeleton(
+    config: Any,
+    dtype: "torch.dtype",
+    *,
+    device: str = "meta",
+    trust_remote_code: bool = False,
+) -> Any:
+    """A model without weights of its own: on `meta` without any, elsewhere with random ones."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _quiet()
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
 
 
 def save_checkpoint(

@@ -1,10 +1,14 @@
 """`neft run --dry-run`: what the params ask for, and what would run."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from neft_core import config
 from neft_core.config import Params
 from neft_core.workspace import PIPELINE, Workspace
+
+if TYPE_CHECKING:
+    from neft_core.graph import Graph
 
 
 def describe(params: Params, ws: Workspace | None) -> str:
@@ -38,14 +42,22 @@ def _outlook(ws: Workspace) -> Iterator[str]:
     """Each stage of a workspace, and why it would run."""
     from neft_core.graph import Graph
 
-    graph, stale = Graph(ws), set[str]()
+    graph = Graph(ws)
+    reasons = outdated(graph)
+    for stage in graph.stages:
+        yield f"{stage.name}: {reasons.get(stage.name, 'up to date')}"
+
+
+def outdated(graph: "Graph") -> dict[str, str]:
+    """Stages that are out of date, and why."""
+    stale: dict[str, str] = {}
     for stage in graph.stages:
         changes = graph.changes(stage.name)
         reasons = [*changes.inputs, *changes.outputs]
         reasons += [f"{name} runs" for name in stage.upstream if name in stale]
         if reasons:
-            stale.add(stage.name)
-        yield f"{stage.name}: {reasons[0] if reasons else 'up to date'}"
+            stale[stage.name] = reasons[0]
+    return stale
 
 
 def _model(model: config.BuiltModel | config.LocalModel | config.HubModel) -> str:

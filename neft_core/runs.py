@@ -57,14 +57,30 @@ def placement(params: Params) -> dict[str, Any]:
 
 
 def _precision(params: Params) -> str:
-    """Autocast's type: `no`, `bf16` or `fp16`."""
-    cpu, wanted = device(params) == "cpu", params.compute.mixed_precision
+    """Autocast's type here: `no`, `bf16` or `fp16`."""
+    return precision(params.compute, device(params) == "cpu")
+
+
+def precision(compute: config.Compute, cpu: bool) -> str:
+    """Autocast's type on a kind of device: `no`, `bf16` or `fp16`.
+
+    Raises:
+        NeftError: a CPU has no such type.
+    """
+    wanted = compute.mixed_precision
     if wanted == "auto":
         plain = ("auto", "float32", "float64") if cpu else ("float64",)
-        wanted = "no" if params.compute.dtype in plain else "bf16"
+        wanted = "no" if compute.dtype in plain else "bf16"
     if cpu and wanted == "fp16":
         raise NeftError("params.yaml: compute.mixed_precision: got fp16; on a CPU no or bf16")
     return wanted
+
+
+def frozen_type(compute: config.Compute, cpu: bool) -> str:
+    """The type of frozen weights on a kind of device, as torch calls it."""
+    if compute.dtype != "auto":
+        return compute.dtype
+    return "float32" if cpu or precision(compute, cpu) == "no" else "bfloat16"
 
 
 def autocast(params: Params) -> Any:
@@ -109,9 +125,7 @@ def _load(ws: Workspace, card: Any, params: Params, directory: Path | None = Non
 
     from neft_core import models
 
-    name = params.compute.dtype
-    if name == "auto":
-        name = "float32" if _precision(params) == "no" or device(params) == "cpu" else "bfloat16"
+    name = frozen_type(params.compute, device(params) == "cpu")
     return models.load_model(
         directory or card.directory(ws.root),
         getattr(torch, name),

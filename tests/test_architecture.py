@@ -18,7 +18,7 @@ FLOWS = {f"flows.{path.stem}": path for path in sorted((ROOT / "flows").glob("*.
 
 CORE = {"groups", "experts_apart", "patterns", "neurons", "masks", "checkpoints", "sums", "weights",
         "similarity", "selection", "frozen", "sparse", "sparse_experts", "layer", "expert_layer",
-        "tuner", "optimizers"}  # fmt: skip
+        "tuner", "optimizers", "simulation", "tracker"}  # fmt: skip
 """The numerical core, which takes plain arguments."""
 
 DATA = {"rows", "data", "splits", "tasks", "encoding", "metrics"} | {
@@ -45,6 +45,7 @@ HEAVY = {"torch", "transformers", "mlflow", "prefect", "datasets", "accelerate",
 LONG = {
     "config": "one class a section; its docstrings are the reference of params.yaml",
     "runs": "the stages that hold a model share how it is loaded and placed",
+    "models": "all that knows transformers",
     "corpus.grammar_hi": "one language's grammar",
     "corpus.sampler": "all constructions draw from one sampler",
 }

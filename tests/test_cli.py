@@ -18,7 +18,9 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert end.value.code == 0
     out = capsys.readouterr().out
-    assert all(f"\n    {name} " in out for name in ("run", "stage", "init", "track", "generate"))
+    assert all(
+        f"\n    {name} " in out for name in ("run", "plan", "stage", "init", "track", "generate")
+    )
 
 
 @pytest.mark.parametrize("argv", [[], ["rnu"], ["stage"], ["generate"]])

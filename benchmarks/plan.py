@@ -1,0 +1,175 @@
+"""What a training step was forecast to need, against what it needs: `python -m benchmarks.plan`.
+
+The forecast sees shapes alone. The step is real: the package's own loss and AdamW on a CPU, each
+configuration in a process of its own. `sum` is parameters, gradients, the optimiser's states and
+what is kept for backward; `peak` is what torch's allocator held at the highest point of a step.
+How the figures are to be read: docs/results.md, "Forecasts".
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train_step import SHAPES
+
+from benchmarks import harness
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One configuration; `block` shapes get a vocabulary of 512, so that they are whole models."""
+
+    shape: str
+    method: str
+    dtype: str
+    rows: int
+    tokens: int
+    checkpointing: bool
+    percent: float
+    rank: int
+
+
+METHODS = ("full", "in_out", "embed", "lora", "neft")
+
+
+def build(spec: Spec) -> Callable[[str], Any]:
+    """Forecast and measurement of one configuration, in its process."""
+    return lambda _command: measure(spec)
+
+
+def measure(spec: Spec) -> dict[str, Any]:
+    """Bytes that were forecast and bytes that were seen."""
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig
+
+    from benchmarks import memory
+    from neft_core import forecast, models, training
+    from neft_core.methods import METHODS as OURS
+    from neft_core.simulation import Batch
+
+    warnings.filterwarnings("ignore", module="transformers|peft")
+    torch.set_num_threads(1)
+    shape, dtype = SHAPES[spec.shape], getattr(torch, spec.dtype)
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=512 if shape.block else shape.vocab,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    half = None if dtype == torch.float32 else torch.bfloat16
+    subject = forecast.Subject(config, dtype, half)
+    budget = {"percent": spec.percent}
+    options: dict[str, dict[str, Any]] = {"lora": {"rank": spec.rank}, "neft": budget}
+    planned = forecast.Training(
+        spec.method,
+        Batch(spec.rows, spec.tokens),
+        options.get(spec.method, {}),
+        checkpointing=spec.checkpointing,
+    )
+    need = forecast.forecast(subject, planned)
+
+    model = models.skeleton(config, dtype, device="cpu")
+    mask = subject.mask("mlp", budget) if spec.method == "neft" else None
+    model = OURS[spec.method].prepare(model, planned.options, mask, "llama")
+    if spec.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    trained = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    random = np.random.default_rng(0)
+    lengths = [spec.tokens, *[spec.tokens - 1] * (spec.rows - 1)]
+    arrays: dict[str, np.ndarray] = {
+        "tokens": random.integers(0, config.vocab_size, sum(lengths)).astype(np.int32),
+        "trained": np.ones(sum(lengths), np.uint8),
+        "offsets": np.cumsum([0, *lengths]),
+    }
+    batch = training.collate(arrays, range(spec.rows), pad=0)
+
+    def forward() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=half, enabled=half is not None):
+            return training.loss_sum(model, batch)[0]
+
+    def step() -> None:
+        forward().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    parts = memory.resident(model, optimizer)
+    with memory.kept_for_backward(model) as kept:
+        loss = forward()
+        parts["kept"] = kept()
+    del loss
+    lasting = parts["parameters"] + parts["buffers"] + parts["states"]
+    peak = lasting + memory.peak_of(step, torch.device("cpu"))
+    harness.reset_peak()
+    step()
+    return {
+        "forecast": {"sum": need.step.parts, "kept": need.step.activations, "peak": need.peak},
+        "measured": {"sum": sum(parts.values()), "kept": parts["kept"], "peak": peak},
+        "resident": harness.peak_resident(),
+        "parts": parts,
+        "step": asdict(need.step),
+    }
+
+
+def row(spec: Spec, found: dict[str, Any]) -> dict[str, str]:
+    """A line of the table, in MB."""
+    cells = {
+        "method": spec.method,
+        "shape": spec.shape,
+        "batch": f"{spec.rows}x{spec.tokens}",
+        "type": spec.dtype + (", checkpointing" if spec.checkpointing else ""),
+    }
+    for key in ("kept", "sum", "peak"):
+        forecast, measured = found["forecast"][key], found["measured"][key]
+        cells[key] = f"{forecast / 1e6:,.1f} / {measured / 1e6:,.1f}"
+        cells[f"{key} off"] = f"{100 * (forecast / measured - 1):+.1f} %"
+    return cells | {"resident": f"{found['resident'] / 1e6:,.0f}"}
+
+
+def main() -> None:
+    """Forecast and measure every method of some shapes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", nargs="+", default=["29m"], choices=list(SHAPES))
+    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--batch", nargs="+", default=["4x128"], metavar="ROWSxTOKENS")
+    parser.add_argument("--checkpointing", nargs="+", type=int, default=[0, 1], choices=[0, 1])
+    parser.add_argument("--percent", type=float, default=9.0, help="budget of neft")
+    parser.add_argument("--rank", type=int, default=16, help="of lora")
+    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    options = parser.parse_args()
+    batches = [tuple(map(int, batch.split("x"))) for batch in options.batch]
+    specs = [
+        Spec(shape, method, dtype, rows, tokens, bool(again), options.percent, options.rank)
+        for shape in options.shape
+        for dtype in options.dtype
+        for rows, tokens in batches
+        for again in options.checkpointing
+        for method in options.method
+    ]
+    rows, records = [], []
+    for spec in specs:
+        with harness.Worker(spec.method, build, spec) as worker:
+            found = worker.ask("measure")
+        rows.append(row(spec, found))
+        records.append({"spec": asdict(spec)} | found)
+        print(*rows[-1].values(), sep="  ", file=sys.stderr, flush=True)
+    text = harness.table(rows)
+    print(text)
+    if options.out:
+        harness.write(options.out, {"machine": harness.machine(), "runs": records}, text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Forecasts for one model: what a training, a dev loss or a generation needs, from shapes alone."""
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+
+from neft_core import models, simulation
+from neft_core.masks import NeuronMask, NeuronScores
+from neft_core.methods import METHODS
+from neft_core.neurons import candidates
+from neft_core.patterns import Patterns, scorable
+from neft_core.selection import select
+from neft_core.simulation import Batch, Step
+from neft_core.tracker import Work
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that forecasts are for, and its numbers.
+
+    Attributes:
+        config: of transformers.
+        dtype: of frozen weights.
+        autocast: of mixed precision; None without.
+        gpu: it computes on a GPU.
+        trust_remote_code: its own Python code may run.
+    """
+
+    config: Any
+    dtype: torch.dtype
+    autocast: torch.dtype | None = None
+    gpu: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name."""
+        return str(self.config.model_type)
+
+    def model(self) -> Any:
+        """A new skeleton of it."""
+        return models.skeleton(self.config, self.dtype, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Stored shape of every weight by name, a tied one under both names."""
+        return {name: tuple(tensor.shape) for name, tensor in self.model().state_dict().items()}
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the whole model; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.model().parameters())
+
+    def one_layer(self) -> "Subject":
+        """The same model with one layer and few words."""
+        small = copy.deepcopy(self.config)
+        small.update({"num_hidden_layers": 1, "vocab_size": 512})
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(small, key, None)
+        if getattr(small, "layer_types", None):
+            small.layer_types = small.layer_types[:1]
+        return replace(self, config=small)
+
+    def scored(self) -> int:
+        """Weights that any layout may score, which the tuned model keeps in fp32."""
+        return sum(prod(self.shapes[name]) for name in scorable(self.shapes))
+
+    def mask(self, layout: str | Patterns, policy: Mapping[str, Any]) -> NeuronMask:
+        """As many neurons as a budget buys; which ones isn't known yet, so any."""
+        groups = {g.module: g for g in candidates(self.shapes, self.model_type, layout)}
+        flat = {name: torch.zeros(g.count, dtype=torch.float64) for name, g in groups.items()}
+        scores = NeuronScores(flat, groups, self.parameters, {"layout": str(layout)})
+        return select(scores, "random", **policy)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that is to be forecast.
+
+    Attributes:
+        method: a key of `METHODS`.
+        batch: its micro-batch.
+        options: the method's keys in params.yaml.
+        layout: whose neurons are candidates.
+        checkpointing: activations are computed twice.
+        accumulation: micro-batches in a step.
+        dev: the batch of a dev loss, where it has one.
+    """
+
+    method: str
+    batch: Batch
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layout: str | Patterns = "mlp"
+    checkpointing: bool = False
+    accumulation: int = 1
+    dev: Batch | None = None
+
+    def smaller(self) -> "Training":
+        """The same steps, one row at a time."""
+        rows = self.batch.rows
+        return replace(
+            self,
+            batch=replace(self.batch, rows=1),
+            accumulation=rows * self.accumulation,
+            dev=self.dev and replace(self.dev, rows=2),
+        )
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a training needs.
+
+    Attributes:
+        step: its bytes and work by part.
+        peak: the most that the device holds, of a step or a dev loss.
+        host: the most that main memory holds while the model is made.
+        adapter: bytes of what it leaves behind, for each seed.
+        selected: neurons, with method `neft`.
+    """
+
+    step: Step
+    peak: int
+    host: int
+    adapter: int
+    selected: int = 0
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes on disk while it trains: the new checkpoint and best values beside the old."""
+        return 2 * (2 * self.step.trained + self.step.states)
+
+
+def prepared(subject: Subject, training: Training) -> tuple[Any, NeuronMask | None]:
+    """A skeleton with only what trains requiring a gradient, and the mask that it has.
+
+    Raises:
+        NeftError: the budget doesn't fit the model.
+    """
+    mask = None
+    if training.method == "neft":
+        budget = {key: training.options.get(key) for key in ("percent", "neurons", "share")}
+        mask = subject.mask(training.layout, budget)
+    method = METHODS[training.method]
+    return method.prepare(subject.model(), training.options, mask, subject.model_type), mask
+
+
+def forecast(subject: Subject, training: Training) -> Need:
+    """What a training needs.
+
+    Raises:
+        NeftError: the budget doesn't fit the model.
+    """
+    model, mask = prepared(subject, training)
+    step = simulation.simulate_step(
+        model,
+        training.batch,
+        autocast=subject.autocast,
+        checkpointing=training.checkpointing,
+        optimizer=simulation.adamw(foreach=subject.gpu),
+        accumulating=training.accumulation > 1,
+    )
+    selected = mask.neurons if mask else 0
+    peak = step.peak
+    if training.dev is not None:
+        loss = simulation.simulate_loss(model, training.dev, autocast=subject.autocast)
+        peak = max(peak, loss + step.states)
+    return Need(
+        step=step,
+        peak=peak,
+        host=step.frozen + step.trained if subject.gpu else peak,
+        adapter=step.trained + 8 * selected,  # and where each neuron is
+        selected=selected,
+    )
+
+
+def measure(subject: Subject, training: Training, device: str) -> float:
+    """Seconds of a real step with random weights; for models that are small."""
+    model = models.skeleton(subject.config, subject.dtype, device=device)
+    model = METHODS[training.method].prepare(model, training.options, None, subject.model_type)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    ids = torch.zeros(training.batch.rows, training.batch.tokens, dtype=torch.int64, device=device)
+    least = float("inf")
+    for _ in range(3):
+        begun = time.perf_counter()
+        with torch.autocast(device, dtype=subject.autocast, enabled=subject.autocast is not None):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        least = min(least, time.perf_counter() - begun)
+    return least
+
+
+def generation(
+    subject: Subject, training: Training | None, rows: int, tokens: int
+) -> tuple[int, Work]:
+    """Peak bytes of generating with a trained (or the plain) model, and the work of one pass."""
+    model = prepared(subject, training)[0] if training else subject.model()
+    return simulation.simulate_generation(model, rows, tokens, autocast=subject.autocast)

@@ -1,0 +1,272 @@
+"""`neft plan`: the forecasts of every method and stage as data, and as text."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from neft_core import capacity, config
+from neft_core.capacity import Rates
+from neft_core.forecast import Training
+from neft_core.neurons import candidates
+from neft_core.planner import MARGIN, WHAT_IF, Planner, size
+from neft_core.tracker import Work
+
+SMALL = ("corpus", "prepare", "select", "summary")
+"""Stages that need little of anything."""
+
+
+def report(planner: Planner, rates: Rates | None) -> dict[str, Any]:
+    """Everything that is forecast, as plain data.
+
+    Raises:
+        NeftError: the model's configuration can't be had, or a budget doesn't fit the model.
+    """
+    subject, params = planner.subject, planner.params
+    rooms = {
+        "memory": capacity.free_memory(),
+        "gpu_memory": capacity.free_gpu_memory() if planner.gpu else None,
+        "disk": capacity.free_disk(planner.root),
+    }
+    room = rooms["gpu_memory"] if planner.gpu else rooms["memory"]
+    shares = capacity.copies_share_blocks(planner.root)
+    stages = list(_stages(planner, rates))
+    kept = sum(stage["kept"] for stage in stages)
+    return {
+        "model": {
+            "type": subject.model_type,
+            "parameters": subject.parameters,
+            "frozen": str(subject.dtype).removeprefix("torch."),
+            "autocast": str(subject.autocast).removeprefix("torch."),
+            "device": "cuda" if planner.gpu else "cpu",
+        },
+        "rows": {task: asdict(planner.rows(task)) for task in params.tasks},
+        "available": rooms,
+        "rates": asdict(rates) if rates else None,
+        "margin": MARGIN,
+        "methods": [_method(planner, rates, room, *entry) for entry in _methods(planner)],
+        "stages": stages,
+        "disk": {
+            "kept": kept,
+            "cache": 0 if shares else kept,
+            "scratch": max(stage["scratch"] for stage in stages),
+        },
+    }
+
+
+def _methods(planner: Planner) -> Iterator[tuple[list[str], Training]]:
+    """Each training that some runs share, then those that no run has."""
+    found: dict[str, tuple[list[str], Training]] = {}
+    for name in planner.params.runs:
+        training, _ = planner.ask("train", name)
+        found.setdefault(repr(training), ([], training))[0].append(name)
+    yield from found.values()
+    first = next(iter(found.values()))[1]
+    for method, options in WHAT_IF.items():
+        if method not in {training.method for _, training in found.values()}:
+            yield [], replace(first, method=method, options=options)
+
+
+def _method(
+    planner: Planner, rates: Rates | None, room: int | None, names: list[str], training: Training
+) -> dict[str, Any]:
+    need = planner.need(training)
+    step = need.step
+    typical = None
+    if names:
+        typical = planner.rows(planner.params.runs[names[0]].task).typical
+    return {
+        "runs": names,
+        "method": training.method,
+        "options": dict(training.options),
+        "batch": asdict(training.batch),
+        "accumulation": training.accumulation,
+        "checkpointing": training.checkpointing,
+        "parameters": step.parameters,
+        "percent": 100 * step.parameters / planner.subject.parameters,
+        "selected_neurons": need.selected,
+        "bytes": {
+            "weights": step.frozen,
+            "trained": step.trained,
+            "gradients": step.gradients,
+            "states": step.states,
+            "activations": step.activations,
+            "peak": need.peak,
+        },
+        "adapter": need.adapter,
+        "flops": step.pass_.flops * training.accumulation,
+        "seconds": _seconds(rates, planner.step_work(training, typical)),
+        "longest_rows": typical is None,
+        "fits": None if room is None else need.peak * MARGIN <= room,
+    }
+
+
+def _stages(planner: Planner, rates: Rates | None) -> Iterator[dict[str, Any]]:
+    """Every stage of the pipeline that needs something, with memory, time and disk."""
+    params, subject = planner.params, planner.subject
+    if isinstance(params.model, config.BuiltModel):
+        yield _trained(planner, rates, "base", "")
+    for task in params.tasks:
+        yield _trained(planner, rates, "warmup", task)
+    groups = candidates(subject.shapes, subject.model_type, params.scoring.candidates)
+    largest = max(group.count * group.length for group in groups)
+    scored = sum(group.count * group.length for group in groups)
+    neurons = sum(group.count for group in groups)
+    for task in params.tasks:
+        # Two values are read in fp32 at most, and compared in float64.
+        seconds = _seconds(rates, Work(moved=80 * scored))
+        yield _stage("score", task, 32 * largest, seconds, kept=8 * neurons)
+    for run in params.runs:
+        yield _trained(planner, rates, "train", run)
+    for task in params.tasks:
+        memory, seconds = _generated(planner, rates, task, None)
+        yield _stage("baseline", task, memory, seconds and 2 * seconds)
+    for run, entry in params.runs.items():
+        training = planner.training("train", run)
+        memory, seconds = _generated(planner, rates, entry.task, training)
+        yield _stage("evaluate", run, memory, seconds and len(entry.seeds) * seconds)
+
+
+def _seconds(rates: Rates | None, work: Work) -> float | None:
+    return None if rates is None else rates.seconds(work)
+
+
+def _stage(
+    stage: str, item: str, memory: int, seconds: float | None, kept: int = 0, scratch: int = 0
+) -> dict[str, Any]:
+    return {
+        "stage": f"{stage} {item}".strip(),
+        "memory": memory,
+        "seconds": seconds,
+        "kept": kept,
+        "scratch": scratch,
+    }
+
+
+def _trained(planner: Planner, rates: Rates | None, stage: str, item: str) -> dict[str, Any]:
+    """A stage that trains: its steps, and its dev losses at a third of a step's work each."""
+    (training, need), params = planner.ask(stage, item), planner.params
+    steps = planner.steps(stage, item)
+    seconds = None
+    if steps is not None and rates is not None:
+        task = params.runs[item].task if stage == "train" else item
+        rows = planner.rows(task) if task else None
+        typical = rows.typical if rows else None
+        seconds = steps * rates.seconds(planner.step_work(training, typical))
+        if rows and rows.dev and rows.train and stage == "train":
+            every = params.training.evaluate_every or math.ceil(
+                rows.train / (training.batch.rows * training.accumulation)
+            )
+            batches = math.ceil(steps / every) * math.ceil(rows.dev / training.batch.rows)
+            share = (typical or training.batch.tokens) / training.batch.tokens / 3
+            seconds += batches * rates.seconds(need.step.pass_ * share)
+    kept = planner.kept(stage, item)
+    return _stage(stage, item, need.peak, seconds, kept, need.checkpoint)
+
+
+def _generated(
+    planner: Planner, rates: Rates | None, task: str, training: Training | None
+) -> tuple[int, float | None]:
+    """Peak bytes of generating a task's test split once, and seconds at full length."""
+    params, rows = planner.params, planner.rows(task)
+    section = params.evaluation
+    count = min(section.batch_size, rows.test or section.batch_size)
+    new = section.max_new_tokens
+    tokens = (rows.prompt or rows.longest) + new
+    peak, work = planner.generation(training, count, tokens)
+    if rows.test is None or rates is None:
+        return peak, None
+    weights = planner.subject.parameters * planner.subject.dtype.itemsize
+    once = Work(work.flops // tokens, work.moved // tokens + weights, work.calls)
+    batches = math.ceil(rows.test / count)
+    return peak, batches * (rates.seconds(work) + new * rates.seconds(once))
+
+
+def text(found: dict[str, Any]) -> str:
+    """The report as one reads it in a terminal."""
+    model, here, disk = found["model"], found["available"], found["disk"]
+    longest = any(rows["typical"] is None for rows in found["rows"].values())
+    autocast = "" if model["autocast"] == "None" else f", mixed precision {model['autocast']}"
+    lines = [
+        f"model: {model['type']}, {model['parameters']:,} parameters; frozen weights "
+        f"{model['frozen']}{autocast}, on {'a GPU' if model['device'] == 'cuda' else 'the CPU'}",
+    ]
+    for task, rows in found["rows"].items():
+        middle = f", {rows['typical']} in the middle" if rows["typical"] else ""
+        source = "prepared rows" if middle else "format.max_tokens; nothing prepared yet"
+        lines.append(f"task {task}: rows of at most {rows['longest']} tokens{middle} ({source})")
+    if model["device"] == "cuda":
+        free = here["gpu_memory"]
+        lines.append(f"free: {size(free)} of GPU memory" if free else "free: no GPU here")
+    lines.append(f"free: {size(here['memory'])} of memory, {size(here['disk'])} of disk")
+    lines += ["", *_table(_method_rows(found["methods"]))]
+    lines += [
+        "",
+        "weights: all that doesn't train, originals of trained neurons included; trained: in fp32;",
+        "peak: the most at once, gradients come as activations go; (..): no run has it; "
+        "<: were all rows the longest",
+        "",
+        *_table(
+            [
+                {
+                    "stage": stage["stage"],
+                    "memory": size(stage["memory"]),
+                    "time": duration(stage["seconds"], longest and stage["stage"][:5] != "score"),
+                    "kept on disk": size(stage["kept"]) if stage["kept"] else "-",
+                    "while it runs": size(stage["scratch"]) if stage["scratch"] else "-",
+                }
+                for stage in found["stages"]
+            ]
+        ),
+        f"{', '.join(SMALL)}: little of anything",
+        "",
+        f"disk: {size(disk['kept'])} in work/, {size(disk['cache'])} in DVC's cache, "
+        f"{size(disk['scratch'])} for checkpoints while a stage trains",
+    ]
+    return "\n".join(lines)
+
+
+def _method_rows(methods: Sequence[dict[str, Any]]) -> Iterator[dict[str, str]]:
+    for entry in methods:
+        options = " ".join(
+            f"{'percent' if key == 'percent' else key}={value:,g}"
+            for key, value in entry["options"].items()
+            if isinstance(value, int | float) and key in ("rank", "percent", "neurons", "share")
+        )
+        name = f"{entry['method']} {options}".strip()
+        batch = entry["batch"]
+        fits = {True: "yes", False: "no", None: "?"}[entry["fits"]]
+        yield {
+            "method": name if entry["runs"] else f"({name})",
+            "runs": ", ".join(entry["runs"]) or "-",
+            "batch": f"{batch['rows']}x{batch['tokens']}",
+            "parameters": f"{entry['parameters']:,}",
+            "%": f"{entry['percent']:.2f}",
+            **{part: size(amount) for part, amount in entry["bytes"].items()},
+            "step": duration(entry["seconds"], entry["longest_rows"]),
+            "fits": fits,
+        }
+
+
+def _table(rows: Iterator[dict[str, str]] | list[dict[str, str]]) -> Iterator[str]:
+    """Columns as wide as they need; the first to the left, the others to the right."""
+    cells = list(rows)
+    heads = list(cells[0])
+    widths = {head: max(len(head), *(len(row[head]) for row in cells)) for head in heads}
+    for row in [{head: head for head in heads}, *cells]:
+        first, *others = heads
+        line = row[first].ljust(widths[first])
+        yield "  ".join([line, *(row[head].rjust(widths[head]) for head in others)])
+
+
+def duration(seconds: float | None, at_most: bool = False) -> str:
+    """Seconds as people say them; `<` before a time that all rows at full length would take."""
+    if seconds is None:
+        return "?"
+    before = "< " if at_most else ""
+    if seconds < 1:
+        return f"{before}{1000 * seconds:.0f} ms"
+    for limit, unit, length in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
+        if seconds < limit:
+            return f"{before}{seconds / length:.1f} {unit}"
+    return f"{before}{seconds / 86_400:.1f} days"

@@ -1,0 +1,288 @@
+"""What the params ask of memory, disk and time, before anything is loaded."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from neft_core import config, runs
+from neft_core.capacity import (
+    Rates,
+    calibrate,
+    free_gpu_memory,
+)
+from neft_core.config import Params
+from neft_core.errors import NeftError
+from neft_core.forecast import Need, Subject, Training, forecast, generation, measure
+from neft_core.simulation import Batch
+from neft_core.tracker import Work
+from neft_core.workspace import Workspace
+
+MARGIN = 1.05
+"""What is asked for beyond a forecast: kernels' own memory, and gaps between blocks."""
+
+SHORT = 8
+"""Tokens of a row that is as good as nothing."""
+
+WHAT_IF: dict[str, dict[str, Any]] = {
+    "full": {},
+    "in_out": {},
+    "embed": {},
+    "lora": {"rank": 16},
+    "neft": {"percent": 9.0},
+}
+"""Methods, and their options where no run has them."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A task's rows as far as they are known.
+
+    Attributes:
+        train, dev, test: how many; None where only the data tells.
+        longest: tokens of the longest training row, or what the params allow.
+        typical: tokens of a row in the middle; None before `prepare`.
+        trained: most tokens with a loss in a row; None: all.
+        prompt: tokens of the longest prompt of the test rows.
+    """
+
+    train: int | None
+    dev: int | None
+    test: int | None
+    longest: int
+    typical: int | None = None
+    trained: int | None = None
+    prompt: int | None = None
+
+    def batch(self, size: int) -> Batch:
+        """The largest micro-batch."""
+        size = min(size, self.train or size)
+        trained = None if self.trained is None else size * self.trained
+        return Batch(size, self.longest, trained, padded=size > 1)
+
+
+class Planner:
+    """Forecasts for one set of params on one machine.
+
+    Args:
+        params: checked.
+        root: where relative paths start.
+        data: the workspace whose prepared rows and base model count; None: params alone.
+        config_file: the model's config.json, where it is not where params say.
+        download: a Hub model's config.json may be fetched.
+        least: rows that aren't prepared count as short: what can't fit then, can't fit at all.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        root: Path,
+        data: Workspace | None = None,
+        *,
+        config_file: Path | None = None,
+        download: bool = True,
+        least: bool = False,
+    ) -> None:
+        self.params, self.root, self.data, self.least = params, root, data, least
+        self._config_file, self._download = config_file, download
+        self._needs: dict[str, Need] = {}
+        self._generations: dict[str, tuple[int, Work]] = {}
+        wanted = params.compute.device
+        self.gpu = wanted != "cpu" and (wanted == "cuda" or free_gpu_memory() is not None)
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The base model."""
+        import torch
+
+        compute, choice = self.params.compute, self.params.model
+        kind = runs.precision(compute, not self.gpu)
+        return Subject(
+            self._config(),
+            getattr(torch, runs.frozen_type(compute, not self.gpu)),
+            {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind),
+            self.gpu,
+            getattr(choice, "trust_remote_code", False),
+        )
+
+    def _config(self) -> Any:
+        from neft_core import models
+
+        choice = self.params.model
+        trust = getattr(choice, "trust_remote_code", False)
+        if self._config_file is not None:
+            return models.read_config(self._config_file, trust_remote_code=trust)
+        if isinstance(choice, config.BuiltModel):
+            sizes = {"vocabulary", "hidden", "intermediate", "layers", "heads", "context"}
+            return models.llama_config(**choice.model_dump(include=sizes))
+        if isinstance(choice, config.LocalModel):
+            path = self.root / Path(choice.path).expanduser()
+            if not path.is_dir():
+                raise NeftError(
+                    f"{path}: no such directory; give a model's directory, or its config.json "
+                    "with --config FILE"
+                )
+        else:
+            revision = self._resolved(choice) or choice.revision
+            path = models.hub_config(choice.id, revision, download=self._download)
+            path = path.parent if trust else path
+        return models.read_config(path, trust_remote_code=trust)
+
+    def _resolved(self, choice: config.HubModel) -> str:
+        """The commit that stage `base` found; empty before it ran."""
+        from neft_core import models
+
+        try:
+            card = models.Base.load(self.data.path("base")) if self.data else None
+        except NeftError:
+            return ""
+        return card.revision if card and card.location == choice.id else ""
+
+    def rows(self, task: str) -> Rows:
+        """What is known of a task's rows: of prepared data where there is some."""
+        section = self.params.tasks[task]
+        source, longest = section.source, section.format.max_tokens
+        known = Rows(source.train, source.dev, source.test, SHORT if self.least else longest)
+        folder = self.data.path("prepared", task) if self.data else None
+        if folder is None or not (folder / "train.safetensors").is_file():
+            return known
+        import numpy as np
+
+        from neft_core.encoding import load_encoded
+
+        train, dev, test = (
+            load_encoded(folder / f"{name}.safetensors")[0] for name in ("train", "dev", "test")
+        )
+        lengths = np.diff(train["offsets"])
+        trained = np.add.reduceat(train["trained"].astype(np.int64), train["offsets"][:-1])
+        return Rows(
+            len(lengths),
+            len(dev["offsets"]) - 1,
+            len(test["offsets"]) - 1,
+            int(lengths.max()),
+            int(np.median(lengths)),
+            int(trained.max()),
+            int(np.max(test["prompts"])),
+        )
+
+    def training(self, stage: str, item: str) -> Training:
+        """What a stage trains: `base`, `warmup` of a task, `train` of a run."""
+        params = self.params
+        if stage == "base":
+            assert isinstance(params.model, config.BuiltModel)
+            how = params.model.pretraining
+            return Training("full", Batch(how.batch_size, params.model.context))
+        section: config.Optimisation = params.warmup if stage == "warmup" else params.training
+        rows = self.rows(item if stage == "warmup" else params.runs[item].task)
+        shared: dict[str, Any] = {
+            "batch": rows.batch(section.batch_size),
+            "checkpointing": section.gradient_checkpointing,
+            "accumulation": section.accumulation,
+            "layout": params.scoring.candidates,
+        }
+        if stage == "warmup":
+            return Training("full", **shared)
+        method = params.runs[item].method
+        # Which neurons, doesn't matter; how many, does.
+        options = method.model_dump(exclude_none=True, exclude={"name", "policy", "seed"})
+        return Training(
+            method.name, options=options, dev=rows.batch(2 * section.batch_size), **shared
+        )
+
+    def need(self, training: Training) -> Need:
+        """What a training needs; asked once for equal ones."""
+        key = repr(training)
+        if key not in self._needs:
+            self._needs[key] = forecast(self.subject, training)
+        return self._needs[key]
+
+    def ask(self, stage: str, item: str) -> tuple[Training, Need]:
+        """A stage's training and what it needs.
+
+        Raises:
+            NeftError: the budget doesn't fit the model.
+        """
+        training = self.training(stage, item)
+        try:
+            return training, self.need(training)
+        except NeftError as fault:
+            if stage != "train":
+                raise
+            raise NeftError(f"{Params.FILE}: runs.{item}.method.{fault}") from None
+
+    def generation(self, training: Training | None, rows: int, tokens: int) -> tuple[int, Work]:
+        """As `forecast.generation`, asked once for equal ones."""
+        key = repr((training, rows, tokens))
+        if key not in self._generations:
+            self._generations[key] = generation(self.subject, training, rows, tokens)
+        return self._generations[key]
+
+    def kept(self, stage: str, item: str) -> int:
+        """Bytes that a training stage leaves in `work/`."""
+        subject, params = self.subject, self.params
+        if stage == "base":
+            return 4 * subject.parameters
+        if stage == "warmup":
+            scored = subject.scored()
+            return 4 * scored + subject.dtype.itemsize * (subject.parameters - scored)
+        return len(params.runs[item].seeds) * self.ask(stage, item)[1].adapter
+
+    def steps(self, stage: str, item: str) -> int | None:
+        """Optimiser steps of a training stage, over all seeds; None where rows aren't known."""
+        params = self.params
+        if stage == "warmup":
+            return params.warmup.steps
+        if stage == "base":
+            assert isinstance(params.model, config.BuiltModel)
+            counts = [
+                2 * task.source.pretrain
+                for task in params.tasks.values()
+                if task.source.pretrain is not None and task.format.task == "translation"
+            ]
+            how = params.model.pretraining
+            return how.epochs * math.ceil(sum(counts) / how.batch_size)
+        run, section = params.runs[item], params.training
+        rows = self.rows(run.task).train
+        if rows is None:
+            return None
+        per_epoch = math.ceil(rows / (section.batch_size * section.accumulation))
+        return len(run.seeds) * max(1, round((run.epochs or section.epochs) * per_epoch))
+
+    def rates(self, *, layer: bool = False) -> Rates | None:
+        """How fast the device is; None where it is not in this machine.
+
+        Args:
+            layer: correct them by a real step of one layer of the model.
+        """
+        import torch
+
+        if self.gpu and free_gpu_memory() is None:
+            return None
+        device = "cuda" if self.gpu else "cpu"
+        torch.set_num_threads(self.params.compute.threads)
+        found = calibrate(device, self.subject.autocast or self.subject.dtype)
+        if not layer:
+            return found
+        one = self.subject.one_layer()
+        training = Training(
+            "full", Batch(1, min(256, self.rows(next(iter(self.params.tasks))).longest))
+        )
+        step = forecast(one, training).step
+        return found.slower(
+            measure(one, training, device) / found.seconds(step.pass_ + step.update)
+        )
+
+    def step_work(self, training: Training, typical: int | None) -> Work:
+        """Work of an optimiser step: of typical rows where they are known, else of the longest."""
+        step = self.need(training).step
+        share = 1.0 if typical is None else typical / training.batch.tokens
+        return step.pass_ * (share * training.accumulation) + step.update
+
+
+def size(amount: float) -> str:
+    """Bytes as people say them: `107.8 GB`."""
+    if amount < 1000:
+        return f"{amount:.0f} bytes"
+    power = min(4, int(math.log10(amount)) // 3)
+    return f"{amount / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"

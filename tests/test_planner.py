@@ -1,0 +1,297 @@
+"""`neft plan`, and what a start refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import edit, tiny_workspace
+
+from neft_core import capacity, fit, plan_report, planner
+from neft_core.capacity import Rates
+from neft_core.config import load_params
+from neft_core.errors import NeftError
+from neft_core.fit import check, refusals
+from neft_core.planner import Planner, size
+from neft_core.tracker import Work
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LLAMA_2_7B = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 4096,
+}  # fmt: skip
+QWEN3_06B = {
+    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
+    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Say how much memory and disk there is."""
+
+    def say(memory=10**15, disk=10**15, gpu=None, alternatives=False):
+        if not alternatives:
+            monkeypatch.setattr(fit, "changes", lambda *_: iter(()))
+        monkeypatch.setattr(fit, "free_memory", lambda: memory)
+        monkeypatch.setattr(fit, "free_disk", lambda folder: disk)
+        for module in (fit, planner):
+            monkeypatch.setattr(module, "free_gpu_memory", lambda: gpu)
+
+    return say
+
+
+def config_file(folder, sizes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(sizes))
+    return path
+
+
+def test_the_plan_of_the_demo_names_every_method_and_stage(tmp_path, neft, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ws = tiny_workspace(tmp_path / "w")
+    monkeypatch.chdir(ws.root)
+    from neft_core import cli
+
+    capsys.readouterr()
+    assert cli.main(["plan", "--json", "--set", "runs.neft.method.percent=5"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "percent: 9" in ws.params_file.read_text()
+    methods = {entry["method"]: entry for entry in found["methods"]}
+    assert {name: entry["runs"] for name, entry in methods.items()} == {
+        "full": ["full"], "lora": ["lora"], "neft": ["neft"], "in_out": [], "embed": [],
+    }  # fmt: skip
+    assert methods["full"]["parameters"] == found["model"]["parameters"]
+    assert 4 < methods["neft"]["percent"] <= 5
+    assert methods["neft"]["selected_neurons"] * 16 == methods["neft"]["parameters"]
+    names = [stage["stage"] for stage in found["stages"]]
+    assert names == [
+        "base", "warmup en-fr", "score en-fr", "train full", "train lora", "train neft",
+        "baseline en-fr", "evaluate full", "evaluate lora", "evaluate neft",
+    ]  # fmt: skip
+    stages = {stage["stage"]: stage for stage in found["stages"]}
+    assert stages["train neft"]["kept"] == 2 * methods["neft"]["adapter"]
+    assert found["disk"]["kept"] == sum(stage["kept"] for stage in found["stages"])
+    text = plan_report.text(found)
+    for entry in ("neft percent=5", "(in_out)", "warmup en-fr", "kept on disk", "< "):
+        assert entry in text
+
+
+def test_prepared_rows_count_where_there_are_some(finished):
+    from neft_core.encoding import load_encoded
+
+    arrays, _ = load_encoded(finished.path("prepared", "en-fr", "train.safetensors"))
+    lengths = arrays["offsets"][1:] - arrays["offsets"][:-1]
+    known = Planner(finished.params(), finished.root, finished).rows("en-fr")
+    assert known.train == len(lengths)
+    assert known.longest == max(lengths) < 160
+    assert known.batch(8).labels <= 8 * max(lengths)
+    unknown = Planner(finished.params(), finished.root).rows("en-fr")
+    assert (unknown.train, unknown.longest, unknown.typical) == (None, 160, None)
+    assert unknown.batch(8).labels == 8 * 159
+
+
+def test_adapters_have_the_size_that_was_forecast(finished):
+    planned = Planner(finished.params(), finished.root, finished)
+    for run in ("full", "lora", "neft"):
+        file = finished.path("train", run, "seed-1", "adapter.safetensors")
+        # Beside the tensors a header of names.
+        adapter = planned.need(planned.training("train", run)).adapter
+        assert adapter < file.stat().st_size < adapter + 8192
+    steps = {run: planned.steps("train", run) for run in ("full", "neft")}
+    metrics = json.loads(finished.path("train", "full", "seed-1", "metrics.json").read_text())
+    assert steps == {"full": metrics["steps"], "neft": 2 * metrics["steps"]}
+
+
+@pytest.mark.parametrize(
+    ("example", "sizes", "parameters", "neurons"),
+    [
+        ("llama-2-7b-news-commentary", LLAMA_2_7B, 6_738_415_616, 150_000),
+        ("qwen3-0.6b-news-commentary", QWEN3_06B, 596_049_920, 52_387),
+    ],
+)
+def test_an_example_is_planned_from_a_config_alone(example, sizes, parameters, neurons, tmp_path):
+    params = load_params(ROOT / "examples" / example / "params.yaml")
+    planned = Planner(params, tmp_path, config_file=config_file(tmp_path, sizes))
+    assert planned.subject.parameters == parameters
+    need = planned.need(planned.training("train", "neft"))
+    assert need.selected == neurons
+    trained = need.step.parameters
+    assert (trained, need.step.trained) == (neurons * sizes["hidden_size"], 4 * trained)
+    assert need.step.states == 2 * 4 * trained + 4 * 2 * sizes["num_hidden_layers"]
+
+
+def test_the_example_with_a_local_model_is_planned(shared, tmp_path):
+    model = shared / "models" / "tatoeba-llama-2.5m"
+    if not model.is_dir():
+        pytest.skip("no model there")
+    (tmp_path / "base").symlink_to(model)
+    params = load_params(ROOT / "examples/tatoeba-en-fr/params.yaml")
+    planned = Planner(params, tmp_path)
+    assert planned.subject.parameters == 2_539_200
+    # The example's own arithmetic.
+    assert planned.need(planned.training("train", "neft")).selected == 1_190
+
+
+def test_a_model_that_is_not_here_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+    from neft_core import cli
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for example, line in (
+        ("qwen3-0.6b-news-commentary", "neft: model 'Qwen/Qwen3-0.6B-Base': no config.json (the "
+         "Hub can't be reached and the local cache lacks it); give the file with --config FILE"),
+        ("tatoeba-en-fr", f"neft: {ROOT}/examples/tatoeba-en-fr/base: no such directory; give a "
+         "model's directory, or its config.json with --config FILE"),
+    ):  # fmt: skip
+        file = ROOT / "examples" / example / "params.yaml"
+        assert cli.main(["plan", "--params", str(file)]) == 2
+        assert capsys.readouterr().err.splitlines() == [line]
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"model_type": "nothing"}')
+    assert cli.main(["plan", "--params", str(file), "--config", str(wrong)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"neft: {wrong}: not a model's configuration (")
+
+
+def test_a_budget_that_the_model_has_not_is_refused_by_its_key(copied, neft):
+    edit(copied, ("percent: 9", "percent: 99"))
+    code, said = neft(copied, "plan")
+    assert (code, said[0][:52]) == (2, "neft: params.yaml: runs.neft.method.percent: got 99;")
+
+
+def test_a_model_that_looks_at_values_starts_unchecked(finished, room, monkeypatch, capsys):
+    def odd(*_arguments, **_options):
+        raise RuntimeError("data-dependent")
+
+    room(memory=1000)
+    monkeypatch.setattr(planner, "forecast", odd)
+    check(finished, [("train", "neft")])
+    assert capsys.readouterr().out == (
+        "train neft: can't be forecast (RuntimeError); starts unchecked\n"
+    )
+
+
+def test_a_start_that_fits_goes_on(finished, room):
+    room()
+    check(finished, [("warmup", "en-fr"), ("train", "neft")])
+
+
+def test_a_warmup_without_memory_is_refused_with_what_would_fit(finished, room):
+    need = Planner(finished.params(), finished.root, finished)
+    exact = need.need(need.training("warmup", "en-fr")).peak
+    room(memory=int(exact * 1.04), alternatives=True)
+    with pytest.raises(NeftError) as refused:
+        check(finished, [("warmup", "en-fr")])
+    words = str(refused.value)
+    longest = need.rows("en-fr").longest
+    assert words.startswith(
+        f"params.yaml: warmup: needs {size(exact * 1.05)} of memory with 8 rows of {longest} "
+        f"tokens, {size(int(exact * 1.04))} available; warmup.gradient_checkpointing: true needs "
+    )
+    assert words.endswith("(NEFT_CHECK_FIT=0 starts anyway)")
+    assert "\n" not in words
+
+
+def test_nothing_fits_then_the_least_is_named(finished, room):
+    room(memory=1000, alternatives=True)
+    with pytest.raises(NeftError, match="the least that was tried, ") as refused:
+        check(finished, [("train", "full"), ("train", "neft")])
+    first, second = str(refused.value).splitlines()
+    assert first.startswith("params.yaml: runs.full: needs ")
+    assert "method neft at 9 % with training.batch_size: 1 with accumulation: 8" in first
+    assert second.startswith("params.yaml: runs.neft: needs ")
+
+
+def test_a_disk_that_is_too_small_is_refused(finished, room):
+    room(disk=5000)
+    with pytest.raises(
+        NeftError, match=r"params.yaml: runs.lora: needs \d+.\d kB of disk, \d+.\d "
+    ):
+        check(finished, [("train", "lora")])
+
+
+def test_before_rows_are_prepared_only_what_never_fits_is_refused(tmp_path, room):
+    ws = tiny_workspace(tmp_path / "w")
+    planned = Planner(ws.params(), ws.root)
+    worst = planned.need(planned.training("train", "full")).peak
+    room(memory=worst)
+    check(ws, [("train", "full")], before=True)
+    room(memory=1000)
+    with pytest.raises(NeftError, match=r"of memory however short the rows, 1.0 kB"):
+        check(ws, [("train", "full")], before=True)
+
+
+def test_the_commands_refuse_with_2_and_a_variable_lets_them_go_on(copied, neft, room, monkeypatch):
+    room(memory=1000)
+    edit(copied, ("warmup: {steps: 6", "warmup: {steps: 5"))
+    code, said = neft(copied, "stage", "warmup", "en-fr")
+    assert code == 2
+    assert said[0].startswith("neft: params.yaml: warmup: needs ")
+    code, said = neft(copied, "run", "--force")
+    assert code == 2
+    assert [line.split(":")[2].strip() for line in said] == [
+        "warmup", "runs.full", "runs.lora", "runs.neft",
+    ]  # fmt: skip
+    monkeypatch.setenv("NEFT_CHECK_FIT", "0")
+    assert neft(copied, "stage", "warmup", "en-fr")[0] == 0
+
+
+def test_a_gpu_is_asked_for_its_own_memory_and_for_main_memory(finished, room):
+    params = finished.params()
+    params = params.model_copy(
+        update={"compute": params.compute.model_copy(update={"device": "cuda"})}
+    )
+    room(gpu=1000, memory=1000)
+    planned = Planner(params, finished.root, finished)
+    (line,) = refusals(planned, "train", "neft")
+    assert " of GPU memory with 8 rows " in line
+    room(gpu=10**12, memory=1000)
+    (line,) = refusals(planned, "train", "neft")
+    assert " of memory with 8 rows " in line
+    room(gpu=None)
+    assert list(refusals(planned, "train", "neft")) == []
+    report = plan_report.report(planned, planned.rates())
+    assert report["methods"][0]["seconds"] is None
+    assert "no GPU here" in plan_report.text(report)
+
+
+def test_rates_add_up_or_overlap():
+    work = Work(flops=100, moved=50, calls=10)
+    assert Rates(10, 10, 1).seconds(work) == 10 + 5 + 10
+    assert Rates(10, 10, 2, overlap=True).seconds(work) == 20
+    assert Rates(10, 10, 1).slower(2).seconds(work) == 50
+
+
+def test_what_the_machine_has_is_measured(tmp_path):
+    assert 0 < capacity.free_memory() < 2**50
+    assert capacity.free_disk(tmp_path / "not" / "yet") > 0
+    assert capacity.copies_share_blocks(tmp_path) in (True, False)
+
+
+def test_a_real_layer_corrects_the_rates(tmp_path):
+    ws = tiny_workspace(tmp_path / "w")
+    planned = Planner(ws.params(), ws.root)
+    rates = planned.rates(layer=True)
+    assert rates.flops > 0
+    assert rates.moved > 0
+
+
+@pytest.mark.parametrize(
+    ("amount", "words"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (107.8e9, "107.8 GB"),
+     (2e15, "2000.0 TB")],
+)  # fmt: skip
+def test_sizes_are_said_in_words(amount, words):
+    assert size(amount) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(None, "?"), (0.25, "250 ms"), (90, "90.0 s"), (600, "10.0 min"), (9000, "2.5 h"),
+     (432_000, "5.0 days")],
+)  # fmt: skip
+def test_times_are_said_in_words(seconds, words):
+    assert plan_report.duration(seconds) == words
+    if seconds:
+        assert plan_report.duration(seconds, at_most=True) == f"< {words}"
