@@ -196,7 +196,6 @@ class Rival:
         with self._autocast():
             if self.spec.shape.block:
                 # Layers below have trained neurons too: every method needs this gradient.
-                self.entering.grad = None
                 left: Tensor = self.model(inputs_embeds=self.entering).logits
                 return left
             if self.spec.method == "floor":
@@ -213,6 +212,8 @@ class Rival:
 
     def update(self) -> None:
         """Clip, step, and forget the gradients."""
+        if self.spec.shape.block:
+            self.entering.grad = None
         if self.optimizer is None:
             return
         if self.spec.clip:
