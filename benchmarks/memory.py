@@ -4,8 +4,11 @@ A storage counts once, however many tensors look at it. The parts besides what i
 outlast a step; the peak is what torch's allocator held at the step's highest point.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +42,11 @@ def resident(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[
         `parameters`: all of them, frozen or trained; `buffers`: what else the model holds, such as
         originals, masks and indices; `gradients`: of what trains; `states`: of the optimiser.
     """
-    held = [value for module in model.modules() for value in _attributes(module)]
     parameters = list(model.parameters())
     states = [] if optimizer is None else list(optimizer.state.values())
     return {
         "parameters": storage_bytes(parameters),
-        "buffers": storage_bytes([*parameters, *held]) - storage_bytes(parameters),
+        "buffers": storage_bytes([*parameters, *reachable(model)]) - storage_bytes(parameters),
         "gradients": sum(p.numel() * p.element_size() for p in parameters if p.requires_grad),
         "states": storage_bytes(
             value for state in states for value in state.values() if isinstance(value, Tensor)
@@ -52,12 +54,26 @@ def resident(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[
     }
 
 
-def _attributes(module: nn.Module) -> Iterator[Tensor]:
-    """Tensors that a module holds, as buffers or as plain attributes (in dictionaries too)."""
-    yield from module.buffers(recurse=False)
-    for value in vars(module).values():
-        inner = value.values() if isinstance(value, dict) else [value]
-        yield from (item for item in inner if isinstance(item, Tensor))
+def reachable(model: nn.Module) -> list[Tensor]:
+    """Every tensor that a model holds, however: in buffers, attributes, containers, own objects."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    waiting: list[Any] = [model]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, _ELSEWHERE):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            found.append(item)
+            waiting.append(vars(item))
+        else:
+            waiting += gc.get_referents(item)
+    return found
+
+
+_ELSEWHERE = (type, ModuleType, FunctionType, BuiltinFunctionType, CodeType)
+"""What leads from a model to the whole program."""
 
 
 @contextmanager

@@ -166,7 +166,10 @@ class Rival:
         self.trained = trained_parameters(self.model)
         self.optimizer = (
             torch.optim.AdamW(
-                self.trained.values(), lr=1e-4, weight_decay=0.0, fused=spec.fused or None
+                self.trained.values(),
+                lr=1e-4,
+                weight_decay=0.0,
+                fused=spec.adamw == "fused" or None,
             )
             if self.trained
             else None

@@ -53,7 +53,7 @@ class Spec:
         skew: standard deviation of the logarithm of how likely a module's neurons are selected; 0
             for all modules alike.
         clip: norm that the gradient of what trains is clipped to; 0 for none.
-        fused: AdamW in one kernel; otherwise torch's default for the device.
+        adamw: `fused`, one kernel; `default`, what torch takes for the device.
     """
 
     method: str
@@ -66,7 +66,7 @@ class Spec:
     device: str
     threads: int
     clip: float
-    fused: bool
+    adamw: str
     warmup: int
 
 
@@ -171,7 +171,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             method: Spec(
                 method, SHAPES[options.shape], percent, options.skew, options.batch,
                 options.length, options.dtype, options.device, options.threads, options.clip,
-                options.fused, options.warmup,
+                options.adamw, options.warmup,
             )
             for method in options.methods
         }  # fmt: skip
@@ -216,7 +216,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--device", default="cpu")
     add("--clip", type=float, default=1.0, help="norm of the gradient; 0 for no clipping")
-    add("--fused", action="store_true", help="AdamW in one kernel, for every method")
+    add("--adamw", choices=["fused", "default"], default="fused", help="for every method")
     add("--skew", type=float, default=0.0, help="spread of the selection over modules")
     add("--apart", action="store_true", help="one method after the other, not interleaved")
     add("--out", type=Path, default=None, help="writes OUT.json and OUT.md")

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,13 +145,15 @@ def test_what_stays_between_steps_by_hand():
     model.register_buffer("originals", torch.zeros(10))
     model.chosen = {"default": torch.zeros(6, dtype=torch.int64)}
     model.view = model[0].weight.detach()[:2]
+    model.own = SimpleNamespace(held=[torch.zeros(3)])
+    model[0].weight.mask = torch.zeros(7)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     model(torch.randn(5, 4)).sum().backward()
     optimizer.step()
     assert memory.resident(model, optimizer) == {
         "parameters": 4 * (32 + 24),
-        "buffers": 4 * 10 + 8 * 6,
+        "buffers": 4 * (10 + 3 + 7) + 8 * 6,
         "gradients": 4 * 24,
         "states": 4 * (24 + 24 + 1),
     }
@@ -179,7 +182,7 @@ def spec(method: str, shape=MICRO, **changes) -> train_step.Spec:
         **{
             "method": method, "shape": shape, "percent": 9.0, "skew": 0.0, "batch": 2,
             "length": 8, "dtype": "float32", "device": "cpu", "threads": 1, "clip": 0.0,
-            "fused": False, "warmup": 0,
+            "adamw": "fused", "warmup": 0,
         } | changes
     )  # fmt: skip
 
