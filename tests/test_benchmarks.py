@@ -233,7 +233,8 @@ def test_masked_and_neft_train_the_same(shape):
         neft = next(
             w for n, w in weights[1].items() if n.startswith(name) and w.shape == masked.shape
         )
-        torch.testing.assert_close(masked, neft, rtol=1e-6, atol=1e-7)
+        # Three steps move a weight by about 3e-4; AdamW magnifies the rounding of tiny gradients.
+        torch.testing.assert_close(masked, neft, rtol=0, atol=1e-5)
         moved = (masked != before[f"{name}.weight"]).any(1 - group.axis)
         assert moved.nonzero().flatten().tolist() == both[0].mask.indices[name].tolist()
 
