@@ -274,7 +274,10 @@ class Rival:
         }
 
     def memory(self) -> dict[str, int]:
-        """Bytes by part; `sum` of the parts; `peak` of a step as the allocator saw it."""
+        """Bytes by part; their `sum`; `peak` of a step as torch's allocator saw it; `resident`.
+
+        The last is what the process took: on a CPU all of its memory, on CUDA what torch reserved.
+        """
         parts = memory.resident(self.model, self.optimizer)
         with memory.kept_for_backward(self.model) as kept:
             output = self.forward()
@@ -285,11 +288,12 @@ class Rival:
         parts["sum"] = sum(parts.values())
         lasting = parts["parameters"] + parts["buffers"] + parts["states"]
         parts["peak"] = lasting + memory.peak_of(self.step, self.device)
-        harness.reset_peak()
-        self.step()
-        parts["resident"] = harness.peak_resident()
         if self.device.type == "cuda":
-            parts["reserved"] = torch.cuda.max_memory_reserved(self.device)
+            parts["resident"] = torch.cuda.max_memory_reserved(self.device)
+        else:
+            harness.reset_peak()
+            self.step()
+            parts["resident"] = harness.peak_resident()
         return parts
 
     def facts(self) -> dict[str, Any]:
