@@ -256,6 +256,12 @@ def test_every_method_learns_and_is_measured(name, shape):
     assert parts["gradients"] == 4 * sum(p.numel() for p in rival.trained.values())
 
 
+def test_the_rank_of_as_many_parameters():
+    model = rivals.random_model(MICRO, torch.float32, torch.device("cpu"))
+    ranks = [rivals.rank_for(model, count) for count in (0, SIDES, 10 * SIDES - 1, 10 * SIDES)]
+    assert ranks == [1, 1, 9, 10]
+
+
 def test_a_mask_for_more_than_all_takes_all_and_skew_crowds_it():
     model = rivals.random_model(MICRO, torch.float32, torch.device("cpu"))
     assert rivals.random_mask(model, 43.0, 0.0).neurons == L * 2 * M == 96
