@@ -1,5 +1,6 @@
 # make demo: set up and run the default job; make test: set up and pass the tests;
-# make install: set up alone; make lint: style and types; make check: lint and test.
+# make install: set up alone; make lint: style and types; make check: lint and test;
+# make bench: the cost of a training step, every method side by side (on an idle machine).
 # The first of these names that is Python 3.11 or newer; PYTHON=... chooses another.
 PYTHON ?= $(shell for name in python3.11 python3; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
@@ -10,7 +11,7 @@ STAMP := $(VENV)/installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
 export DO_NOT_TRACK := true
 
-.PHONY: install demo test check lint clean
+.PHONY: install demo test check lint bench clean
 
 install: $(STAMP)
 
@@ -36,6 +37,11 @@ test: install
 	$(BIN)/python -m pytest -q -m integration
 
 check: lint test
+
+bench: install
+	$(BIN)/python -m benchmarks.train_step --shape 29m --batch 4 --out work/bench/29m
+	$(BIN)/python -m benchmarks.train_step --shape 7b-block --batch 1 --length 1024 --repeats 9 \
+		--out work/bench/7b-block
 
 clean:
 	rm -rf work .neft mlflow.db mlruns dvc_plots

@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train_step import SHAPES
-
 from benchmarks import harness
+from benchmarks.train_step import SHAPES
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     from transformers import LlamaConfig
 
     from benchmarks import memory
-    from neft_core import forecast, models, training
+    from neft_core import forecast, models, steps
     from neft_core.methods import METHODS as OURS
     from neft_core.simulation import Batch
 
@@ -92,11 +91,11 @@ def measure(spec: Spec) -> dict[str, Any]:
         "trained": np.ones(sum(lengths), np.uint8),
         "offsets": np.cumsum([0, *lengths]),
     }
-    batch = training.collate(arrays, range(spec.rows), pad=0)
+    batch = steps.collate(arrays, range(spec.rows), pad=0)
 
     def forward() -> torch.Tensor:
         with torch.autocast("cpu", dtype=half, enabled=half is not None):
-            return training.loss_sum(model, batch)[0]
+            return steps.loss_sum(model, batch)[0]
 
     def step() -> None:
         forward().backward()

@@ -125,7 +125,7 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from neft_core import config, models, runs, training, warmups
+    from neft_core import config, models, runs, steps, training, warmups
     from neft_core.methods import trained_parameters
 
     torch.set_num_threads(1)
@@ -184,7 +184,7 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
-def base_recipe(training: Any) -> Any:
+def base_recipe(steps: Any) -> Any:
     """Steps of eight rows."""
     return steps.Recipe(lr=1e-4, steps=1000, batch_size=8, seed=1)
 

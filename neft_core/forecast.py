@@ -15,7 +15,7 @@ from neft_core.masks import NeuronMask, NeuronScores
 from neft_core.methods import METHODS
 from neft_core.neurons import candidates
 from neft_core.patterns import Patterns, scorable
-from neft_core.selection import select
+from neft_core.selection import select_neurons
 from neft_core.simulation import Batch, Step
 from neft_core.tracker import Work
 
@@ -76,7 +76,7 @@ class Subject:
         groups = {g.module: g for g in candidates(self.shapes, self.model_type, layout)}
         flat = {name: torch.zeros(g.count, dtype=torch.float64) for name, g in groups.items()}
         scores = NeuronScores(flat, groups, self.parameters, {"layout": str(layout)})
-        return select(scores, "random", **policy)
+        return select_neurons(scores, "random", **policy)
 
 
 @dataclass(frozen=True)
