@@ -6,7 +6,7 @@ down projections, multiplied by a mask before AdamW updates them whole. `shira` 
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
