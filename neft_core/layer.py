@@ -3,7 +3,7 @@
 An adapter is `neft_values`, the neurons themselves, fp32 (fp64 in a model of fp64), and
 `neft_indices`, which neurons of the weight they are. The neurons of the active adapter stand in the
 base layer's weight while it computes. Every other reader finds the base's own bits there: state
-dicts, `unload`, a disabled adapter, a move to another device or precision.
+dicts, `parameters()`, `unload`, a disabled adapter, a move to another device or precision.
 
 Where several adapters are active (or merged), their changes add up: a neuron of both moves by the
 sum of both changes. The bias is nobody's: it stays as it is.
@@ -13,7 +13,7 @@ Shapes: k neurons of an adapter with D weights each; weights are logical [out, i
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -105,6 +105,7 @@ class NeftLinear(nn.Module, NeftLayer):
         self._own: weakref.ref[Tensor] | None = None
         self.register_state_dict_pre_hook(_settle)
         self.register_load_state_dict_pre_hook(_settle)
+        self.register_load_state_dict_post_hook(_adopt)
         self._adopt()
         self.update_layer(adapter_name, count, indices, inference_mode)
 
@@ -271,10 +272,9 @@ class NeftLinear(nn.Module, NeftLayer):
 
     def _held(self, key: str, indices: Tensor) -> Tensor:
         """What the base has in the place of neurons, [k, D]; `key` tells sets of them apart."""
-        overlay = self.overlay
-        if overlay.indices is not None and torch.equal(overlay.indices, indices):
-            assert overlay.originals is not None
-            return overlay.originals
+        replaced = self.overlay.held(indices)
+        if replaced is not None:
+            return replaced
         self.lift()
         weight = frozen.readable(self.base_layer)
         if weight is not None:
@@ -287,7 +287,7 @@ class NeftLinear(nn.Module, NeftLayer):
 
     def lift(self) -> None:
         """Give the weight its own bits; the next forward pass writes again."""
-        if self.overlay.indices is not None:
+        if self.overlay.present:
             if not self._owns():
                 raise NeftError(
                     f"{type(self.base_layer).__name__}: its weight was replaced while trained "
@@ -325,11 +325,17 @@ class NeftLinear(nn.Module, NeftLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> "NeftLinear":
         """Move or cast with the base's own bits in the weight."""
         self.lift()
+        self.overlay.forget()
         self._probed.clear()
         super()._apply(fn, recurse)
         self._adopt()
         self.settle()
         return self
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As of every module. Who walks through a model's parameters finds the base's own bits."""
+        self.settle()
+        yield from super().named_modules(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_own"}
@@ -345,3 +351,8 @@ class NeftLinear(nn.Module, NeftLayer):
 def _settle(layer: NeftLinear, *_args: Any) -> None:
     """Before a state dict is read or loaded."""
     layer.settle()
+
+
+def _adopt(layer: NeftLinear, _keys: Any) -> None:
+    """After a state dict was loaded, whose tensors may have become the parameters."""
+    layer._adopt()

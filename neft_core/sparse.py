@@ -34,39 +34,53 @@ class Overlay:
 
     Attributes:
         axis: 0 where the neurons are rows, 1 for columns.
-        indices: which neurons of the weight are replaced, [k]; None: the weight is its own.
-        originals: the bits that they replaced, [k, D].
+        present: they stand there now; otherwise the weight has all of its own bits.
+        indices: which neurons of the weight they are, [k].
+        originals: what the weight has in their place, [k, D].
         edition: counts the changes of the weight.
         stale: a gradient was formed, so an optimiser may have changed the values unseen by torch.
     """
 
+    indices: Tensor
+    originals: Tensor
+
     def __init__(self, axis: int) -> None:
         self.axis = axis
-        self.indices: Tensor | None = None
-        self.originals: Tensor | None = None
+        self.present = False
         self.edition = 0
         self.stale = False
-        self._chosen: tuple[int, ...] = ()
+        self._known: tuple[int, ...] = ()
+        self._own: tuple[int, ...] = ()
 
     def write(self, weight: Tensor, values: Tensor, indices: Tensor) -> None:
         """Put values in the place of the neurons `indices`, and of no others."""
-        chosen = stamp(indices)
-        if self.indices is not None and self._chosen != chosen:
+        if self.present and self._known != stamp(indices):
             self.lift(weight)
-        if self.indices is None:
-            self.indices = indices.clone()
+        if not self.present and (self._known, self._own) != (stamp(indices), stamp(weight)):
+            self.indices, self._known = indices.clone(), stamp(indices)
             self.originals = read_neurons(weight, indices, self.axis)
-            self._chosen = chosen
         write_neurons(weight, values.detach(), indices, self.axis)
+        self.present = True
         self.edition += 1
         self.stale = False
 
     def lift(self, weight: Tensor) -> None:
         """Give the weight all of its own bits again."""
-        if self.indices is not None and self.originals is not None:
+        if self.present:
             write_neurons(weight, self.originals, self.indices, self.axis)
-            self.indices = self.originals = None
+            self.present = False
             self.edition += 1
+            self._own = stamp(weight)
+
+    def held(self, indices: Tensor) -> Tensor | None:
+        """The weight's own neurons `indices`, [k, D], where they have been replaced by others."""
+        if self.present and torch.equal(self.indices, indices):
+            return self.originals
+        return None
+
+    def forget(self) -> None:
+        """The weight, which has its own bits, is about to move."""
+        self._known = ()
 
 
 class RowLinear(torch.autograd.Function):

@@ -4,10 +4,10 @@ Importing this module registers the type NEFT with PEFT, so that `PeftModel.from
 transformers' `load_adapter` know what lies in an adapter's directory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import InitVar, asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftType
@@ -41,6 +41,9 @@ class NeftConfig(PeftConfig):  # type: ignore[misc]
         modules_to_save: other modules that train as a whole, as in every PEFT config.
     """
 
+    # PEFT would match these by its own rules, and keep a whole head or embedding named here.
+    target_modules: ClassVar[None] = None
+
     mask: InitVar[NeuronMask | str | Path | None] = None
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
@@ -72,11 +75,6 @@ class NeftConfig(PeftConfig):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """What `adapter_config.json` holds."""
         return asdict(self)
-
-    @property
-    def target_modules(self) -> tuple[str, ...]:
-        """The modules with trained neurons."""
-        return tuple(self.modules)
 
     @property
     def source(self) -> str:
@@ -206,6 +204,10 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
         if _before_forward not in model._forward_pre_hooks.values():
             model.register_forward_pre_hook(_before_forward)
 
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:  # noqa: ARG002
+        """None: a layer that shares its weight never writes it, and gets its own when merged."""
+        return []
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Values are fp32 from the start; without `autocast_adapter_dtype` they get the base's."""
         if autocast_adapter_dtype:
@@ -238,7 +240,16 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
 
 def neft_layers(model: nn.Module) -> dict[str, NeftLayer]:
     """The layers with trained neurons, by name."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, NeftLayer)}
+    return dict(_layers(model, ""))
+
+
+def _layers(module: nn.Module, name: str) -> Iterator[tuple[str, NeftLayer]]:
+    """As `named_modules`, which would put the base's own bits into each weight."""
+    if isinstance(module, NeftLayer):
+        yield name, module
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _layers(child, f"{name}.{key}" if name else key)
 
 
 def sync(model: nn.Module) -> None:

@@ -301,7 +301,7 @@ def test_the_last_step_reaches_the_weight_with_sync_and_earlier_ones_with_forwar
     layer = sparse("plain", ROWS, [1, 3])
     with torch.no_grad():
         layer.neft_values["default"].add_(1)
-    assert layer.overlay.indices is None
+    assert not layer.overlay.present
     layer(torch.zeros(1, 5))
     assert torch.equal(layer.base_layer.weight[[1, 3]], layer.neft_values["default"])
     layer.neft_values["default"].data.mul_(2)  # in place and unseen by the version
