@@ -59,14 +59,14 @@ def section_of(base: Any, name: str, **changes: Any) -> Any:
 
 def overlap(options: argparse.Namespace) -> dict[str, Any]:
     """Warm up and score in every way; overlaps with the exact selection of the same seed and K."""
-    from neft_core import runs, similarity
+    from neft_core import loading, runs, similarity
     from neft_core.masks import NeuronScores
     from neft_core.selection import select_neurons
     from neft_core.workspace import find_workspace
 
     ws = find_workspace(options.workspace)
     task = options.task or next(iter(ws.params().tasks))
-    card, _ = runs.base_card(ws)
+    card, _ = loading.base_card(ws)
     masks: dict[tuple[str, int, int], dict[int, Any]] = {}
     losses: dict[tuple[str, int, int], float] = {}
     for steps in options.steps:
@@ -125,7 +125,7 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from neft_core import config, models, runs, steps, training, warmups
+    from neft_core import config, loading, models, steps, training, warmups
     from neft_core.methods import trained_parameters
 
     torch.set_num_threads(1)
@@ -146,7 +146,7 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
         choice = warmups.Warmup(**section.model_dump(include={*warmups.Warmup.__annotations__}))
         model: Any = models.build_llama(**sizes, context=length, seed=1)
         model = warmups.MODULES[choice.modules].prepare(model, choice, "llama")
-        recipe = steps.Recipe(steps=1000, seed=1, **runs._optimisation(section))
+        recipe = steps.Recipe(steps=1000, seed=1, **loading.optimisation(section))
         trainer = training.Trainer(
             model, trained_parameters(model), recipe, arrays, None, pad=0, folder=Path(folder),
             label=name, optimizer=warmups.STATES[choice.states],

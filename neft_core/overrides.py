@@ -15,7 +15,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from neft_core import runs
+from neft_core import loading
 from neft_core.config import NO_FILE, Params, parse_params, read_yaml
 from neft_core.errors import NeftError
 from neft_core.files import replacing
@@ -148,5 +148,5 @@ def _checked(text: str, where: str) -> Params:
     assert isinstance(data, dict)
     params = parse_params(data, where)
     for task in params.tasks:
-        runs.form(params, task)
+        loading.form(params, task)
     return params

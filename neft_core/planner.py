@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from neft_core import config, runs
+from neft_core import config, loading
 from neft_core.capacity import (
     Rates,
     calibrate,
@@ -97,10 +97,10 @@ class Planner:
         import torch
 
         compute, choice = self.params.compute, self.params.model
-        kind = runs.precision(compute, not self.gpu)
+        kind = loading.precision(compute, not self.gpu)
         return Subject(
             self._config(),
-            getattr(torch, runs.frozen_type(compute, not self.gpu)),
+            getattr(torch, loading.frozen_type(compute, not self.gpu)),
             {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind),
             self.gpu,
             getattr(choice, "trust_remote_code", False),

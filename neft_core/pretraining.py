@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from neft_core import __version__, models, training
-from neft_core.steps import Recipe, steps_in_epoch
+from neft_core.steps import Recipe, digest, fingerprint, steps_in_epoch
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, longest: int) -> dict[str, np.ndarray]:
@@ -74,7 +74,7 @@ def build(
         lr_warmup=max(1, steps // 20),
         checkpoint_every=500,
     )
-    inputs = (sizes, vars(recipe), training.digest(arrays), mixed_precision, cpu, __version__)
+    inputs = (sizes, vars(recipe), digest(arrays), mixed_precision, cpu, __version__)
     trainer = training.Trainer(
         model,
         dict(model.named_parameters()),
@@ -82,7 +82,7 @@ def build(
         arrays,
         None,
         pad=tokenizer.pad_token_id,
-        folder=resume / training.fingerprint(*inputs),
+        folder=resume / fingerprint(*inputs),
         label="base",
         mixed_precision=mixed_precision,
         cpu=cpu,

@@ -170,3 +170,11 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
     if not any(turn["role"] == "assistant" for turn in turns):
         raise NeftError(f"{where}: 'messages' has no assistant turn; there is nothing to learn")
     return turns
+
+
+def asked_and_answered(row: dict[str, Any]) -> dict[str, Any]:
+    """What a test row asks, and its references: the form that hypotheses are kept in."""
+    references = answers(row)
+    asked = [turn["content"] for turn in row.get("messages", [])[:-1]]
+    source = row["source"] if "source" in row else "\n".join(asked)
+    return {"source": source, "target": references[0], "references": references}

@@ -1,149 +1,23 @@
 """Stages that hold a model: warm-up, training, generation; and a trained run loaded again."""
 
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from neft_core import __version__, config, ranks
-from neft_core.config import Params
 from neft_core.errors import NeftError
 from neft_core.files import replacing, write_json
+from neft_core.loading import (
+    arithmetic,
+    autocast,
+    base_card,
+    device,
+    load_as_base,
+    optimisation,
+    placement,
+)
 from neft_core.workspace import Workspace
-
-
-def form(params: Params, task: str) -> Any:
-    """A task's `format` section as tasks.py takes it.
-
-    Raises:
-        NeftError: a placeholder of the prompt is unknown, missing or broken.
-    """
-    from neft_core.tasks import PLAIN_TURN, Form
-
-    section = params.tasks[task].format
-    try:
-        if isinstance(section, config.Translation):
-            languages = (section.source_language, section.target_language)
-            return Form("translation", section.prompt, languages=languages)
-        return Form("instruction", PLAIN_TURN if section.prompt == "plain" else section.prompt)
-    except NeftError as fault:
-        raise NeftError(f"{Params.FILE}: tasks.{task}.format.{fault}") from None
-
-
-def asked_and_answered(row: dict[str, Any]) -> dict[str, Any]:
-    """What a test row asks, and its references: the form that hypotheses are kept in."""
-    from neft_core.rows import answers
-
-    references = answers(row)
-    asked = [turn["content"] for turn in row.get("messages", [])[:-1]]
-    source = row["source"] if "source" in row else "\n".join(asked)
-    return {"source": source, "target": references[0], "references": references}
-
-
-def base_card(ws: Workspace) -> tuple[Any, Any]:
-    """The base's card and its tokenizer."""
-    from neft_core import models
-
-    card = models.Base.load(ws.path("base"))
-    directory = card.directory(ws.root)
-    return card, models.load_tokenizer(directory, trust_remote_code=card.trust_remote_code)
-
-
-def placement(params: Params) -> dict[str, Any]:
-    """Accelerate's placement: `cpu` and `mixed_precision`."""
-    cpu = device(params) == "cpu"
-    return {"cpu": cpu, "mixed_precision": _precision(params)}
-
-
-def _precision(params: Params) -> str:
-    """Autocast's type here: `no`, `bf16` or `fp16`."""
-    return precision(params.compute, device(params) == "cpu")
-
-
-def precision(compute: config.Compute, cpu: bool) -> str:
-    """Autocast's type on a kind of device: `no`, `bf16` or `fp16`.
-
-    Raises:
-        NeftError: a CPU has no such type.
-    """
-    wanted = compute.mixed_precision
-    if wanted == "auto":
-        plain = ("auto", "float32", "float64") if cpu else ("float64",)
-        wanted = "no" if compute.dtype in plain else "bf16"
-    if cpu and wanted == "fp16":
-        raise NeftError("params.yaml: compute.mixed_precision: got fp16; on a CPU no or bf16")
-    return wanted
-
-
-def frozen_type(compute: config.Compute, cpu: bool) -> str:
-    """The type of frozen weights on a kind of device, as torch calls it."""
-    if compute.dtype != "auto":
-        return compute.dtype
-    return "float32" if cpu or precision(compute, cpu) == "no" else "bfloat16"
-
-
-def autocast(params: Params) -> Any:
-    """The precision of training, for generation: fp32 weights may stand amid bf16 ones."""
-    import torch
-
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(_precision(params))
-    return torch.autocast(device(params), dtype=dtype, enabled=dtype is not None)
-
-
-def device(params: Params) -> str:
-    """`cpu` or `cuda`; settles the number of CPU threads, so that sums repeat bit by bit.
-
-    Where several processes share a stage, they meet here.
-    """
-    import torch
-
-    torch.set_num_threads(params.compute.threads)
-    wanted = params.compute.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise NeftError("params.yaml: compute.device: got cuda; this machine has no usable GPU")
-    cpu = wanted == "cpu" or not torch.cuda.is_available()
-    gpus = torch.cuda.device_count()
-    if not cpu and ranks.local() >= gpus:
-        raise NeftError(
-            f"params.yaml: compute.processes: got more than the {gpus} GPUs of this machine; "
-            "at most one process for each"
-        )
-    ranks.join(cpu)
-    return "cpu" if cpu else "cuda"
-
-
-def load_base(ws: Workspace) -> Any:
-    """The base model, on its device."""
-    params = ws.params()
-    return _load(ws, base_card(ws)[0], params).to(device(params))
-
-
-def _load(ws: Workspace, card: Any, params: Params, directory: Path | None = None) -> Any:
-    """A model in the type of frozen weights: the base, or another of its architecture."""
-    import torch
-
-    from neft_core import models
-
-    name = frozen_type(params.compute, device(params) == "cpu")
-    return models.load_model(
-        directory or card.directory(ws.root),
-        getattr(torch, name),
-        trust_remote_code=card.trust_remote_code,
-    )
-
-
-def _optimisation(section: Any) -> dict[str, Any]:
-    """The fields that every training section shares with a recipe."""
-    shared = dict(section.model_dump(include=set(config.Optimisation.model_fields)))
-    if shared["max_grad_norm"] is None:
-        shared["max_grad_norm"] = math.inf
-    return shared
-
-
-def _arithmetic(params: Params) -> dict[str, Any]:
-    """What a training's course owes to `compute`; it may go on in other processes."""
-    return params.compute.model_dump(exclude={"processes", "accelerate_config"})
 
 
 def warmup(ws: Workspace, task: str) -> None:
@@ -177,24 +51,24 @@ def warm_up(
     from neft_core.encoding import load_encoded
     from neft_core.methods import trained_parameters
     from neft_core.patterns import scorable
-    from neft_core.steps import Recipe
+    from neft_core.steps import Recipe, digest, fingerprint
 
     params = ws.params()
     card, tokenizer = base_card(ws)
     train, _ = load_encoded(ws.path("prepared", task, "train.safetensors"))
-    model = _load(ws, card, params)
+    model = load_as_base(ws, card, params)
     stored = model.dtype
     # The model's own names: those in the base's files may lack a prefix.
     scored = scorable({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     choice = warmups.Warmup(**section.model_dump(include={*warmups.Warmup.__annotations__}))
     torch.manual_seed(section.seed)
     model = warmups.MODULES[choice.modules].prepare(model, choice, card.model_type)
-    recipe = Recipe(steps=section.steps, seed=section.seed, **_optimisation(section))
-    inputs = training.fingerprint(
+    recipe = Recipe(steps=section.steps, seed=section.seed, **optimisation(section))
+    inputs = fingerprint(
         section.model_dump(),
-        _arithmetic(params),
+        arithmetic(params),
         card.hash,
-        training.digest(train),
+        digest(train),
         __version__,
     )
     trainer = training.Trainer(
@@ -215,7 +89,7 @@ def warm_up(
     if not ranks.main():
         return course, cost
     tuned = warmups.MODULES[choice.modules].finish(tuned.cpu(), scored)
-    origin = {"base": card.hash, "steps": course.step, "data": training.digest(train), **_by()}
+    origin = {"base": card.hash, "steps": course.step, "data": digest(train), **_by()}
     if choice != warmups.Warmup():
         origin["warmup"] = warmups.describe(choice)
     with replacing(target) as folder:
@@ -295,17 +169,17 @@ def _train_seed(
     from neft_core import training
     from neft_core.course import DEV_COLUMNS, TRAIN_COLUMNS, write_table
     from neft_core.methods import METHODS, moved_outside, trained_parameters
-    from neft_core.steps import Recipe, steps_in_epoch
+    from neft_core.steps import Recipe, digest, fingerprint, steps_in_epoch
 
     params = ws.params()
     entry, section = params.runs[run], params.training
     options = entry.method.model_dump()
     method = METHODS[entry.method.name]
     torch.manual_seed(seed)
-    model = _load(ws, card, params)
+    model = load_as_base(ws, card, params)
     dtype = str(model.dtype).removeprefix("torch.")
     model = method.prepare(model, options, mask, card.model_type)
-    shared = _optimisation(section) | ({"lr": entry.lr} if entry.lr else {})
+    shared = optimisation(section) | ({"lr": entry.lr} if entry.lr else {})
     rows = len(splits["train"]["offsets"]) - 1
     per_epoch = steps_in_epoch(rows, section.batch_size, section.accumulation)
     recipe = Recipe(
@@ -315,11 +189,11 @@ def _train_seed(
         patience=section.patience or 0,
         **shared,
     )
-    digests = {name: training.digest(arrays) for name, arrays in splits.items()}
-    inputs = training.fingerprint(
+    digests = {name: digest(arrays) for name, arrays in splits.items()}
+    inputs = fingerprint(
         options,
         recipe.__dict__,
-        _arithmetic(params),
+        arithmetic(params),
         card.hash,
         digests,
         mask.provenance,
@@ -364,7 +238,7 @@ def _train_seed(
     metadata = {"method": entry.method.name, "base": card.hash, "seed": str(seed), **_by()}
     method.save(model, target, metadata | {"location": card.location, "revision": card.revision})
     if isinstance(entry.method, config.Neft):
-        compared, moved = moved_outside(model, _load(ws, card, params))
+        compared, moved = moved_outside(model, load_as_base(ws, card, params))
         if moved:
             raise RuntimeError(f"{run}: unselected weights moved in {', '.join(moved[:3])}")
         result["unselected_weights_verified"] = compared
@@ -388,7 +262,7 @@ def load_trained(ws: Workspace, run: str, seed: int) -> tuple[Any, Any]:
     method = params.runs[run].method
     card, tokenizer = base_card(ws)
     model = METHODS[method.name].load(
-        _load(ws, card, params),
+        load_as_base(ws, card, params),
         method.model_dump(),
         card.model_type,
         ws.path("train", run, f"seed-{seed}"),
@@ -405,7 +279,7 @@ def baseline(ws: Workspace, task: str) -> None:
     with replacing(ws.path("baseline", task)) as folder:
         folder.mkdir()
         for name, directory in (("base", None), ("tuned", ws.path("warmup", task))):
-            model = _load(ws, card, params, directory).to(device(params))
+            model = load_as_base(ws, card, params, directory).to(device(params))
             metrics[name] = _evaluate(
                 ws, task, model, tokenizer, folder / f"{name}.jsonl", f"baseline {task}, {name}"
             )

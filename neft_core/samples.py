@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from neft_core import config, evaluation, runs
+from neft_core import config, evaluation, loading, runs
 from neft_core.encoding import encode_prompt
 from neft_core.errors import NeftError
-from neft_core.rows import read_rows
+from neft_core.rows import asked_and_answered, read_rows
 from neft_core.workspace import Workspace
 
 
@@ -41,24 +41,24 @@ def show(ws: Workspace, run: str, seed: int | None, prompt: str | None, count: i
         rows = [row]
     else:
         rows = read_rows(ws.path("corpus", entry.task, "test.jsonl"))[:count]
-    how = runs.form(params, entry.task)
+    how = loading.form(params, entry.task)
     prompts = [encode_prompt(row, how, tokenizer) for row in rows]
     answers = {}
-    for name, model in (("base", runs.load_base(ws)), (run, tuned)):
-        with runs.autocast(params):
+    for name, model in (("base", loading.load_base(ws)), (run, tuned)):
+        with loading.autocast(params):
             texts = evaluation.generate(
                 model,
                 tokenizer,
                 prompts,
                 batch_size=params.evaluation.batch_size,
                 max_new_tokens=params.evaluation.max_new_tokens,
-                context=runs.base_card(ws)[0].context,
+                context=loading.base_card(ws)[0].context,
                 label=f"generate {name}",
             )
         answers[name] = [evaluation.first_line(text) for text in texts] if translation else texts
     width = max(len("reference"), len(run))
     for number, row in enumerate(rows):
-        shown = runs.asked_and_answered(row)
+        shown = asked_and_answered(row)
         print(f"\n{'source':{width}}  {shown['source']}")
         if prompt is None:
             print(f"{'reference':{width}}  {shown['references'][0]}")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from neft_core import __version__, config, runs
+from neft_core import __version__, config, loading, runs
 from neft_core.config import Params
 from neft_core.errors import NeftError
 from neft_core.files import read_json, replacing, write_json
@@ -139,18 +139,18 @@ def _pretrain(ws: Workspace, params: Params, choice: config.BuiltModel, folder: 
         sizes=choice.model_dump(include={"hidden", "intermediate", "layers", "heads", "context"}),
         resume=ws.state("checkpoints", "base"),
         **how.model_dump(),
-        **runs.placement(params),
+        **loading.placement(params),
     )
 
 
 def prepare(ws: Workspace, task: str) -> None:
     """Rows to token sequences in the base's tokenizer."""
     from neft_core import encoding
-    from neft_core.rows import read_rows, write_rows
+    from neft_core.rows import asked_and_answered, read_rows, write_rows
 
     params = ws.params()
     form = params.tasks[task].format
-    found, tokenizer = runs.base_card(ws)
+    found, tokenizer = loading.base_card(ws)
     if found.context and form.max_tokens > found.context:
         raise NeftError(
             f"params.yaml: tasks.{task}.format.max_tokens: got {form.max_tokens}; "
@@ -163,14 +163,14 @@ def prepare(ws: Workspace, task: str) -> None:
             rows = read_rows(ws.path("corpus", task, f"{name}.jsonl"))
             arrays, stats[name] = encoding.encode_split(
                 rows,
-                runs.form(params, task),
+                loading.form(params, task),
                 tokenizer,
                 max_tokens=form.max_tokens,
                 where=f"task {task}: {name}",
                 keep_long=name == "test",
             )
             encoding.save_encoded(folder / f"{name}.safetensors", arrays, {})
-        write_rows(folder / "references.jsonl", map(runs.asked_and_answered, rows))
+        write_rows(folder / "references.jsonl", map(asked_and_answered, rows))
         write_json(folder / "stats.json", stats)
     for name, counts in stats.items():
         print(f"prepare {task}: {name}: " + ", ".join(f"{n:,} {k}" for k, n in counts.items()))
@@ -184,7 +184,7 @@ def score(ws: Workspace, task: str) -> None:
     from neft_core.similarity import score_neurons
 
     params = ws.params()
-    runs.device(params)
+    loading.device(params)
     card = models.Base.load(ws.path("base"))
     tuned = ws.path("warmup", task)
     origin = read_json(tuned / "provenance.json")

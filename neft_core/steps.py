@@ -7,6 +7,8 @@ changes no row of it. The loss of a step is the mean over its trained tokens.
 Shapes: B rows of a micro-batch, T tokens of its longest row.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,3 +185,17 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     if step < recipe.lr_warmup:
         return recipe.lr * (step + 1) / recipe.lr_warmup
     return recipe.lr * (recipe.steps - step) / max(1, recipe.steps - recipe.lr_warmup)
+
+
+def digest(arrays: Arrays) -> str:
+    """SHA-256 of an encoded split."""
+    whole = hashlib.sha256()
+    for name in ("tokens", "trained", "offsets"):
+        whole.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return whole.hexdigest()
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short hash of everything that a training's course depends on: names its checkpoints."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

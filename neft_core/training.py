@@ -1,8 +1,6 @@
 """The training loop, on Accelerate: one for pre-training, warm-up and every method."""
 
 import csv
-import hashlib
-import json
 import math
 import resource
 import sys
@@ -343,17 +341,3 @@ class Trainer:
     def _load(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.trained.items():
             parameter.copy_(ranks.split_as(values[name], parameter))
-
-
-def digest(arrays: Arrays) -> str:
-    """SHA-256 of an encoded split."""
-    whole = hashlib.sha256()
-    for name in ("tokens", "trained", "offsets"):
-        whole.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return whole.hexdigest()
-
-
-def fingerprint(*parts: Any) -> str:
-    """A short hash of everything that a training's course depends on: names its checkpoints."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -44,7 +44,7 @@ HEAVY = {"torch", "transformers", "mlflow", "prefect", "datasets", "accelerate",
 
 LONG = {
     "config": "one class a section; its docstrings are the reference of params.yaml",
-    "runs": "the stages that hold a model share how it is loaded and placed",
+    "layer": "what PEFT asks of a layer is one class",
     "models": "all that knows transformers",
     "corpus.grammar_hi": "one language's grammar",
     "corpus.sampler": "all constructions draw from one sampler",
