@@ -164,12 +164,10 @@ def forecast(subject: Subject, training: Training) -> Need:
         checkpointing=training.checkpointing,
         optimizer=simulation.adamw(foreach=subject.gpu),
         accumulating=training.accumulation > 1,
+        dev=training.dev,
     )
     selected = mask.neurons if mask else 0
     peak = step.peak
-    if training.dev is not None:
-        loss = simulation.simulate_loss(model, training.dev, autocast=subject.autocast)
-        peak = max(peak, loss + step.states)
     return Need(
         step=step,
         peak=peak,

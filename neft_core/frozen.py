@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from neft_core.errors import NeftError
@@ -75,8 +76,13 @@ def is_plain(layer: Any) -> bool:
     weight: Any = getattr(layer, "weight", None)
     known = is_conv1d(layer) or isinstance(layer, Stacked)
     computes = known or type(layer).forward is nn.Linear.forward
-    stored = type(weight) in (nn.Parameter, Tensor) or isinstance(weight, DTensor)
+    stored = is_parameter(weight) or type(weight) is Tensor or isinstance(weight, DTensor)
     return bool(computes and stored and weight.is_floating_point() and weight.element_size() > 1)
+
+
+def is_parameter(weight: Any) -> bool:
+    """Whether a weight is a parameter of an ordinary tensor, or stands for one in a forecast."""
+    return isinstance(weight, nn.Parameter) and type(weight) in (nn.Parameter, FakeTensor)
 
 
 def is_watched(layer: Any) -> bool:
@@ -126,13 +132,18 @@ def place(layer: Any) -> tuple[torch.device, torch.dtype]:
     return tensors[0].device, dtype or (floats[0] if floats else torch.float32)
 
 
+def has_content(tensor: Tensor) -> bool:
+    """Whether a tensor has values: on `meta` and in a forecast it has a shape alone."""
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+
+
 def check_indices(adapter: str, indices: Tensor, limit: int) -> None:
     """Refuse indices, [k], that were never loaded or are not increasing in [0, limit).
 
     Raises:
         NeftError: they are refused.
     """
-    if not len(indices):
+    if not len(indices) or not has_content(indices):
         return
     if bool((indices == UNKNOWN).any()):
         raise NeftError(

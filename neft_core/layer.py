@@ -307,7 +307,7 @@ class NeftLinear(nn.Module, NeftLayer):
         """Remember the weight, where neurons may be written into it."""
         base = self.base_layer
         writable = self.merged or not (self.form == "additive" or self.shared)
-        plain = frozen.is_plain(base) and type(base.weight) is nn.Parameter
+        plain = frozen.is_plain(base) and frozen.is_parameter(base.weight)
         # Only a part of the weight is here where DeepSpeed partitions it.
         plain = plain and not hasattr(base.weight, "ds_id")
         self._own = weakref.ref(base.weight) if writable and plain else None
@@ -318,8 +318,7 @@ class NeftLinear(nn.Module, NeftLayer):
         now = stamp(indices)
         if self._known.get(name) == now:
             return
-        if indices.device.type != "meta":
-            frozen.check_indices(name, indices, frozen.size(self.base_layer)[self.axis])
+        frozen.check_indices(name, indices, frozen.size(self.base_layer)[self.axis])
         self._known[name] = now
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NeftLinear":

@@ -78,7 +78,7 @@ class Step:
 
 @contextmanager
 def fake(model: nn.Module) -> Iterator[Tracker]:
-    """Give a model on the meta device fake tensors of the CPU while the block runs.
+    """Give a model on the meta device fake tensors of the CPU, for good.
 
     Yields:
         A tracker that holds the model's tensors.
@@ -103,13 +103,11 @@ def fake(model: nn.Module) -> Iterator[Tracker]:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         for store, name, tensor in places:
             store[name] = like(tensor)
-        try:
-            with tracker:
-                tracker.hold(made.values())
-                yield tracker
-        finally:
-            for store, name, tensor in places:
-                store[name] = tensor
+        with tracker:
+            tracker.hold(made.values())
+            # Layers that look after a weight meet the new one, as when a state dict was assigned.
+            model.load_state_dict({}, strict=False)
+            yield tracker
 
 
 def _places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
@@ -140,11 +138,13 @@ def simulate_step(
     optimizer: Optimizer,
     accumulating: bool = False,
     in_backward: bool = False,
+    dev: Batch | None = None,
 ) -> Step:
-    """A training step of `training.Trainer` on a prepared model on the meta device.
+    """A training step of `training.Trainer`, and a dev loss.
 
     Args:
-        model: only what trains requires a gradient.
+        model: prepared, on the meta device, with only what trains requiring a gradient; it is
+            spent afterwards.
         batch: its micro-batch.
         autocast: the type of mixed precision.
         checkpointing: compute activations twice instead of keeping them.
@@ -152,15 +152,20 @@ def simulate_step(
         accumulating: gradients of an earlier micro-batch wait.
         in_backward: each parameter is updated as soon as its gradient is there, which is then
             freed.
+        dev: the batch of a dev loss, where there is one.
     """
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    model.train()
     with fake(model) as tracker:
         everything = {id(t): t for _, _, t in _places(model)}.values()
         trained = [p for p in model.parameters() if p.requires_grad]
         weights = _bytes(trained)
-        frozen = _bytes(everything) - weights
+        # A forward pass first: layers may make something then that stays.
+        model.eval()
+        with torch.no_grad():
+            _loss(model, dev or Batch(1, 2), autocast, [])
+        loss_peak, frozen = tracker.peak, tracker.live - weights
+        model.train()
         # The first step makes the states that every later one begins with.
         groups = [[p] for p in trained] if in_backward else [trained]
         owners = [optimizer(group) for group in groups]
@@ -192,18 +197,10 @@ def simulate_step(
             gradients=gradients,
             states=states,
             activations=activations,
-            peak=max(tallest, tracker.peak),
+            peak=max(tallest, tracker.peak, loss_peak + states),
             pass_=pass_,
             update=update,
         )
-
-
-def simulate_loss(model: Any, batch: Batch, *, autocast: torch.dtype | None = None) -> int:
-    """Peak bytes of a dev loss, states and gradients apart."""
-    model.eval()
-    with fake(model) as tracker, torch.no_grad():
-        _loss(model, batch, autocast, [])
-        return tracker.peak
 
 
 def simulate_generation(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from neft_core.frozen import has_content
 from neft_core.groups import ROWS
 from neft_core.sparse import Overlay, keep, kept
 
@@ -48,7 +49,7 @@ class Route:
         flat = chosen.reshape(-1)
         ids, order = flat.sort(stable=True)
         edges = torch.arange(experts + 1, device=flat.device, dtype=ids.dtype)
-        bounds = torch.searchsorted(ids, edges).tolist()
+        bounds = _bounds(ids, edges)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
         each = chosen.shape[-1]
@@ -81,12 +82,20 @@ class Selected:
 def by_expert(indices: Tensor, experts: int, width: int) -> list[Selected]:
     """Sorted neurons of all experts, [k], apart; experts without any are left out."""
     edges = torch.arange(experts + 1, device=indices.device) * width
-    bounds = torch.searchsorted(indices, edges).tolist()
+    bounds = _bounds(indices, edges)
     return [
         Selected(e, slice(first, last), indices[first:last] - e * width)
         for e, (first, last) in enumerate(pairwise(bounds))
         if first < last
     ]
+
+
+def _bounds(ids: Tensor, edges: Tensor) -> list[int]:
+    """How many of some sorted numbers are below each edge; in a forecast, as if evenly spread."""
+    if not has_content(ids):
+        return [len(ids) * e // (len(edges) - 1) for e in range(len(edges))]
+    below: list[int] = torch.searchsorted(ids, edges).tolist()
+    return below
 
 
 class ExpertsLinear(torch.autograd.Function):

@@ -93,9 +93,11 @@ def test_prepared_rows_count_where_there_are_some(finished):
 
 
 def test_adapters_have_the_size_that_was_forecast(finished):
+    from neft_core.methods import METHODS
+
     planned = Planner(finished.params(), finished.root, finished)
     for run in ("full", "lora", "neft"):
-        file = finished.path("train", run, "seed-1", "adapter.safetensors")
+        file = finished.path("train", run, "seed-1", METHODS[run].file)
         # Beside the tensors a header of names.
         adapter = planned.need(planned.training("train", run)).adapter
         assert adapter < file.stat().st_size < adapter + 8192
