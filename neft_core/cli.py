@@ -66,11 +66,15 @@ def _interruptible() -> Iterator[None]:
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As in a script's background. Children would inherit that, and we ask them to end by it.
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _say(message: str, code: int) -> int:
@@ -89,20 +93,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"neft {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="run what is not up to date, then show the results")
-    run.add_argument("--params", type=Path, metavar="FILE", help="another params file")
+    def command(name: str, what: str, more: str = "") -> argparse.ArgumentParser:
+        said = f"{what[0].upper()}{what[1:]}. {more}".rstrip()
+        return commands.add_parser(name, help=what, description=said)
+
+    run = command(
+        "run",
+        "run what is not up to date, then show the results",
+        "Interrupted, it goes on from there the next time.",
+    )
+    run.add_argument(
+        "--params",
+        type=Path,
+        metavar="FILE",
+        help="run this file's params, in a workspace of its own below .neft/workspaces",
+    )
     run.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change params.yaml first, such as runs.neft.lr=1e-3 (repeatable)",
+        help="write this into params.yaml first, such as runs.neft.lr=1e-3 (repeatable)",
     )
     run.add_argument("--dry-run", action="store_true", help="check params, tell what would run")
     run.add_argument("--force", action="store_true", help="run every stage anew")
     run.set_defaults(command=_run)
 
-    plan = commands.add_parser("plan", help="forecast memory, time and disk of every method")
+    plan = command("plan", "forecast memory, time and disk of every method")
     plan.add_argument("--params", type=Path, metavar="FILE", help="another params file")
     plan.add_argument(
         "--set",
@@ -120,32 +137,54 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="all figures, in bytes and seconds")
     plan.set_defaults(command=_plan)
 
-    stage = commands.add_parser("stage", help="run one stage here and now (what dvc.yaml calls)")
-    stage.add_argument("name", help="corpus, base, prepare, warmup, score, select, train, ...")
-    stage.add_argument("item", nargs="?", help="the task or run")
+    stage = command(
+        "stage",
+        "run one stage here and now (what dvc.yaml calls)",
+        "Its inputs must be there; nothing is looked up in DVC's cache and nothing is tracked.",
+    )
+    stage.add_argument("name", metavar="NAME", help="a stage of dvc.yaml, such as train")
+    stage.add_argument(
+        "item", metavar="ITEM", nargs="?", help="its task or run, for a stage that has items"
+    )
     stage.set_defaults(command=_stage)
 
-    init = commands.add_parser("init", help="make a workspace")
-    init.add_argument("dir", type=Path, help="directory; made where missing")
+    init = command(
+        "init",
+        "make a workspace: a directory with dvc.yaml and params.yaml",
+        "Files that are there are kept, dvc.yaml apart.",
+    )
+    init.add_argument("dir", metavar="DIR", type=Path, help="made where missing")
     init.add_argument(
-        "--from", dest="template", type=Path, metavar="TEMPLATE", help="a folder with params.yaml"
+        "--from",
+        dest="template",
+        type=Path,
+        metavar="TEMPLATE",
+        help="a folder with params.yaml, or the name of one in examples (default: the demo's)",
     )
     init.add_argument("--cache", type=Path, metavar="DIR", help="a DVC cache to share")
     init.set_defaults(command=_init)
 
-    track = commands.add_parser("track", help="bring MLflow up to date with the runs here")
+    track = command("track", "bring MLflow up to date with the runs here")
     track.set_defaults(command=_track)
 
-    ui = commands.add_parser("ui", help="open the pages of MLflow and Prefect for the runs here")
-    ui.add_argument("--mlflow-port", type=int, default=5000, metavar="PORT")
-    ui.add_argument("--prefect-port", type=int, default=4200, metavar="PORT")
+    ui = command("ui", "serve the pages of MLflow and Prefect for the runs here, until Ctrl-C")
+    for name, port in (("MLflow", 5000), ("Prefect", 4200)):
+        ui.add_argument(
+            f"--{name.lower()}-port",
+            type=int,
+            default=port,
+            metavar="PORT",
+            help=f"of {name}'s page (default: {port})",
+        )
     ui.set_defaults(command=_ui)
 
-    generate = commands.add_parser("generate", help="base and fine-tuned model side by side")
+    generate = command("generate", "base and fine-tuned model side by side")
     generate.add_argument("--run", required=True, metavar="NAME", help="a run of params.yaml")
     generate.add_argument("--seed", type=int, help="which seed of it (default: its first)")
     generate.add_argument("--prompt", metavar="TEXT", help="source text; default: test sentences")
-    generate.add_argument("--count", type=int, default=5, help="test sentences to show")
+    generate.add_argument(
+        "--count", type=int, default=5, help="how many test sentences (default: 5)"
+    )
     generate.set_defaults(command=_generate)
     return parser
 

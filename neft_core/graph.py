@@ -259,7 +259,8 @@ def _differences(item: Any) -> Iterator[str]:
         if isinstance(how, dict):
             yield from (f"{item.def_path}: {key}: {word}" for key, word in how.items())
         else:
-            yield f"{item.def_path}: {how}"
+            # In a fresh clone nobody deleted it.
+            yield f"{item.def_path}: {'missing' if how == 'deleted' else how}"
 
 
 def _damaged(oid: str, path_of: Callable[[str], str]) -> list[Path]:

@@ -4,7 +4,7 @@ Each is one function of a workspace and an item (a task, or a run). Nothing else
 knows about files and params together; what a stage reads and writes stands in dvc.yaml.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,15 @@ def corpus(ws: Workspace, task: str) -> None:
         pretrain = [row | {"languages": languages} for row in splits.get("pretrain", [])]
     write_rows(ws.path("pretrain", f"{task}.jsonl"), pretrain)
     for name, counts in stats.items():
-        print(f"corpus {task}: {name}: " + ", ".join(f"{n} {k}" for k, n in counts.items()))
+        print(f"corpus {task}: {name}: {_counted(counts)}")
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    """Counts in words, such as `46 kept, 0 too long`."""
+    return ", ".join(
+        f"longest {n:,}" if key == "longest" else f"{n:,} {key.replace('_', ' ')}"
+        for key, n in counts.items()
+    )
 
 
 def _read_local(ws: Workspace, source: Any, part: str) -> list[dict[str, Any]]:
@@ -173,7 +181,7 @@ def prepare(ws: Workspace, task: str) -> None:
         write_rows(folder / "references.jsonl", map(asked_and_answered, rows))
         write_json(folder / "stats.json", stats)
     for name, counts in stats.items():
-        print(f"prepare {task}: {name}: " + ", ".join(f"{n:,} {k}" for k, n in counts.items()))
+        print(f"prepare {task}: {name}: {_counted(counts)}")
 
 
 def score(ws: Workspace, task: str) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -83,3 +84,17 @@ def test_a_stage_ends_with_the_process_that_wants_it(finished, tmp_path):
     assert worker.wait(timeout=30) == 1
     assert time.monotonic() - began < 10
     worker.stdout.close()
+
+
+def test_in_a_scripts_background_ctrl_c_ends_children_alone():
+    """There SIGINT is ignored, and a child would inherit that: the signal that asks it to end."""
+    ask = "import signal; print(signal.getsignal(signal.SIGINT) == signal.default_int_handler)"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with cli._interruptible():
+            os.kill(os.getpid(), signal.SIGINT)
+            child = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert child.stdout == "True\n"

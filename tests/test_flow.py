@@ -138,7 +138,7 @@ def test_everything_then_nothing_then_only_what_changed(
     ws.params_file.write_text(params.replace("lr: 3e-3", "lr: 4e-3"))
     shutil.rmtree(ws.path("corpus"))
     told = run(ws, env)
-    restored = "  work/corpus/en-fr: deleted; restored from the DVC cache"
+    restored = "  work/corpus/en-fr: missing; restored from the DVC cache"
     assert restored in told
     # The fabricated result does not depend on the learning rate, so its evaluation is not stale.
     assert (ws.root / "ran.log").read_text().split("\n") == ["train neft", "summary ", ""]

@@ -139,7 +139,7 @@ def test_lost_outputs_are_restored(made: Workspace, harm: str) -> None:
     graph = Graph(made)
     assert not graph.intact("part@a")
     assert graph.changes("last").inputs
-    word = "deleted" if harm == "delete directory" else "modified"
+    word = "missing" if harm == "delete directory" else "modified"
     assert make(made, "part@a") == (
         ["restored"],
         [f"work/part/a: {word}; restored from the DVC cache"],
@@ -166,7 +166,7 @@ def test_lost_outputs_are_made_again_where_the_cache_is_damaged_too(
     shutil.rmtree(made.root / "work/part/a")
     outcomes, told = make(made, "part@a")
     assert outcomes == ["ran"]
-    assert "work/part/a: deleted; made again" in told
+    assert "work/part/a: missing; made again" in told
     assert (made.root / "work/part/a/copy").read_bytes() == good
     assert (made.root / "log-a").read_text() == "once\nonce\n"
     assert not Graph(made).changes("part@a")
