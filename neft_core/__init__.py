@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from neft_core.registration import register_with_peft
+
 if TYPE_CHECKING:
     from neft_core.masks import NeuronMask as NeuronMask
     from neft_core.masks import NeuronScores as NeuronScores
@@ -32,3 +34,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
+
+
+register_with_peft()

@@ -135,8 +135,6 @@ def _read(path: Path, base: str) -> dict[str, Tensor]:
 def _load_peft(model: Any, _options: Options, _type: str, folder: Path, base: str) -> Any:
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
-    import neft_core.tuner  # noqa: F401 - registers its type with PEFT
-
     fields = read_json(folder / PEFT_CONFIG)
     state = _read(folder / PEFT_FILE, base)
     # Where the base was when the adapter was trained is of no interest here.

@@ -1,7 +1,8 @@
 """The method as a PEFT tuner: `get_peft_model(model, NeftConfig(mask="mask.safetensors"))`.
 
 Importing this module registers the type NEFT with PEFT, so that `PeftModel.from_pretrained` and
-transformers' `load_adapter` know what lies in an adapter's directory.
+transformers' `load_adapter` know what lies in an adapter's directory; `registration` imports it as
+soon as PEFT is there.
 """
 
 from collections.abc import Iterator, Mapping

@@ -317,6 +317,7 @@ def test_a_second_get_peft_model_warns_and_begins_anew():
     assert torch.equal(out(again), out(tiny_llama()))
     lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["up_proj"])).base_model.model
     with (
+        pytest.warns(UserWarning, match="for a second time"),
         pytest.warns(UserWarning, match="multiple adapters"),
         pytest.raises(NeftError, match="adapter of another method; unload that one first"),
     ):
