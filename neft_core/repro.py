@@ -17,9 +17,6 @@ from neft_core.workspace import Workspace
 
 Outcome = Literal["ran", "restored", "unchanged"]
 
-OWNER = "NEFT_OWNER_PID"
-"""Variable that tells a stage which process it works for."""
-
 
 class StageFailed(Exception):  # noqa: N818
     """A stage was killed or failed by a defect; the text is its last line."""
@@ -82,7 +79,7 @@ def _repro(
         "PATH": os.pathsep.join([here, os.environ.get("PATH", os.defpath)]),
         "SHELL": "/bin/sh",
         "PYTHONUNBUFFERED": "1",
-        OWNER: str(os.getpid()),
+        processes.OWNER: str(os.getpid()),
     }
     if on_state is not None:
         env[OVERWRITE] = "1"

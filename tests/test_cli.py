@@ -70,7 +70,7 @@ def test_init_makes_a_workspace_and_says_how_to_go_on(tmp_path, neft, monkeypatc
 def test_a_stage_ends_with_the_process_that_wants_it(finished, tmp_path):
     owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     code = (
-        "import time; from neft_core import cli; cli._exit_with_owner(); "
+        "import time; from neft_core import processes; processes.end_with_owner(); "
         "print('on', flush=True); time.sleep(60)"
     )
     worker = subprocess.Popen(
