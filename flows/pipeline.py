@@ -106,7 +106,7 @@ def _walk(workspace: Workspace, force: bool) -> Result:
             changes[stage.name] = graph.changes(stage.name)
         broken = [n for n in stage.upstream if result.outcomes[n] in ("failed", "skipped")]
         if broken:
-            work = _skip(stage, broken[0])
+            work = _skip(broken[0])
         elif force or changes[stage.name]:
             work = _make(stage, graph, changes[stage.name], tracker, params, force)
         else:
@@ -123,6 +123,9 @@ def _walk(workspace: Workspace, force: bool) -> Result:
             result.outcomes[stage.name] = state.name.lower() if state.name else "ran"
             if state.is_completed():
                 states[stage.name] = state
+    skipped = [name for name, outcome in result.outcomes.items() if outcome == "skipped"]
+    if skipped:
+        log.warning("skipped, as they need what failed: %s", ", ".join(skipped))
     tracker.close(graph)
     table = workspace.path("summary", "summary.md")
     if result.outcomes.get("summary") not in (None, "failed", "skipped") and table.is_file():
@@ -161,12 +164,8 @@ def _cached(stage: Stage) -> State:
     return Completed(name="Cached", message="up to date")
 
 
-def _skip(stage: Stage, cause: str) -> Callable[[], State]:
-    def skip() -> State:
-        get_run_logger().warning("%s: skipped, as %s failed", stage.name, cause)
-        return Cancelled(name="Skipped", message=f"{cause} failed")
-
-    return skip
+def _skip(cause: str) -> Callable[[], State]:
+    return lambda: Cancelled(name="Skipped", message=f"{cause} failed or was skipped")
 
 
 def _make(

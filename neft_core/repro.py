@@ -157,5 +157,5 @@ def _failure(workspace: Workspace, name: str, error: str, told: str, status: int
             f"{', as when memory runs out' if number == signal.SIGKILL else ''}; run again"
         )
     if code == 2 and told:
-        return NeftError(told)
+        return NeftError(told.removeprefix("neft: "))
     return StageFailed(f"stage '{name}': {told or f'ended with status {code} without a word'}")
