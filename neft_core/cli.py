@@ -45,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as fault:
+        where = fault.filename or Path.cwd()
         if fault.errno == errno.ENOSPC:
-            where = fault.filename or Path.cwd()
             return _say(f"{where}: no space left on the disk; free some and run again", 2)
+        if fault.errno in (errno.EROFS, errno.EACCES):
+            return _say(f"{where}: {fault.strerror}; choose what you can read and write", 2)
         traceback.print_exc()
         return 1
     except KeyboardInterrupt:
@@ -144,11 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("item", metavar="ITEM", nargs="?", help="its task or run, where it has any")
     stage.set_defaults(command=_stage)
 
-    init = command(
-        "init",
-        "make a workspace: a directory with dvc.yaml and params.yaml",
-        "Files that are there are kept, dvc.yaml apart.",
-    )
+    init = command("init", "make a workspace: a directory with dvc.yaml and params.yaml")
     init.add_argument("dir", metavar="DIR", type=Path, help="made where missing")
     init.add_argument(
         "--from",

@@ -39,6 +39,8 @@ def test_a_command_that_does_not_exist(argv, capsys):
         (NeftError("neft: a: b; c"), 2, ["neft: a: b; c"]),
         (OSError(errno.ENOSPC, "No space", "/x"), 2,
          ["neft: /x: no space left on the disk; free some and run again"]),
+        (OSError(errno.EROFS, "Read-only", "/x"), 2,
+         ["neft: /x: Read-only; choose what you can read and write"]),
         (KeyboardInterrupt(), 130,
          ["neft: interrupted; run the same command again to go on"]),
         (ValueError("odd"), 1, None),
