@@ -99,25 +99,33 @@ def _walk(workspace: Workspace, force: bool) -> Result:
     log.info("%d stages, %d up to date", len(changes), 0 if force else len(changes) - stale)
     result = Result()
     reasons: list[Exception] = []
+    states: dict[str, State] = {}
     for stage in graph.stages:
         before = {result.outcomes[name] for name in stage.upstream}
         if before & {"ran", "restored"}:
             changes[stage.name] = graph.changes(stage.name)
         broken = [n for n in stage.upstream if result.outcomes[n] in ("failed", "skipped")]
         if broken:
-            work = _skip(stage, broken[0])
+            work = _skip(broken[0])
         elif force or changes[stage.name]:
             work = _make(stage, graph, changes[stage.name], tracker, params, force)
         else:
             work = functools.partial(_cached, stage)
+        # What a task waits for is drawn as lines in Prefect's graph; it would refuse a failed one.
+        done = [states[name] for name in stage.upstream if name in states]
         try:
-            state = _task(stage, params, work)()
+            state = _task(stage, params, work)(wait_for=done)
         except (NeftError, StageFailed) as fault:
             reasons.append(fault)
             result.outcomes[stage.name] = "failed"
             log.error("%s failed: %s", stage.name, fault)
         else:
             result.outcomes[stage.name] = state.name.lower() if state.name else "ran"
+            if state.is_completed():
+                states[stage.name] = state
+    skipped = [name for name, outcome in result.outcomes.items() if outcome == "skipped"]
+    if skipped:
+        log.warning("skipped, as they need what failed: %s", ", ".join(skipped))
     tracker.close(graph)
     table = workspace.path("summary", "summary.md")
     if result.outcomes.get("summary") not in (None, "failed", "skipped") and table.is_file():
@@ -136,7 +144,7 @@ def _walk(workspace: Workspace, force: bool) -> Result:
     return result
 
 
-def _task(stage: Stage, params: Params, work: Callable[[], State]) -> Callable[[], State]:
+def _task(stage: Stage, params: Params, work: Callable[[], State]) -> Callable[..., State]:
     """A Prefect task for one stage; called directly, so that a cancel reaches it."""
     source = params.tasks[stage.item].source if stage.family == "corpus" and stage.item else None
     remote = isinstance(source, HubSource) or (
@@ -156,12 +164,8 @@ def _cached(stage: Stage) -> State:
     return Completed(name="Cached", message="up to date")
 
 
-def _skip(stage: Stage, cause: str) -> Callable[[], State]:
-    def skip() -> State:
-        get_run_logger().warning("%s: skipped, as %s failed", stage.name, cause)
-        return Cancelled(name="Skipped", message=f"{cause} failed")
-
-    return skip
+def _skip(cause: str) -> Callable[[], State]:
+    return lambda: Cancelled(name="Skipped", message=f"{cause} failed or was skipped")
 
 
 def _make(

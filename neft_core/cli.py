@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 import warnings
 from collections import Counter
@@ -47,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as fault:
+        where = fault.filename or Path.cwd()
         if fault.errno == errno.ENOSPC:
-            where = fault.filename or Path.cwd()
             return _say(f"{where}: no space left on the disk; free some and run again", 2)
+        if fault.errno in (errno.EROFS, errno.EACCES):
+            return _say(f"{where}: {fault.strerror}; choose what you can read and write", 2)
         traceback.print_exc()
         return 1
     except KeyboardInterrupt:
@@ -143,16 +143,10 @@ def _parser() -> argparse.ArgumentParser:
         "Its inputs must be there; nothing is looked up in DVC's cache and nothing is tracked.",
     )
     stage.add_argument("name", metavar="NAME", help="a stage of dvc.yaml, such as train")
-    stage.add_argument(
-        "item", metavar="ITEM", nargs="?", help="its task or run, for a stage that has items"
-    )
+    stage.add_argument("item", metavar="ITEM", nargs="?", help="its task or run, where it has any")
     stage.set_defaults(command=_stage)
 
-    init = command(
-        "init",
-        "make a workspace: a directory with dvc.yaml and params.yaml",
-        "Files that are there are kept, dvc.yaml apart.",
-    )
+    init = command("init", "make a workspace: a directory with dvc.yaml and params.yaml")
     init.add_argument("dir", metavar="DIR", type=Path, help="made where missing")
     init.add_argument(
         "--from",
@@ -195,7 +189,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         from neft_core.preview import describe
 
-        print(describe(*overrides.preview(options.params, options.set)))
+        print(describe(overrides.preview(options.params, options.set)))
         return 0
     ws = overrides.apply(options.params, options.set)
     _check_fit(ws, options.force)
@@ -251,18 +245,20 @@ def _plan(options: argparse.Namespace) -> None:
     from neft_core.planner import Planner
     from neft_core.workspace import find_workspace
 
-    params, ws = overrides.preview(options.params, options.set)
+    found = overrides.preview(options.params, options.set)
+    # What was prepared is of other params.
+    params, ws = found.params, None if found.changed else found.workspace
     if ws is not None:
         root = ws.root
     else:
         root = options.params.resolve().parent if options.params else find_workspace().root
     planner = Planner(params, root, ws, config_file=options.config)
-    found = plan_report.report(planner, planner.rates(layer=options.calibrate))
-    print(json.dumps(found, indent=2) if options.json else plan_report.text(found))
+    told = plan_report.report(planner, planner.rates(layer=options.calibrate))
+    print(json.dumps(told, indent=2) if options.json else plan_report.text(told))
 
 
 def _stage(options: argparse.Namespace) -> int:
-    from neft_core import launching, ranks
+    from neft_core import launching, processes, ranks
     from neft_core.stages import STAGES
     from neft_core.workspace import find_workspace, hold
 
@@ -278,7 +274,7 @@ def _stage(options: argparse.Namespace) -> int:
         raise NeftError(f"stage {options.name}: got {got}; it takes {wants}")
     stage = [part for part in (options.name, options.item) if part]
     name = "-".join(stage)
-    _exit_with_owner()
+    processes.end_with_owner()
     if options.name in CHECKED and options.item and not ranks.launched():
         from neft_core.fit import check
 
@@ -311,10 +307,8 @@ ITEMS = {
 }
 """Section of params that a stage's items come from; the other stages take none."""
 
-
 CHECKED = {"warmup", "train"}
 """Stages that are refused where their memory or disk isn't there."""
-
 
 ARTEFACTS = {
     "summary": "the table above (summary.md, summary.csv) and the curves",
@@ -323,23 +317,6 @@ ARTEFACTS = {
     "evaluation": "hypotheses beside their references",
 }
 """What a user looks for after a run, by folder of `work/`."""
-
-
-def _exit_with_owner() -> None:
-    """Leave when the `neft run` that wants this stage is gone: nobody would read the result."""
-    owner = os.environ.get("NEFT_OWNER_PID")
-    if not owner:
-        return
-
-    def watch() -> None:
-        while True:
-            time.sleep(1)
-            try:
-                os.kill(int(owner), 0)
-            except ProcessLookupError:
-                os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _init(options: argparse.Namespace) -> None:

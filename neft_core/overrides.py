@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,29 @@ from neft_core.files import replacing
 from neft_core.workspace import Workspace, find_workspace, init_workspace
 
 
-def preview(file: Path | None, settings: Sequence[str]) -> tuple[Params, Workspace | None]:
-    """Checked params with overrides, nothing written; and the workspace whose params they are."""
+@dataclass(frozen=True)
+class Preview:
+    """Params with overrides, of which nothing is written.
+
+    Attributes:
+        params: checked.
+        data: as the file would say them.
+        workspace: whose params.yaml they would stand in; None: one that isn't made yet.
+        changed: whether they differ from what stands there now.
+    """
+
+    params: Params
+    data: dict[str, Any]
+    workspace: Workspace | None
+    changed: bool
+
+
+def preview(file: Path | None, settings: Sequence[str]) -> Preview:
+    """What `apply` would run, without writing anything."""
     ws = _owner(file)
     path = file or (ws or find_workspace()).params_file
     text, changes = _changed(path, settings)
-    return _checked(text, path.name), None if changes else ws
+    return Preview(*_checked(text, path.name), ws, bool(changes))
 
 
 def apply(file: Path | None, settings: Sequence[str]) -> Workspace:
@@ -54,6 +72,8 @@ def _owner(file: Path | None) -> Workspace | None:
     """The workspace whose own params.yaml is meant; None for any other file."""
     if file is None:
         return find_workspace()
+    if not file.exists():
+        raise NeftError(f"--params {file}: not found; name a file like a workspace's params.yaml")
     read_yaml(file)
     path = file.resolve()
     own = path.name == Params.FILE and (path.parent / "dvc.yaml").is_file()
@@ -142,11 +162,11 @@ def _round_trip() -> YAML:
     return yaml
 
 
-def _checked(text: str, where: str) -> Params:
+def _checked(text: str, where: str) -> tuple[Params, dict[str, Any]]:
     """Params, with what only the stages would find out of them: the prompts' placeholders."""
     data = YAML(typ="safe").load(text)
     assert isinstance(data, dict)
     params = parse_params(data, where)
     for task in params.tasks:
         loading.form(params, task)
-    return params
+    return params, data

@@ -91,7 +91,10 @@ def serve(found: list[Page]) -> None:
     Raises:
         NeftError: a port is taken, or a server doesn't start or ends.
     """
-    for page in filter(lambda page: page.command, found):
+    own = [page for page in found if page.command]
+    if len({page.port for page in own}) < len(own):
+        raise NeftError(f"port {own[0].port}: asked for twice; each page needs one of its own")
+    for page in own:
         with socket.socket() as probe:
             # As the servers do: a port that was closed a moment ago is free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -102,8 +105,10 @@ def serve(found: list[Page]) -> None:
                     f"port {page.port}: in use by another program; stop that one, "
                     f"or give --{page.name.lower()}-port another number"
                 ) from None
+            except OverflowError:
+                raise NeftError(f"port {page.port}: there is none; 1 to 65535") from None
     with contextlib.ExitStack() as stack:
-        running = [stack.enter_context(_started(page)) for page in found if page.command]
+        running = [stack.enter_context(_started(page)) for page in own]
         for page in found:
             print(f"{page.name}: {page.url}", flush=True)
         if running:

@@ -1,18 +1,18 @@
 """`neft run --dry-run`: what the params ask for, and what would run."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from neft_core import config
 from neft_core.config import Params
-from neft_core.workspace import PIPELINE, Workspace
+from neft_core.graph import Graph, locked
+from neft_core.overrides import Preview
+from neft_core.workspace import PIPELINE
 
-if TYPE_CHECKING:
-    from neft_core.graph import Graph
 
-
-def describe(params: Params, ws: Workspace | None) -> str:
+def describe(preview: Preview) -> str:
     """Model, tasks and runs in words, then the stages; of a workspace, which are out of date."""
+    params = preview.params
     lines = [f"model: {_model(params.model)}"]
     for name, task in params.tasks.items():
         lines.append(f"task {name}: {task.format.task} from {_source(task.source)}")
@@ -32,32 +32,49 @@ def describe(params: Params, ws: Workspace | None) -> str:
         )
     stages = _stages(params)
     lines.append(f"params are valid; {len(stages)} stages")
-    if ws is None:
-        lines += [f"  {stage}" for stage in stages]
-        return "\n".join(lines)
-    return "\n".join(lines + [f"  {line}" for line in _outlook(ws)])
+    if preview.workspace is not None:
+        data = preview.data if preview.changed else None
+        reasons = outdated(Graph(preview.workspace), data)
+        known = locked(preview.workspace)
+        new = "made for the first time"
+        stages = [
+            f"{name}: {reasons.get(name, 'up to date' if name in known else new)}"
+            for name in stages
+        ]
+    return "\n".join(lines + [f"  {stage}" for stage in stages])
 
 
-def _outlook(ws: Workspace) -> Iterator[str]:
-    """Each stage of a workspace, and why it would run."""
-    from neft_core.graph import Graph
+def outdated(graph: Graph, data: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Stages that are out of date, and why.
 
-    graph = Graph(ws)
-    reasons = outdated(graph)
-    for stage in graph.stages:
-        yield f"{stage.name}: {reasons.get(stage.name, 'up to date')}"
-
-
-def outdated(graph: "Graph") -> dict[str, str]:
-    """Stages that are out of date, and why."""
+    Args:
+        graph: the workspace's.
+        data: what params.yaml would say; None: what it says.
+    """
+    known = locked(graph.workspace)
     stale: dict[str, str] = {}
     for stage in graph.stages:
         changes = graph.changes(stage.name)
         reasons = [*changes.inputs, *changes.outputs]
+        if data is not None and stage.name in known:
+            reasons = [line for line in reasons if not line.startswith(f"{Params.FILE}: ")]
+            reasons += [
+                f"{Params.FILE}: {key}: modified"
+                for key, value in known[stage.name]["params"].items()
+                if _value(data, key) != value
+            ]
         reasons += [f"{name} runs" for name in stage.upstream if name in stale]
         if reasons:
             stale[stage.name] = reasons[0]
     return stale
+
+
+def _value(data: Mapping[str, Any], key: str) -> Any:
+    """The value under a dotted key; None where there is none."""
+    found: Any = data
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 def _model(model: config.BuiltModel | config.LocalModel | config.HubModel) -> str:

@@ -5,10 +5,14 @@ import os
 import select
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
+
+OWNER = "NEFT_OWNER_PID"
+"""Variable that tells a stage which process it works for."""
 
 GRACE = 5.0
 """Seconds between one signal and the next, harder one."""
@@ -74,6 +78,23 @@ def group(
                 if pipe:
                     with contextlib.suppress(BrokenPipeError):
                         pipe.close()
+
+
+def end_with_owner() -> None:
+    """Leave when the `neft run` that wants this stage is gone: nobody would read the result."""
+    owner = os.environ.get(OWNER)
+    if not owner:
+        return
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            try:
+                os.kill(int(owner), 0)
+            except ProcessLookupError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _wait(child: subprocess.Popen[bytes]) -> None:

@@ -17,9 +17,6 @@ from neft_core.workspace import Workspace
 
 Outcome = Literal["ran", "restored", "unchanged"]
 
-OWNER = "NEFT_OWNER_PID"
-"""Variable that tells a stage which process it works for."""
-
 
 class StageFailed(Exception):  # noqa: N818
     """A stage was killed or failed by a defect; the text is its last line."""
@@ -82,7 +79,7 @@ def _repro(
         "PATH": os.pathsep.join([here, os.environ.get("PATH", os.defpath)]),
         "SHELL": "/bin/sh",
         "PYTHONUNBUFFERED": "1",
-        OWNER: str(os.getpid()),
+        processes.OWNER: str(os.getpid()),
     }
     if on_state is not None:
         env[OVERWRITE] = "1"
@@ -160,5 +157,5 @@ def _failure(workspace: Workspace, name: str, error: str, told: str, status: int
             f"{', as when memory runs out' if number == signal.SIGKILL else ''}; run again"
         )
     if code == 2 and told:
-        return NeftError(told)
+        return NeftError(told.removeprefix("neft: "))
     return StageFailed(f"stage '{name}': {told or f'ended with status {code} without a word'}")

@@ -73,12 +73,18 @@ def _counted(counts: Mapping[str, int]) -> str:
 def _read_local(ws: Workspace, source: Any, part: str) -> list[dict[str, Any]]:
     from neft_core import data
 
-    folder = ws.input(source.path)
-    if not folder.exists():
-        raise NeftError(f"{folder}: not found; put the data there, or set source.path")
-    if folder.is_file() and part != source.splits.train:
-        raise NeftError(f"{folder}: is one file; for a split '{part}' give source.path a folder")
-    return data.read_local(folder / part if folder.is_dir() else folder, source.columns or None)
+    place = ws.input(source.path)
+    if place.is_file() and part != source.splits.train:
+        raise NeftError(f"{place}: is one file; for a split '{part}' give source.path a folder")
+    file = place if place.is_file() else place / part
+    if not file.is_file():
+        # Templates come with one.
+        see = " (README.md tells of the data)" if (ws.root / "README.md").is_file() else ""
+        raise NeftError(
+            f"{file}: not found; put it there{see}, or give another folder: "
+            "neft run --set tasks.TASK.source.path=DIR"
+        )
+    return data.read_local(file, source.columns or None)
 
 
 def _read_hub(ws: Workspace, source: Any, part: str) -> list[dict[str, Any]]:

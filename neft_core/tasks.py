@@ -111,7 +111,8 @@ def _chat(messages: list[dict[str, str]], tokenizer: Any) -> list[Piece]:
     """The model's own template, applied turn by turn to see which text each answer adds."""
     if not getattr(tokenizer, "chat_template", None):
         raise NeftError(
-            f"prompt: got '{CHAT}', but the tokenizer has no chat template; give the form as text"
+            f"prompt: got '{CHAT}', but the tokenizer has no chat template; "
+            "take 'plain', or a model made for conversations"
         )
     pieces: list[Piece] = []
     done = ""

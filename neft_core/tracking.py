@@ -16,7 +16,7 @@ from neft_core import records
 from neft_core.delivery import OUTPUT, Wanted, deliver, seed_key, training
 from neft_core.errors import NeftError
 from neft_core.graph import Graph, entry_key, locked
-from neft_core.mlflow_store import Store, open_store, public, tracking_uri
+from neft_core.mlflow_store import Store, is_server, open_store, public, tracking_uri
 from neft_core.workspace import Workspace
 
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
@@ -126,7 +126,9 @@ class Tracker:
         finally:
             ended.set()
             killed = status == ["KILLED"]
-            thread.join(timeout=5 if killed else 15)
+            # A file answers for sure, on a busy machine late; of a server nobody knows.
+            patience = 15 if is_server(tracking_uri(self.workspace)) else 120
+            thread.join(timeout=5 if killed else patience)
             if thread.is_alive() and not self._away and not killed:
                 self._give_up(NeftError(f"MLflow at {public(tracking_uri(self.workspace))}: slow"))
 

@@ -47,7 +47,8 @@ def use_local_model(ws, folder: Path | None = None) -> Path:
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (None, f"W/{TRAIN}: no such file; name an existing one or run the stage that makes it"),
+        (None, f"W/{TRAIN}: not found; put it there, or give another folder: "
+         "neft run --set tasks.TASK.source.path=DIR"),
         (b"", f"W/{TRAIN}: the file is empty; at least one row is needed"),
         (b"\n\n", f"W/{TRAIN}: no rows; at least one is needed"),
         (b'{"source": "a", "target": "b"}\n{"source": "a"}\n',
@@ -74,10 +75,12 @@ def test_data(copied, neft, content, line):
     assert before == {path: path.read_bytes() for path in copied.path("corpus").rglob("*.jsonl")}
 
 
-def test_no_folder_of_data(copied, neft):
+def test_no_folder_of_data_in_a_template(copied, neft):
     shutil.rmtree(copied.root / "data" / "pairs")
+    (copied.root / "README.md").touch()
     assert one_line(neft(copied, "stage", "corpus", "en-fr"), copied) == (
-        "W/data/pairs: not found; put the data there, or set source.path"
+        f"W/{TRAIN}: not found; put it there (README.md tells of the data), or give another "
+        "folder: neft run --set tasks.TASK.source.path=DIR"
     )
 
 

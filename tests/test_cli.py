@@ -39,6 +39,8 @@ def test_a_command_that_does_not_exist(argv, capsys):
         (NeftError("neft: a: b; c"), 2, ["neft: a: b; c"]),
         (OSError(errno.ENOSPC, "No space", "/x"), 2,
          ["neft: /x: no space left on the disk; free some and run again"]),
+        (OSError(errno.EROFS, "Read-only", "/x"), 2,
+         ["neft: /x: Read-only; choose what you can read and write"]),
         (KeyboardInterrupt(), 130,
          ["neft: interrupted; run the same command again to go on"]),
         (ValueError("odd"), 1, None),
@@ -70,7 +72,7 @@ def test_init_makes_a_workspace_and_says_how_to_go_on(tmp_path, neft, monkeypatc
 def test_a_stage_ends_with_the_process_that_wants_it(finished, tmp_path):
     owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     code = (
-        "import time; from neft_core import cli; cli._exit_with_owner(); "
+        "import time; from neft_core import processes; processes.end_with_owner(); "
         "print('on', flush=True); time.sleep(60)"
     )
     worker = subprocess.Popen(

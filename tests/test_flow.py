@@ -151,7 +151,7 @@ def test_a_failure_stops_only_what_needs_it(
     told = run(ws, {**env, "FAKE_FAIL": "train full"}, status=2)
     assert told[-1] == "neft: data/x.jsonl: line 7: no target; add one"
     assert "train@full failed: data/x.jsonl: line 7: no target; add one" in told
-    assert "evaluate@full: skipped, as train@full failed" in told
+    assert "skipped, as they need what failed: evaluate@full, summary" in told
     assert not [line for line in told if "Traceback" in line or "Error" in line]
     assert states(prefect_home) == {"Ran": STAGES - 3, "Failed": 1, "Skipped": 2}
     assert trainings(ws).keys() == {"neft seed 1", "neft seed 2"}

@@ -10,6 +10,7 @@ import pytest
 
 from neft_core.errors import NeftError
 from neft_core.graph import Graph, entry_key, locked
+from neft_core.preview import outdated
 from neft_core.repro import StageFailed, reproduce
 from neft_core.workspace import Workspace, init_dvc
 
@@ -86,6 +87,18 @@ def test_order_and_edges(ws: Workspace) -> None:
         ("part@a", "part", "a", ()),
         ("last", "last", None, ("part@a", "part@b")),
     ]
+
+
+def test_what_other_params_would_make_stale(made: Workspace) -> None:
+    graph, now = Graph(made), {"size": 3, "nested": {"lr": 1e-3, "other": 5}}
+    assert outdated(graph) == outdated(graph, now) == {}
+    assert outdated(graph, now | {"size": 4}) == {"last": "params.yaml: size: modified"}
+    assert outdated(graph, {"size": 3}) == {"last": "params.yaml: nested.lr: modified"}
+    (made.root / "params.yaml").write_text("size: 9\nnested: {lr: 1e-3}\n")
+    (made.root / "input").write_text("other rows\n")
+    graph.refresh()
+    assert outdated(graph)["last"] == "params.yaml: size: modified"
+    assert outdated(graph, now)["last"] == "part@a runs", "set back, but the rows changed"
 
 
 def test_freshness(ws: Workspace) -> None:

@@ -86,10 +86,10 @@ def test_a_refusal_leaves_the_file_as_it_was(ws, setting, message):
 
 
 def test_a_preview_writes_nothing(ws):
-    params, owner = overrides.preview(None, ["warmup.steps=7"])
-    assert params.warmup.steps == 7
-    assert owner is None, "what DVC knows is of other params"
-    assert overrides.preview(None, [])[1] == ws
+    found = overrides.preview(None, ["warmup.steps=7"])
+    assert (found.params.warmup.steps, found.data["warmup"]["steps"]) == (7, 7)
+    assert (found.workspace, found.changed) == (ws, True)
+    assert not overrides.preview(None, []).changed
     assert ws.params_file.read_text() == TEXT
 
 

@@ -61,6 +61,19 @@ def test_a_port_in_use_is_told_before_anything_starts(finished):
     )
 
 
+@pytest.mark.parametrize(
+    ("ports", "line"),
+    [
+        ((70000, 4200), "port 70000: there is none; 1 to 65535"),
+        ((5000, 5000), "port 5000: asked for twice; each page needs one of its own"),
+    ],
+)
+def test_a_port_that_can_not_be(plain, finished, ports, line):
+    with pytest.raises(NeftError) as fault:
+        serve(pages(finished, *ports))
+    assert str(fault.value) == line
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_a_dry_run_says_what_would_run(copied, neft, capsys):
     from neft_core.preview import describe
 
     edit(copied, ("seeds: [1, 2]", "seeds: [1, 2]\n    lr: 2e-3"))
-    lines = describe(*preview(copied.params_file, [])).splitlines()
+    lines = describe(preview(copied.params_file, [])).splitlines()
     assert lines[0] == "model: built, 2 layers, hidden 16, intermediate 24, vocabulary 300"
     assert "task en-fr: translation from data/pairs, all training rows" in lines
     assert "run neft: neft policy=lowest percent=9.0 seed=1 on en-fr, lr 0.002, 2 epochs, " \
@@ -136,8 +137,8 @@ def test_a_dry_run_says_what_would_run(copied, neft, capsys):
     stages = [line for line in lines if line.startswith("  ")]
     assert f"params are valid; {len(stages)} stages" in lines
     assert "  corpus@en-fr: made for the first time" in stages
-    without = describe(*preview(copied.params_file, ["warmup.steps=7"])).splitlines()
-    assert "  corpus@en-fr" in without
+    other = Path(shutil.copy(copied.params_file, copied.root / "other.yaml"))
+    assert "  corpus@en-fr" in describe(preview(other, [])).splitlines(), "of no workspace yet"
 
 
 def test_what_trains_is_told_apart_by_its_seed(finished):
