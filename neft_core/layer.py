@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from neft_core import frozen
 from neft_core.errors import NeftError
 from neft_core.groups import ROWS, read_neurons, write_neurons
+from neft_core.registration import register_with_peft
 from neft_core.sparse import (
     ColumnLinear,
     Overlay,
@@ -45,6 +46,10 @@ class NeftLayer(BaseTunerLayer):  # type: ignore[misc]
 
     def settle(self) -> None:
         """Give the weight its own bits, or those of the merged adapters."""
+        raise NotImplementedError
+
+    def changes(self, names: list[str] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The base's neurons and the trained ones in their place."""
         raise NotImplementedError
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:  # noqa: ARG002
@@ -225,6 +230,19 @@ class NeftLinear(nn.Module, NeftLayer):
         write_neurons(change, part, indices, self.axis)
         return change.t() if frozen.is_conv1d(self.base_layer) else change
 
+    def changes(self, names: list[str] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the base has in the place of the neurons, and they themselves, both [k, D].
+
+        Args:
+            names: which adapters; None: those that the forward pass uses.
+        """
+        chosen = self._wanted() if names is None else [n for n in names if n in self.neft_values]
+        for name in chosen:
+            self._check_known(name)
+        if chosen:
+            values, indices = self._combined(chosen)
+            yield self._held("+".join(chosen), indices), values.detach()
+
     def mark(self, flags: Tensor) -> int:
         """Set the flags of trained weights, in a tensor of the stored weight's shape; how many."""
         names = self._wanted()
@@ -356,3 +374,7 @@ def _settle(layer: NeftLinear, *_args: Any) -> None:
 def _adopt(layer: NeftLinear, _keys: Any) -> None:
     """After a state dict was loaded, whose tensors may have become the parameters."""
     layer._adopt()
+
+
+# Whoever imports this file first has PEFT imported before the tuner can be.
+register_with_peft()
