@@ -1,4 +1,4 @@
-"""`neft export`: a trained run as a checkpoint that needs nothing of this package, or as an adapter.
+"""`neft export`: a trained run as a checkpoint that needs no package of ours, or as an adapter.
 
 A checkpoint keeps the base's own files (configuration, tokenizer, generation settings, code) and
 has its weights with the adapter merged. What their precision loses is measured and written beside.
@@ -137,11 +137,11 @@ def _write_merged(
                 "use fp32 or bf16"
             )
     models.save_checkpoint(model, folder)
-    _keep_files(directory, folder, stored, card.kind == "built")
+    _keep_files(directory, folder, stored)
     return {"dtype": stored, "rounding": asdict(tally.result())}
 
 
-def _keep_files(directory: Path, folder: Path, dtype: str, own: bool) -> None:
+def _keep_files(directory: Path, folder: Path, dtype: str) -> None:
     """The base's own files as they are; of its configuration, what has to change.
 
     Other programs read the base's configuration; this version of transformers may write it in
@@ -151,18 +151,14 @@ def _keep_files(directory: Path, folder: Path, dtype: str, own: bool) -> None:
         for path in directory.glob(pattern):
             if path.name not in _OURS and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, folder / path.name)
-    written = read_json(folder / "config.json")
-    if own:
-        return
-    config = read_json(directory / "config.json")
+    written, config = (read_json(place / "config.json") for place in (folder, directory))
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in ("dtype", "torch_dtype"):
-            if key in section:
-                section[key] = dtype
+        for key in {"dtype", "torch_dtype"} & section.keys():
+            section[key] = dtype
     if not {"dtype", "torch_dtype"} & config.keys():
         config["dtype"] = dtype
-    if "tie_word_embeddings" in config or not written.get("tie_word_embeddings", True):
-        config["tie_word_embeddings"] = written.get("tie_word_embeddings", True)
+    if "tie_word_embeddings" in written:
+        config["tie_word_embeddings"] = written["tie_word_embeddings"]
     write_json(folder / "config.json", config)
 
 
@@ -179,31 +175,34 @@ def _effect(ws: Workspace, run: str, seed: int, folder: Path) -> dict[str, float
     if not file.is_file():
         return None
     arrays, _ = load_encoded(file)
-    card, _ = loading.base_card(ws)
-    found = []
-    for exported in (False, True):
-        if exported:
-            model = models.load_model(folder, "auto", trust_remote_code=card.trust_remote_code)
-            model, tokenizer = model.to(loading.device(params)), None
-        else:
-            model, tokenizer = runs.load_trained(ws, run, seed)
-            batch = collate(arrays, np.arange(min(ROWS, len(arrays["offsets"]) - 1)),
-                            tokenizer.pad_token_id)  # fmt: skip
-            batch = {name: tensor.to(loading.device(params)) for name, tensor in batch.items()}
-            targets = batch.pop("labels")[:, 1:]
+    card, tokenizer = loading.base_card(ws)
+    device = loading.device(params)
+    rows = np.arange(min(ROWS, len(arrays["offsets"]) - 1))
+    batch = collate(arrays, rows, tokenizer.pad_token_id)
+    targets = batch.pop("labels")[:, 1:]
+    chosen = targets != -100
+    gold = targets[chosen]
+
+    def logits(model: Any) -> Any:
+        """At the trained tokens, [tokens, vocabulary]."""
         model.eval()
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
         with torch.no_grad(), loading.autocast(params):
-            logits = model(**batch).logits[:, :-1][targets != -100]
-        found.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        del model
-    trained, stored = found
-    gold = targets[targets != -100]
-    cross = torch.nn.functional.cross_entropy
+            found = model(**inputs).logits[:, :-1].cpu()[chosen]
+        return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    def loss(found: Any) -> float:
+        return torch.nn.functional.cross_entropy(found, gold).item()
+
+    # One after the other, so that only one model is in memory.
+    trained = logits(runs.load_trained(ws, run, seed)[0])
+    model = models.load_model(folder, "auto", trust_remote_code=card.trust_remote_code)
+    stored = logits(model.to(device))
     return {
-        "rows": len(batch["input_ids"]),
+        "rows": len(rows),
         "tokens": len(gold),
-        "loss_trained": cross(trained, gold).item(),
-        "loss_exported": cross(stored, gold).item(),
+        "loss_trained": loss(trained),
+        "loss_exported": loss(stored),
         "largest_logit_difference": (trained - stored).abs().max().item(),
         "same_first_choice": (trained.argmax(-1) == stored.argmax(-1)).double().mean().item(),
     }

@@ -95,6 +95,7 @@ class NeftLinear(nn.Module, NeftLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.out_features, self.in_features = frozen.size(base_layer)
         self.axis, self.form, self.shared = axis, form, shared
         self.neft_values = nn.ParameterDict({})
         self.neft_indices = BufferDict({}, persistent=True)
@@ -119,6 +120,9 @@ class NeftLinear(nn.Module, NeftLayer):
     ) -> None:
         """Add an adapter, or one of this name in the place of the old; it changes nothing yet."""
         self.settle()
+        # Its tensors may come to lie where those of one that was deleted did.
+        self._known.pop(adapter_name, None)
+        self._probed.clear()
         device, dtype = frozen.place(self.base_layer)
         if indices is None:
             length = frozen.size(self.base_layer)[1 - self.axis]

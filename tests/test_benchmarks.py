@@ -11,7 +11,6 @@ from torch import nn
 
 from benchmarks import harness, memory, rivals, train_step
 from neft_core.errors import NeftError
-from neft_core.methods import METHODS
 
 
 def build(spec):
