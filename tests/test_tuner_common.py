@@ -272,16 +272,15 @@ def test_deleting_one_of_several():
 
 def test_an_adapter_added_in_the_place_of_a_deleted_one_is_checked_anew():
     """Its tensors may lie where the old one's did."""
-    base, rows = nn.Linear(4, 6), torch.tensor([0, 2])
-    layer = NeftLinear(base, "a", 0, 2, rows)
-    x = torch.zeros(1, 4)
-    for _ in range(20):
-        layer.update_layer("b", 2, rows)
+    rows, x = torch.arange(3000), torch.zeros(1, 4)
+    layer = NeftLinear(nn.Linear(4, 4000), "a", 0, len(rows), rows)
+    for _ in range(60):
+        layer.update_layer("b", len(rows), rows)
         layer.set_adapter("b")
         layer(x)
         layer.set_adapter("a")
         layer.delete_adapter("b")
-        layer.update_layer("b", 2, None)
+        layer.update_layer("b", len(rows), None)
         layer.set_adapter("b")
         with pytest.raises(NeftError, match="adapter 'b': its neurons aren't loaded"):
             layer(x)
