@@ -31,6 +31,7 @@ test_tuner_trainers.py, the rest is below.
 | status of model and layers; `in_features` | peft.test_the_status_that_peft_reports, test_layers_look_like_linear_ones |
 | copies, pickles, compiled | peft.test_a_copy_is_independent, tuner.test_a_compiled_model_trains_as_it_does_otherwise |
 | embeddings resized | test_resized_embeddings |
+| the README's example | test_the_readme_s_own_code |
 
 Not asked, as they are of other methods: layer indexing by `layers_to_transform` (a mask names its
 modules), `bias=` of LoRA (no bias trains), prompt learning, trainable tokens.
@@ -401,3 +402,14 @@ def test_resized_embeddings(tmp_path):
     other.resize_token_embeddings(70, mean_resizing=False)
     again = PeftModel.from_pretrained(other, tmp_path / "all")
     assert torch.equal(out(again), out(model))
+
+
+def test_the_readme_s_own_code(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"## In your own code\n\n```python\n(.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    told = {"base": tiny_llama(), "tuned": tiny_llama(seed=1), "model": tiny_llama()}
+    exec(code, told)
+    assert NeuronMask.load("mask.safetensors").neurons == told["mask"].neurons > 0
+    assert torch.equal(out(told["model"]), out(tiny_llama()))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
