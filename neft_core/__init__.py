@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from neft_core.selection import select_neurons as select_neurons
     from neft_core.similarity import score_neurons as score_neurons
     from neft_core.tuner import NeftConfig as NeftConfig
+    from neft_core.tuner import measure_merge as measure_merge
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ _PUBLIC = {
     "NeftConfig": "tuner",
     "NeuronMask": "masks",
     "NeuronScores": "masks",
+    "measure_merge": "tuner",
     "score_neurons": "similarity",
     "select_neurons": "selection",
 }

@@ -1,4 +1,4 @@
-"""The command line: `neft run | plan | stage | init | track | ui | generate`."""
+"""The command line: `neft run | plan | stage | init | track | ui | generate | export`."""
 
 import argparse
 import contextlib
@@ -180,6 +180,14 @@ def _parser() -> argparse.ArgumentParser:
         "--count", type=int, default=5, help="how many test sentences (default: 5)"
     )
     generate.set_defaults(command=_generate)
+
+    export = commands.add_parser("export", help="a trained run as a plain checkpoint")
+    export.add_argument("run", metavar="RUN", help="a run of params.yaml")
+    export.add_argument("--seed", type=int, help="which seed of it (default: its first)")
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new directory")
+    export.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the base's")
+    export.add_argument("--adapter", action="store_true", help="the adapter alone, for peft")
+    export.set_defaults(command=_export)
     return parser
 
 
@@ -342,6 +350,14 @@ def _generate(options: argparse.Namespace) -> None:
     from neft_core.workspace import find_workspace
 
     show(find_workspace(), options.run, options.seed, options.prompt, options.count)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from neft_core.exporting import export
+    from neft_core.workspace import find_workspace
+
+    ws = find_workspace()
+    export(ws, options.run, options.seed, options.to, options.dtype, options.adapter)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from neft_core import frozen
 from neft_core.errors import NeftError
 from neft_core.groups import ROWS, read_neurons, write_neurons
+from neft_core.registration import register_with_peft
 from neft_core.sparse import (
     ColumnLinear,
     Overlay,
@@ -45,6 +46,10 @@ class NeftLayer(BaseTunerLayer):  # type: ignore[misc]
 
     def settle(self) -> None:
         """Give the weight its own bits, or those of the merged adapters."""
+        raise NotImplementedError
+
+    def changes(self, names: list[str] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The base's neurons and the trained ones in their place."""
         raise NotImplementedError
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:  # noqa: ARG002
@@ -90,6 +95,7 @@ class NeftLinear(nn.Module, NeftLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.out_features, self.in_features = frozen.size(base_layer)
         self.axis, self.form, self.shared = axis, form, shared
         self.neft_values = nn.ParameterDict({})
         self.neft_indices = BufferDict({}, persistent=True)
@@ -114,6 +120,9 @@ class NeftLinear(nn.Module, NeftLayer):
     ) -> None:
         """Add an adapter, or one of this name in the place of the old; it changes nothing yet."""
         self.settle()
+        # Its tensors may come to lie where those of one that was deleted did.
+        self._known.pop(adapter_name, None)
+        self._probed.clear()
         device, dtype = frozen.place(self.base_layer)
         if indices is None:
             length = frozen.size(self.base_layer)[1 - self.axis]
@@ -224,6 +233,19 @@ class NeftLinear(nn.Module, NeftLayer):
         change = torch.zeros(frozen.size(self.base_layer), dtype=values.dtype, device=values.device)
         write_neurons(change, part, indices, self.axis)
         return change.t() if frozen.is_conv1d(self.base_layer) else change
+
+    def changes(self, names: list[str] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the base has in the place of the neurons, and they themselves, both [k, D].
+
+        Args:
+            names: which adapters; None: those that the forward pass uses.
+        """
+        chosen = self._wanted() if names is None else [n for n in names if n in self.neft_values]
+        for name in chosen:
+            self._check_known(name)
+        if chosen:
+            values, indices = self._combined(chosen)
+            yield self._held("+".join(chosen), indices), values.detach()
 
     def mark(self, flags: Tensor) -> int:
         """Set the flags of trained weights, in a tensor of the stored weight's shape; how many."""
@@ -355,3 +377,7 @@ def _settle(layer: NeftLinear, *_args: Any) -> None:
 def _adopt(layer: NeftLinear, _keys: Any) -> None:
     """After a state dict was loaded, whose tensors may have become the parameters."""
     layer._adopt()
+
+
+# Whoever imports this file first has PEFT imported before the tuner can be.
+register_with_peft()

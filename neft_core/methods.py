@@ -17,6 +17,7 @@ from neft_core.errors import NeftError
 from neft_core.files import load_tensors, read_json, save_tensors, write_json
 from neft_core.masks import NeuronMask
 from neft_core.neurons import candidates
+from neft_core.rounding import Tally
 
 Mask = NeuronMask | None
 Options = Mapping[str, Any]
@@ -34,14 +35,16 @@ class Method:
             of the base model, and `location` and `revision`, where it comes from.
         load: (base model, options, model_type, folder, hash of the base model) -> the model with a
             folder's adapter.
-        plain: the model without what the method put in, its weights with the adapter merged.
+        merge: (base model, options, model_type, folder, hash, tally) -> the model without what the
+            method puts in, with a folder's adapter merged in its precision; the tally gets
+            all trained weights.
         file: the name of the file with the adapter's tensors.
     """
 
     prepare: Prepare
     save: Callable[[Any, Path, Mapping[str, str]], None]
     load: Callable[[Any, Options, str, Path, str], Any]
-    plain: Callable[[Any], Any]
+    merge: Callable[[Any, Options, str, Path, str, Tally], Any]
     file: str
 
 
@@ -152,7 +155,22 @@ def _load_peft(model: Any, _options: Options, _type: str, folder: Path, base: st
     return model
 
 
-def _merge_peft(model: Any) -> Any:
+def _merge_peft(
+    model: Any, options: Options, model_type: str, folder: Path, base: str, tally: Tally
+) -> Any:
+    from peft.tuners.lora import LoraLayer
+
+    from neft_core.tuner import neft_layers
+
+    model = _load_peft(model, options, model_type, folder, base)
+    for layer in neft_layers(model).values():
+        for held, values in layer.changes():
+            tally.add(held, values)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            weight = layer.get_base_layer().weight
+            change = layer.get_delta_weight(model.active_adapter)
+            tally.add(weight, weight.to(change.dtype) + change)
     return model.merge_and_unload()
 
 
@@ -177,6 +195,19 @@ def _load_parameters(
     return model
 
 
+def _merge_parameters(
+    model: Any, _options: Options, _type: str, folder: Path, base: str, tally: Tally
+) -> Any:
+    stored = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, values in _read(folder / FILE, base).items():
+            if name not in stored or stored[name].shape != values.shape:
+                raise NeftError(f"{folder}: {name} doesn't fit; the adapter is of another model")
+            tally.add(stored[name], values)
+            stored[name].copy_(values)
+    return model
+
+
 FILE = "adapter.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -185,7 +216,7 @@ PEFT_CONFIG = "adapter_config.json"
 def _of_parameters(prepare: Prepare) -> Method:
     """A method that trains parameters of the base itself."""
     load = partial(_load_parameters, prepare)
-    return Method(prepare, _save_parameters, load, lambda model: model, FILE)
+    return Method(prepare, _save_parameters, load, _merge_parameters, FILE)
 
 
 METHODS: dict[str, Method] = {

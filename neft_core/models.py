@@ -171,8 +171,10 @@ def _refuse_other_architectures(directory: Path, config: dict[str, Any], trust: 
         raise NeftError(f"{directory}: not a causal language model ({found}); choose one that is")
 
 
-def load_model(directory: Path, dtype: "torch.dtype", *, trust_remote_code: bool = False) -> Any:
-    """A causal language model from a directory, on the CPU.
+def load_model(
+    directory: Path, dtype: "torch.dtype | str", *, trust_remote_code: bool = False
+) -> Any:
+    """A causal language model from a directory, on the CPU; `auto`: in its files' precision.
 
     Raises:
         NeftError: transformers refuses the checkpoint; its reason is shown.

@@ -33,7 +33,8 @@ class AfterPeft:
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            import_module(TUNER)
+            if "neft_core.layer" not in sys.modules:  # else it does this at its end
+                import_module(TUNER)
 
         loader.exec_module = exec_module
 

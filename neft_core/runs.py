@@ -250,6 +250,20 @@ def _train_seed(
     return trainer, course, result
 
 
+def chosen_seed(params: config.Params, run: str, seed: int | None) -> int:
+    """The seed that a command means: the one given, else the run's first.
+
+    Raises:
+        NeftError: the run or the seed is unknown.
+    """
+    if run not in params.runs:
+        raise NeftError(f"run '{run}': unknown; params.yaml has {', '.join(params.runs)}")
+    seeds = params.runs[run].seeds
+    if seed is not None and seed not in seeds:
+        raise NeftError(f"run {run}: has no seed {seed}; it has {seeds}")
+    return seeds[0] if seed is None else seed
+
+
 def load_trained(ws: Workspace, run: str, seed: int) -> tuple[Any, Any]:
     """A run's model with its adapter, and its tokenizer.
 

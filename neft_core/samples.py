@@ -16,14 +16,10 @@ def show(ws: Workspace, run: str, seed: int | None, prompt: str | None, count: i
         NeftError: the run or seed is unknown or not trained yet.
     """
     params = ws.params()
-    if run not in params.runs:
-        raise NeftError(f"run '{run}': unknown; params.yaml has {', '.join(params.runs)}")
+    chosen = runs.chosen_seed(params, run, seed)
     if count < 1:
         raise NeftError(f"--count {count}: at least 1 sentence")
     entry = params.runs[run]
-    chosen = entry.seeds[0] if seed is None else seed
-    if chosen not in entry.seeds:
-        raise NeftError(f"run {run}: has no seed {chosen}; it has {entry.seeds}")
     form = params.tasks[entry.task].format
     translation = isinstance(form, config.Translation)
     tuned, tokenizer = runs.load_trained(ws, run, chosen)

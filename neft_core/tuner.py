@@ -5,23 +5,28 @@ transformers' `load_adapter` know what lies in an adapter's directory; `registra
 soon as PEFT is there.
 """
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import InitVar, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
-from neft_core import frozen
 from neft_core.errors import NeftError
 from neft_core.expert_layer import NeftExperts, add_to_experts, check_experts
 from neft_core.groups import Group
 from neft_core.layer import NeftLayer, NeftLinear
 from neft_core.masks import NeuronMask
+from neft_core.refusals import check_linear, check_selection
+from neft_core.rounding import Rounding, Tally
+
+_LOG = logging.getLogger(__name__)
 
 FORMS = ("auto", "in_place", "additive")
 
@@ -146,8 +151,8 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
                 owner, _, own = matches[0].rpartition(".")
                 check_experts(peft_config, name, model.get_submodule(owner), own)
             else:
-                _check(peft_config, name, model.get_submodule(matches[0]))
-            _check_indices(peft_config, name)
+                check_linear(peft_config, name, model.get_submodule(matches[0]))
+            check_selection(peft_config, name)
         counts: dict[int, int] = {}
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
@@ -221,9 +226,30 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
                     values.detach().to(layer.weight.dtype), requires_grad=values.requires_grad
                 )
 
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *_args: Any, **options: Any) -> Iterator[None]:
+        """Refuse what transformers would swallow: the weight holds one set of neurons at a time."""
+        if options.get("adapter_names") is not None:
+            raise NeftError(
+                "adapter_names: trained neurons can't differ within a batch; call the model once "
+                "for each adapter, after set_adapter"
+            )
+        yield
+
+    def add_weighted_adapter(self, *_args: Any, **_options: Any) -> None:
+        """Not here: see the message."""
+        raise NeftError(
+            "add_weighted_adapter: neurons aren't mixed into a new adapter; activate several with "
+            "base_model.set_adapter([...]), which adds their changes, or merge_and_unload them"
+        )
+
     def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> nn.Module:
         layers = neft_layers(self.model)
-        if not merge:
+        if merge:
+            found = _measured(layers.values(), options.get("adapter_names"))
+            if found.mean_error:
+                _LOG.info("merge: %s; merging into a base in fp32 loses nothing", found)
+        else:
             for layer in layers.values():
                 layer.settle()
         # PEFT would look for the weight of a module that has several.
@@ -253,6 +279,29 @@ def _layers(module: nn.Module, name: str) -> Iterator[tuple[str, NeftLayer]]:
             yield from _layers(child, f"{name}.{key}" if name else key)
 
 
+def measure_merge(model: nn.Module, dtype: torch.dtype | None = None) -> Rounding:
+    """What merging the active adapters (or those that are merged) loses by rounding.
+
+    Merging itself loses nothing that a forward pass has seen: neurons stand in the weight in its
+    precision all the time. It loses what their values in fp32 have beyond that.
+
+    Args:
+        model: with trained neurons, of PEFT or of transformers.
+        dtype: of the merged weights; None: each weight's own.
+    """
+    return _measured(neft_layers(model).values(), None, dtype)
+
+
+def _measured(
+    layers: Iterable[NeftLayer], names: list[str] | None, dtype: torch.dtype | None = None
+) -> Rounding:
+    tally = Tally(dtype)
+    for layer in layers:
+        for held, values in layer.changes(names):
+            tally.add(held, values)
+    return tally.result()
+
+
 def sync(model: nn.Module) -> None:
     """Write the active adapters' values into the weights now, not at the next forward pass.
 
@@ -268,56 +317,6 @@ def _before_forward(model: nn.Module, _inputs: Any) -> None:
     """What layers do by themselves, unless they are compiled."""
     for layer in neft_layers(model).values():
         layer.refresh()
-
-
-def _check(config: NeftConfig, name: str, module: Any) -> None:
-    """Refuse a module that can't hold the neurons, by name."""
-    entry = config.modules[name]
-    if isinstance(module, NeftLinear):
-        if module.axis != entry["axis"]:
-            raise NeftError(
-                f"{config.source}: {name} has neurons of the other axis in this model's adapter; "
-                "use masks of one layout"
-            )
-        module = module.get_base_layer()
-    elif isinstance(module, BaseTunerLayer):
-        raise NeftError(
-            f"{config.source}: {name} has an adapter of another method; unload that one first"
-        )
-    conv1d = frozen.is_conv1d(module)
-    if not (conv1d or hasattr(module, "in_features")):
-        raise NeftError(
-            f"{config.source}: {name} is a {type(module).__name__} in this model; "
-            "a linear layer is needed"
-        )
-    logical = frozen.size(module)
-    shape = logical[::-1] if conv1d else logical
-    group = config.group(name)
-    fits = (
-        entry["transposed"] == conv1d
-        and logical[1 - entry["axis"]] == entry["length"]
-        and (group is None or group.fits(shape))
-        and entry["count"] <= logical[entry["axis"]]
-    )
-    if not fits:
-        raise NeftError(
-            f"{config.source}: {name} is a {type(module).__name__} of shape {shape} in this model; "
-            "use the mask's own model"
-        )
-
-
-def _check_indices(config: NeftConfig, name: str) -> None:
-    """Refuse neurons of a mask that are not candidates."""
-    indices, group = config.indices(name), config.group(name)
-    if indices is None or group is None:
-        return
-    if not group.holds(indices) or bool((indices.diff() <= 0).any()):
-        last = group.start + group.count
-        among = "its candidates" if group.experts else f"[{group.start}, {last})"
-        raise NeftError(
-            f"{config.source}: {name} has indices that are not increasing in {among}; "
-            "run 'neft stage select'"
-        )
 
 
 def register() -> None:

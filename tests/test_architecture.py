@@ -18,7 +18,8 @@ FLOWS = {f"flows.{path.stem}": path for path in sorted((ROOT / "flows").glob("*.
 
 CORE = {"groups", "experts_apart", "patterns", "neurons", "masks", "checkpoints", "sums", "weights",
         "similarity", "selection", "frozen", "sparse", "sparse_experts", "layer", "expert_layer",
-        "tuner", "optimizers", "simulation", "tracker"}  # fmt: skip
+        "tuner", "registration", "refusals", "rounding", "optimizers", "simulation",
+        "tracker"}  # fmt: skip
 """The numerical core, which takes plain arguments."""
 
 DATA = {"rows", "data", "splits", "tasks", "encoding", "metrics"} | {
@@ -31,7 +32,7 @@ OWNERS = {
     "huggingface_hub": {"models"},
     "datasets": {"data"},
     "accelerate": {"training", "ranks"},
-    "peft": {"layer", "methods", "tuner"},
+    "peft": {"layer", "methods", "refusals", "tuner"},
     "sacrebleu": {"metrics"},
     "mlflow": {"mlflow_store"},
     "dvc": {"graph", "workspace"},
@@ -52,7 +53,9 @@ LONG = {
 """Files of more than 350 lines, and why."""
 
 
-REGISTERING = {("tuner", "register()"), ("__init__", "register_with_peft()")}
+REGISTERING = {("tuner", "register()")} | {
+    (name, "register_with_peft()") for name in ("__init__", "layer")
+}
 """What importing a module may do."""
 
 

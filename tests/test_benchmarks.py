@@ -11,7 +11,6 @@ from torch import nn
 
 from benchmarks import harness, memory, rivals, train_step
 from neft_core.errors import NeftError
-from neft_core.methods import METHODS
 
 
 def build(spec):
@@ -226,7 +225,7 @@ def test_a_block_costs_what_arithmetic_says():
 def test_masked_and_neft_train_the_same(shape):
     both = [rivals.Rival(spec(name, shape, warmup=3)) for name in ("masked", "neft")]
     before = dict(rivals.Rival(spec("floor", shape)).model.named_parameters())
-    models = both[0].model, METHODS["neft"].plain(both[1].model)
+    models = both[0].model, both[1].model.merge_and_unload()
     weights = [dict(model.named_parameters()) for model in models]
     for name, group in both[0].mask.groups.items():
         masked, neft = (of_model[f"{name}.weight"] for of_model in weights)

@@ -1,6 +1,7 @@
 """Neurons in the weight, beside it, and what happens to the weight in between."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -334,6 +335,20 @@ def test_a_compiled_model_trains_as_it_does_otherwise(how):
     layer = neft_layers(models[1])["base_model.model.model.layers.0.mlp.up_proj"]
     rows = layer.neft_indices["default"]
     assert torch.equal(layer.base_layer.weight[rows], layer.neft_values["default"])
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compiled_to_machine_code():
+    torch._dynamo.reset()
+    models = [get_peft_model(tiny_llama(), config()) for _ in range(2)]
+    for layer in models[1].get_base_model().model.layers:
+        layer.mlp.compile(backend="inductor", fullgraph=True)
+    want, got = (train(model, 3) for model in models)
+    assert got == pytest.approx(want, rel=1e-6)
+    for a, b in zip(*(values(model).values() for model in models), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_every_neuron_of_a_module():

@@ -1,0 +1,70 @@
+"""Models and masks that an adapter's neurons can't be put into."""
+
+from typing import TYPE_CHECKING, Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from neft_core import frozen
+from neft_core.errors import NeftError
+from neft_core.layer import NeftLinear
+
+if TYPE_CHECKING:
+    from neft_core.tuner import NeftConfig
+
+
+def check_linear(config: "NeftConfig", name: str, module: Any) -> None:
+    """Refuse a module that can't hold the neurons of one of the config's modules, by name.
+
+    Raises:
+        NeftError: it is refused.
+    """
+    entry = config.modules[name]
+    if isinstance(module, NeftLinear):
+        if module.axis != entry["axis"]:
+            raise NeftError(
+                f"{config.source}: {name} has neurons of the other axis in this model's adapter; "
+                "use masks of one layout"
+            )
+        module = module.get_base_layer()
+    elif isinstance(module, BaseTunerLayer):
+        raise NeftError(
+            f"{config.source}: {name} has an adapter of another method; unload that one first"
+        )
+    conv1d = frozen.is_conv1d(module)
+    if not (conv1d or hasattr(module, "in_features")):
+        raise NeftError(
+            f"{config.source}: {name} is a {type(module).__name__} in this model; "
+            "a linear layer is needed"
+        )
+    logical = frozen.size(module)
+    shape = logical[::-1] if conv1d else logical
+    group = config.group(name)
+    fits = (
+        entry["transposed"] == conv1d
+        and logical[1 - entry["axis"]] == entry["length"]
+        and (group is None or group.fits(shape))
+        and entry["count"] <= logical[entry["axis"]]
+    )
+    if not fits:
+        raise NeftError(
+            f"{config.source}: {name} is a {type(module).__name__} of shape {shape} in this model; "
+            "use the mask's own model"
+        )
+
+
+def check_selection(config: "NeftConfig", name: str) -> None:
+    """Refuse neurons of a mask that are not candidates.
+
+    Raises:
+        NeftError: they are refused.
+    """
+    indices, group = config.indices(name), config.group(name)
+    if indices is None or group is None:
+        return
+    if not group.holds(indices) or bool((indices.diff() <= 0).any()):
+        last = group.start + group.count
+        among = "its candidates" if group.experts else f"[{group.start}, {last})"
+        raise NeftError(
+            f"{config.source}: {name} has indices that are not increasing in {among}; "
+            "run 'neft stage select'"
+        )

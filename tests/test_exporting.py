@@ -1,0 +1,286 @@
+"""`neft export`: what it writes loads without this package and computes what was trained."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_stages, tiny_llama
+from families import tiny_model
+from safetensors.torch import load_file, save_file
+from test_methods import OPTIONS, mask_for, train_a_little
+from test_stages import METHODS as METHODS_OF_RUNS
+
+from neft_core import models, runs
+from neft_core.exporting import FACTS, export
+from neft_core.methods import METHODS, PEFT_FILE
+from neft_core.rounding import Tally
+from neft_core.workspace import Workspace
+
+ALONE = """
+import sys, torch
+for name in ("neft_core", "peft"):
+    sys.modules[name] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+found = {}
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)("the cat sees a red dog").input_ids)
+    with torch.no_grad():
+        found[folder] = (str(model.dtype), ids, model.eval()(ids[None]).logits)
+torch.save(found, sys.argv[1])
+"""
+"""Loads checkpoints where neither this package nor PEFT can be imported."""
+
+
+def workspace(finished, folder: Path, model, methods: dict[str, str]) -> Workspace:
+    """A workspace on a local base, with runs of these methods trained."""
+    ws = Workspace(shutil.copytree(finished.root, folder / "w"))
+    (ws.root / "model").mkdir()
+    models.save_checkpoint(model, ws.root / "model")
+    for path in ws.path("base").glob("token*"):
+        shutil.copy(path, ws.root / "model")
+    text = ws.params_file.read_text()
+    text = "model: {kind: local, path: model}\n" + text[text.index("tasks:") :]
+    entries = "".join(f"  {n}: {{task: en-fr, method: {m}}}\n" for n, m in methods.items())
+    text = text[: text.index("runs:")] + f"runs:\n{entries}" + text[text.index("evaluation:") :]
+    ws.params_file.write_text(text.replace("max_tokens: 160", "max_tokens: 64"))
+    run_stages(ws, "base", "prepare", "warmup", "score", "select", "train")
+    return ws
+
+
+@pytest.fixture(scope="module")
+def trained(finished, tmp_path_factory):
+    """A run of every method on a base in bf16, trained in fp32."""
+    vocabulary = json.loads((finished.path("base") / "config.json").read_text())["vocab_size"]
+    model = tiny_llama(vocab_size=vocabulary, max_position_embeddings=160).bfloat16()
+    return workspace(finished, tmp_path_factory.mktemp("bf16"), model, METHODS_OF_RUNS)
+
+
+@pytest.fixture(scope="module")
+def exported(trained):
+    """Every run in the base's precision, and in fp32; with what a process without us sees."""
+    folders = {}
+    for run in METHODS_OF_RUNS:
+        for dtype in (None, "fp32"):
+            folders[run, dtype] = trained.root / "out" / f"{run}-{dtype}"
+            export(trained, run, None, folders[run, dtype], dtype, adapter=False)
+    found = trained.root / "found.pt"
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(found), *map(str, folders.values())],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = torch.load(found)
+    return {key: (folder, *seen[str(folder)]) for key, folder in folders.items()}
+
+
+def plain(ws: Workspace, run: str) -> torch.nn.Module:
+    """The run's model in fp32 with its adapter merged, by PEFT alone."""
+    model, _ = runs.load_trained(ws, run, 1)
+    model.get_input_embeddings()._forward_hooks.clear()  # of method embed
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+@pytest.mark.parametrize("run", METHODS_OF_RUNS)
+def test_every_method_loads_without_the_package(trained, exported, run):
+    for dtype, name in ((None, torch.bfloat16), ("fp32", torch.float32)):
+        folder, stored, ids, logits = exported[run, dtype]
+        assert stored == str(name)
+        want = plain(trained, run).eval()
+        with torch.no_grad():
+            for parameter in want.parameters():
+                parameter.data = parameter.data.to(name)
+            assert torch.equal(logits, want(ids[None]).logits)
+        state = load_file(folder / "model.safetensors")
+        base = load_file(trained.root / "model" / "model.safetensors")
+        assert state.keys() == base.keys()
+        assert {tensor.dtype for tensor in state.values()} == {name}
+        merged = dict(want.named_parameters())
+        assert all(torch.equal(tensor, merged[key]) for key, tensor in state.items())
+        same = {key for key, tensor in state.items() if torch.equal(tensor, base[key].to(name))}
+        assert len(same) < len(state)
+        if run == "neft":
+            assert same == {k for k in state if "up_proj" not in k and "down_proj" not in k}
+
+
+def test_the_files_beside_the_weights(trained, exported):
+    folder = exported["neft", None][0]
+    base = trained.root / "model"
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (folder / name).read_bytes() == (base / name).read_bytes()
+    before, after = (json.loads((place / "config.json").read_text()) for place in (base, folder))
+    assert after == before
+    assert json.loads((exported["neft", "fp32"][0] / "config.json").read_text()) == before | {
+        "dtype": "float32"
+    }
+    files = {path.name for path in folder.iterdir()}
+    assert {"README.md", FACTS, "config.json", "model.safetensors"} < files
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\ntags: [neft]\n---\n")
+    facts = json.loads((folder / FACTS).read_text())
+    assert facts["base"]["hash"] in card
+    assert facts["training"]["method"] == facts["method"]["name"] == "neft"
+    assert str(trained.root) not in card + (folder / FACTS).read_text()
+
+
+@pytest.mark.parametrize("run", METHODS_OF_RUNS)
+def test_losses_are_those_of_counting(trained, exported, run):
+    facts = json.loads((exported[run, None][0] / FACTS).read_text())["rounding"]
+    base = load_file(trained.root / "model" / "model.safetensors")
+    exact = dict(plain(trained, run).named_parameters())
+    names = {key for key in base if not torch.equal(exact[key], base[key].float())}
+    pairs = [(base[key], exact[key].detach()) for key in names]
+    changed = [new != old.float() for old, new in pairs]
+    lost = [
+        (new.bfloat16() == old) & moved for (old, new), moved in zip(pairs, changed, strict=True)
+    ]
+    assert facts["dtype"] == "bfloat16"
+    assert facts["changed"] == sum(int(x.sum()) for x in changed)
+    assert facts["lost"] == sum(int(x.sum()) for x in lost)
+    errors = torch.cat(
+        [(new.bfloat16().float() - new).abs().flatten() for _, new in pairs]
+    ).double()
+    assert facts["largest_error"] == errors.max().item()
+    assert facts["mean_error"] * facts["weights"] == pytest.approx(errors.sum().item())
+    assert 0 < facts["changed"] <= facts["weights"]
+    effect = json.loads((exported[run, None][0] / FACTS).read_text())["effect"]
+    whole = json.loads((exported[run, "fp32"][0] / FACTS).read_text())
+    assert whole["effect"]["loss_trained"] == pytest.approx(effect["loss_trained"])
+    assert whole["effect"]["loss_exported"] == pytest.approx(effect["loss_trained"], rel=1e-5)
+    assert effect["loss_exported"] != effect["loss_trained"]
+    assert whole["effect"]["largest_logit_difference"] < 1e-4 < effect["largest_logit_difference"]
+    assert whole["rounding"]["largest_error"] == whole["rounding"]["lost"] == 0
+
+
+def test_a_tally_by_hand():
+    tally = Tally(torch.bfloat16)
+    base = torch.tensor([1.0, 1.0, -2.0, 0.0], dtype=torch.bfloat16)
+    tally.add(base, torch.tensor([1.0, 1.0 + 2**-9, -2.0 - 2**-6, 1e39 / 10]))
+    tally.add(base[:0], torch.zeros(0))
+    found = tally.result()
+    # bf16 has steps of 2**-7 above 1 and of 2**-6 above 2.
+    assert (found.weights, found.changed, found.lost, found.overflown) == (4, 3, 1, 0)
+    assert found.dtype == "bfloat16"
+    half = Tally(torch.float16)
+    half.add(base, torch.tensor([1.0, 1.0, -2.0, 1e5]))
+    assert half.result().overflown == 1
+    small = Tally(torch.bfloat16)
+    small.add(base[:2], torch.tensor([1.0 + 2**-9, 1.0 - 2**-8]))
+    found = small.result()
+    assert (found.mean_change, found.mean_error, found.largest_error) == (
+        (2**-9 + 2**-8) / 2, 2**-9 / 2, 2**-9,
+    )  # fmt: skip
+    assert str(found).startswith("bfloat16 gives 50.0 % of 2 changed weights the base's bits again")
+
+
+def test_an_adapter_alone(trained, capsys):
+    from peft import PeftModel
+
+    for run in ("neft", "lora"):
+        target = trained.root / "adapters" / run
+        export(trained, run, 1, target, None, adapter=True)
+        assert {path.name for path in target.iterdir()} == {
+            "README.md", FACTS, "adapter_config.json", PEFT_FILE,
+        }  # fmt: skip
+        fields = json.loads((target / "adapter_config.json").read_text())
+        base = models.load_model(Path(fields["base_model_name_or_path"]), torch.float32)
+        model, ids = PeftModel.from_pretrained(base, target), torch.arange(3, 13)[None]
+        with torch.no_grad():
+            want = runs.load_trained(trained, run, 1)[0](ids).logits
+            assert torch.equal(model(ids).logits, want)
+    assert f"export lora, seed 1: {target}" in capsys.readouterr().out
+
+
+def test_what_is_refused(trained, neft, monkeypatch):
+    taken = trained.root / "taken"
+    taken.mkdir()
+    cases = {
+        ("neft", "--to", "taken"): "taken: exists already; give a new directory with --to",
+        ("none", "--to", "new"): "run 'none': unknown; params.yaml has full, in_out, embed",
+        ("neft", "--to", "new", "--seed", "9"): "run neft: has no seed 9; it has [1]",
+        ("full", "--to", "new", "--adapter"): "--adapter: run full has method full, which trains",
+        ("neft", "--to", "new", "--adapter", "--dtype", "fp32"): "--dtype: an adapter keeps the",
+    }
+    for argv, said in cases.items():
+        code, lines = neft(trained, "export", *argv)
+        assert (code, len(lines)) == (2, 1), lines
+        assert lines[0].startswith(f"neft: {said}")
+    with pytest.raises(SystemExit) as stopped:
+        neft(trained, "export", "neft", "--to", "new", "--dtype", "int8")
+    assert stopped.value.code == 2
+    assert not (trained.root / "new").exists()
+
+
+def test_values_beyond_the_precision_leave_nothing(trained, neft, tmp_path):
+    ws = Workspace(shutil.copytree(trained.root, tmp_path / "w"))
+    file = ws.path("train", "neft", "seed-1", PEFT_FILE)
+    state = load_file(file)
+    next(tensor for name, tensor in state.items() if "values" in name)[0, 0] = 1e5
+    save_file(state, file, {"base": models.Base.load(ws.path("base")).hash})
+    code, lines = neft(ws, "export", "neft", "--to", "out/new", "--dtype", "fp16")
+    assert (code, len(lines)) == (2, 1)
+    assert "has a value that is not finite in float16; use fp32 or bf16" in lines[0]
+    assert [path.name for path in (ws.root / "out").iterdir() if "new" in path.name] == []
+    shutil.rmtree(ws.path("prepared"))
+    code, lines = neft(ws, "export", "neft", "--to", "out/new")
+    assert (code, lines) == (0, [])
+    assert json.loads((ws.root / "out/new" / FACTS).read_text())["effect"] is None
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "phi3", "gpt2"])
+@pytest.mark.parametrize("name", ["neft", "full"])
+def test_files_of_every_layout_keep_their_names(tmp_path, family, name):
+    """Experts apart or together, fused and transposed weights: as the base's files have them."""
+    base = tiny_model(family)
+    for place in ("base", "adapter", "merged"):
+        (tmp_path / place).mkdir()
+    models.save_checkpoint(base, tmp_path / "base")
+    mask = mask_for(base, family, 0.4)
+    model = METHODS[name].prepare(base, OPTIONS.get(name, {}), mask, family)
+    ids = torch.arange(3, 13)[None]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        want = model(ids).logits
+    METHODS[name].save(model, tmp_path / "adapter", {"base": "x", "location": "y", "revision": ""})
+    tally = Tally()
+    again = models.load_model(tmp_path / "base", torch.float32)
+    merged = METHODS[name].merge(again, {}, family, tmp_path / "adapter", "x", tally)
+    models.save_checkpoint(merged, tmp_path / "merged")
+    before, after = (load_file(tmp_path / p / "model.safetensors") for p in ("base", "merged"))
+    assert {k: v.shape for k, v in after.items()} == {k: v.shape for k, v in before.items()}
+    moved = sum(int((after[key] != before[key]).sum()) for key in before)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert tally.result().weights == trained
+    assert tally.result().changed == moved
+    with torch.no_grad():
+        got = models.load_model(tmp_path / "merged", torch.float32).eval()(ids).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_one_line_tells_what_a_merge_loses(caplog):
+    from peft import get_peft_model
+
+    from neft_core import NeftConfig, measure_merge
+
+    base = tiny_llama().bfloat16()
+    model = get_peft_model(base, NeftConfig(mask=mask_for(base, "llama")))
+    train_a_little(model)
+    found = measure_merge(model)
+    assert found.weights == model.get_nb_trainable_parameters()[0]
+    assert found.dtype == "bfloat16"
+    assert measure_merge(model, torch.float32).mean_error == 0
+    model.merge_adapter()
+    assert measure_merge(model) == found
+    model.unmerge_adapter()
+    with caplog.at_level("INFO", "neft_core"):
+        model.merge_and_unload()
+    assert [record.message for record in caplog.records] == [
+        f"merge: {found}; merging into a base in fp32 loses nothing"
+    ]
