@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neft_core.again import as_it_is
+
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind some tensors."""
@@ -93,7 +95,7 @@ def kept_for_backward(model: nn.Module) -> Iterator[Callable[[], int]]:
                 kept.setdefault(address, part)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, as_it_is):
         yield lambda: storage_bytes(kept.values())
     kept.clear()
 

@@ -24,13 +24,8 @@ from torch import Tensor, nn
 from neft_core import frozen
 from neft_core.errors import NeftError
 from neft_core.groups import ROWS, read_neurons, write_neurons
-from neft_core.sparse import (
-    ColumnLinear,
-    Overlay,
-    RowLinear,
-    corrected,
-    stamp,
-)
+from neft_core.overlay import Overlay, stamp
+from neft_core.sparse import ColumnLinear, PackedLinear, RowLinear, corrected, packed
 
 
 class NeftLayer(BaseTunerLayer):  # type: ignore[misc]
@@ -145,9 +140,14 @@ class NeftLinear(nn.Module, NeftLayer):
         elif x.dtype != weight.dtype:
             raise RuntimeError(f"input is {x.dtype}, the layer's weight {weight.dtype}")
         values, indices = self._combined(names)
+        bias, overlay, pack = self.base_layer.bias, self.overlay, self.overlay.pack
+        if torch.compiler.is_compiling():
+            if pack is not None:
+                return packed(x, values, bias, indices, self.axis, pack)
+            overlay = None
         function = RowLinear if self.axis == ROWS else ColumnLinear
-        overlay = None if torch.compiler.is_compiling() else self.overlay
-        bias = self.base_layer.bias
+        if pack is not None:
+            function = PackedLinear
         output: Tensor = function.apply(x, values, weight, bias, indices, overlay)
         return output
 
@@ -164,8 +164,15 @@ class NeftLinear(nn.Module, NeftLayer):
         parts = [d[name] for name in names for d in (self.neft_values, self.neft_indices)]
         force = force or self.overlay.stale
         if force or self._written != (names, *stamp(base.weight, *parts)):
-            self.overlay.write(frozen.matrix(base), *self._combined(names))
+            self.overlay.write(frozen.matrix(base), *self._combined(names), self._trains(names))
             self._written = (names, *stamp(base.weight, *parts))
+
+    def _trains(self, names: Sequence[str]) -> bool:
+        """Whether nobody but an optimiser and this layer is concerned with what is written."""
+        if self.merged or len(names) > 1:
+            return False
+        trained = self.neft_values[names[0]].requires_grad
+        return trained and (torch.is_grad_enabled() or self.overlay.aside)
 
     def settle(self) -> None:
         """Give the weight its own bits, or those of the merged adapters."""
@@ -338,6 +345,8 @@ class NeftLinear(nn.Module, NeftLayer):
         yield from super().named_modules(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.overlay.pack is not None:
+            self.lift()
         return {name: value for name, value in self.__dict__.items() if name != "_own"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

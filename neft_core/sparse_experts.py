@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from neft_core.groups import ROWS
-from neft_core.sparse import Overlay, keep, kept
+from neft_core.overlay import Overlay
+from neft_core.sparse import keep, kept
 
 Linear = Callable[[str, Tensor, "Route", bool], Tensor]
 
@@ -129,7 +130,7 @@ class ExpertsLinear(torch.autograd.Function):
         ctx.selected = by_expert(indices, len(weight), weight.shape[1 + axis])
         seen = _seen(x, pairs, ctx) if ctx.needs_input_grad[1] else x[:0]
         if stand:
-            keep(ctx, seen, values, weight, indices, overlay)
+            keep(ctx, [seen], values, weight, indices, overlay)
             return _by_expert(pairs, weight, route, True)
         ctx.values_dtype = values.dtype
         ctx.save_for_backward(seen, indices, weight, values)
@@ -143,7 +144,7 @@ class ExpertsLinear(torch.autograd.Function):
         if ctx.frozen:
             weight = ctx.weight
         elif ctx.stand:
-            seen, indices, weight = kept(ctx)
+            (seen,), indices, weight = kept(ctx)
         else:
             seen, indices, weight, values = ctx.saved_tensors
             standing = (values, ctx.selected, ctx.axis)

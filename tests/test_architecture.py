@@ -18,7 +18,8 @@ FLOWS = {f"flows.{path.stem}": path for path in sorted((ROOT / "flows").glob("*.
 
 CORE = {"groups", "experts_apart", "patterns", "neurons", "masks", "checkpoints", "sums", "weights",
         "similarity", "selection", "frozen", "sparse", "sparse_experts", "layer", "expert_layer",
-        "tuner", "optimizers", "simulation", "tracker"}  # fmt: skip
+        "tuner", "optimizers", "simulation", "tracker", "again", "aside",
+        "overlay"}  # fmt: skip
 """The numerical core, which takes plain arguments."""
 
 DATA = {"rows", "data", "splits", "tasks", "encoding", "metrics"} | {
