@@ -341,7 +341,9 @@ class NeftLinear(nn.Module, NeftLayer):
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As of every module. Who walks through a model's parameters finds the base's own bits."""
-        self.settle()
+        # The compiler walks too, between what is written and the forward pass that needs it.
+        if not torch.compiler.is_compiling():
+            self.settle()
         yield from super().named_modules(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

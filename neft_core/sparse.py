@@ -1,10 +1,10 @@
 """Linear maps of which only selected neurons are trained.
 
-Three forms give the same map. *In place*: the frozen weight holds the trained values, so the forward
-pass is that of the frozen layer, and the backward pass forms the gradient of its input and of the
-selected neurons, never that of the whole weight. *Packed*: the same, with trained and other neurons
-apart in the weight's memory. *Additive*, for weights that can't be written (quantised, sharded,
-shared): what the values differ from the frozen ones is added to the output.
+Three forms give the same map. *In place*: the frozen weight holds the trained values, so the
+forward pass is that of the frozen layer, and the backward pass forms the gradient of its input and
+of the selected neurons, never that of the whole weight. *Packed*: the same, with trained and other
+neurons apart in the weight's memory. *Additive*, for weights that can't be written (quantised,
+sharded, shared): what the values differ from the frozen ones is added to the output.
 
 Shapes: T tokens (all leading dimensions), in and out features, k selected neurons with D weights
 each (D = in for rows, out for columns). Weights are logical [out, in], a view where the layer
