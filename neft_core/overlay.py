@@ -135,9 +135,9 @@ class Overlay:
         return None
 
     def forget(self) -> None:
-        """What is known of a weight that has its own bits: it may be about to move."""
-        self._known = ()
-        if not self.present and hasattr(self, "originals"):
+        """Know nothing of the weight, which has its own bits: it may be about to move."""
+        self._known, self.aside = (), False
+        if hasattr(self, "originals"):
             del self.originals
 
     def _packs(self, weight: Tensor, values: Tensor) -> bool:
