@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from neft_core import frozen
 from neft_core.errors import NeftError
-from neft_core.groups import ROWS, read_neurons, write_neurons
+from neft_core.groups import read_neurons, write_neurons
 from neft_core.overlay import Overlay, stamp
-from neft_core.sparse import ColumnLinear, PackedLinear, RowLinear, corrected, packed
+from neft_core.sparse import corrected, trained_linear
 
 
 class NeftLayer(BaseTunerLayer):  # type: ignore[misc]
@@ -140,16 +140,7 @@ class NeftLinear(nn.Module, NeftLayer):
         elif x.dtype != weight.dtype:
             raise RuntimeError(f"input is {x.dtype}, the layer's weight {weight.dtype}")
         values, indices = self._combined(names)
-        bias, overlay, pack = self.base_layer.bias, self.overlay, self.overlay.pack
-        if torch.compiler.is_compiling():
-            if pack is not None:
-                return packed(x, values, bias, indices, self.axis, pack)
-            overlay = None
-        function = RowLinear if self.axis == ROWS else ColumnLinear
-        if pack is not None:
-            function = PackedLinear
-        output: Tensor = function.apply(x, values, weight, bias, indices, overlay)
-        return output
+        return trained_linear(x, values, weight, self.base_layer.bias, indices, self.overlay)
 
     def refresh(self, force: bool = False) -> None:
         """Write what the forward pass will use; does nothing where that stands there already."""

@@ -24,6 +24,26 @@ from neft_core.groups import ROWS, read_neurons
 from neft_core.overlay import Overlay, Pack
 
 
+def trained_linear(
+    x: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    overlay: Overlay,
+) -> Tensor:
+    """A linear map whose selected neurons stand in its weight; arguments as of `RowLinear`."""
+    compiling, pack = torch.compiler.is_compiling(), overlay.pack
+    function: Any = RowLinear if overlay.axis == ROWS else ColumnLinear
+    if pack is not None:
+        if compiling:
+            return packed(x, values, bias, indices, overlay.axis, pack)
+        function = PackedLinear
+    keeper = None if compiling else overlay
+    output: Tensor = function.apply(x, values, weight, bias, indices, keeper)
+    return output
+
+
 class RowLinear(torch.autograd.Function):
     """A linear map whose selected rows are trained; needs its input, as every such map must."""
 
