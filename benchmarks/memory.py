@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neft_core.again import as_it_is
+from neft_core.tuner import neft_layers
+
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind some tensors."""
@@ -30,27 +33,28 @@ def _dense(tensor: Tensor) -> tuple[Tensor, ...]:
     return (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
 
 
-def weights(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers."""
-    return [*model.parameters(), *model.buffers()]
-
-
 def resident(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
     """Bytes that stay between steps, by part.
 
     Returns:
         `parameters`: all of them, frozen or trained; `buffers`: what else the model holds, such as
-        originals, masks and indices; `gradients`: of what trains; `states`: of the optimiser.
+        originals, masks and indices; `gradients`: of what trains; `states`: of the optimiser;
+        `aside`: originals that were put aside, in a file or in the memory of a GPU's host.
     """
-    parameters = list(model.parameters())
+    # Walking by `model.parameters()` would give neurons' weights their own bits again.
+    held = reachable(model)
+    parameters = [tensor for tensor in held if isinstance(tensor, nn.Parameter)]
+    overlays = [layer.overlay for layer in neft_layers(model).values()]
+    aside = [overlay.originals for overlay in overlays if overlay.aside]
     states = [] if optimizer is None else list(optimizer.state.values())
     return {
         "parameters": storage_bytes(parameters),
-        "buffers": storage_bytes([*parameters, *reachable(model)]) - storage_bytes(parameters),
+        "buffers": storage_bytes(held) - storage_bytes([*parameters, *aside]),
         "gradients": sum(p.numel() * p.element_size() for p in parameters if p.requires_grad),
         "states": storage_bytes(
             value for state in states for value in state.values() if isinstance(value, Tensor)
         ),
+        "aside": storage_bytes(aside),
     }
 
 
@@ -82,7 +86,7 @@ def kept_for_backward(model: nn.Module) -> Iterator[Callable[[], int]]:
 
     Weights are not counted, whatever keeps them; copies of weights are.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in weights(model)}
+    known = {tensor.untyped_storage().data_ptr() for tensor in reachable(model)}
     # Held until the block ends, so no storage takes the address of one before it.
     kept: dict[int, Tensor] = {}
 
@@ -93,7 +97,7 @@ def kept_for_backward(model: nn.Module) -> Iterator[Callable[[], int]]:
                 kept.setdefault(address, part)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, as_it_is):
         yield lambda: storage_bytes(kept.values())
     kept.clear()
 

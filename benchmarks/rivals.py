@@ -281,7 +281,10 @@ class Rival:
 
         The last is what the process took: on a CPU all of its memory, on CUDA what torch reserved.
         """
+        for _ in range(2):
+            self.step()  # whatever else has looked at the model, it trains again
         parts = memory.resident(self.model, self.optimizer)
+        aside = parts.pop("aside")
         with memory.kept_for_backward(self.model) as kept:
             output = self.forward()
             parts["kept"] = kept()
@@ -297,7 +300,7 @@ class Rival:
             harness.reset_peak()
             self.step()
             parts["resident"] = harness.peak_resident()
-        return parts
+        return parts | {"aside": aside}
 
     def facts(self) -> dict[str, Any]:
         """Counts that don't depend on the machine."""

@@ -145,7 +145,9 @@ def step_table(found: Mapping[str, Any]) -> str:
     )
 
 
-PARTS = ("parameters", "buffers", "gradients", "states", "kept", "sum", "peak", "resident")
+PARTS = (
+    "parameters", "buffers", "gradients", "states", "kept", "sum", "peak", "resident", "aside",
+)  # fmt: skip
 
 
 def memory_table(found: Mapping[str, Any]) -> str:

@@ -23,15 +23,10 @@ from torch import Tensor, nn
 
 from neft_core import frozen
 from neft_core.errors import NeftError
-from neft_core.groups import ROWS, read_neurons, write_neurons
+from neft_core.groups import read_neurons, write_neurons
+from neft_core.overlay import Overlay, stamp
 from neft_core.registration import register_with_peft
-from neft_core.sparse import (
-    ColumnLinear,
-    Overlay,
-    RowLinear,
-    corrected,
-    stamp,
-)
+from neft_core.sparse import corrected, trained_linear
 
 
 class NeftLayer(BaseTunerLayer):  # type: ignore[misc]
@@ -154,11 +149,7 @@ class NeftLinear(nn.Module, NeftLayer):
         elif x.dtype != weight.dtype:
             raise RuntimeError(f"input is {x.dtype}, the layer's weight {weight.dtype}")
         values, indices = self._combined(names)
-        function = RowLinear if self.axis == ROWS else ColumnLinear
-        overlay = None if torch.compiler.is_compiling() else self.overlay
-        bias = self.base_layer.bias
-        output: Tensor = function.apply(x, values, weight, bias, indices, overlay)
-        return output
+        return trained_linear(x, values, weight, self.base_layer.bias, indices, self.overlay)
 
     def refresh(self, force: bool = False) -> None:
         """Write what the forward pass will use; does nothing where that stands there already."""
@@ -173,8 +164,15 @@ class NeftLinear(nn.Module, NeftLayer):
         parts = [d[name] for name in names for d in (self.neft_values, self.neft_indices)]
         force = force or self.overlay.stale
         if force or self._written != (names, *stamp(base.weight, *parts)):
-            self.overlay.write(frozen.matrix(base), *self._combined(names))
+            self.overlay.write(frozen.matrix(base), *self._combined(names), self._trains(names))
             self._written = (names, *stamp(base.weight, *parts))
+
+    def _trains(self, names: Sequence[str]) -> bool:
+        """Whether nobody but an optimiser and this layer is concerned with what is written."""
+        if self.merged or len(names) > 1:
+            return False
+        trained = self.neft_values[names[0]].requires_grad
+        return trained and (torch.is_grad_enabled() or self.overlay.aside)
 
     def settle(self) -> None:
         """Give the weight its own bits, or those of the merged adapters."""
@@ -355,10 +353,14 @@ class NeftLinear(nn.Module, NeftLayer):
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As of every module. Who walks through a model's parameters finds the base's own bits."""
-        self.settle()
+        # The compiler walks too, between what is written and the forward pass that needs it.
+        if not torch.compiler.is_compiling():
+            self.settle()
         yield from super().named_modules(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.overlay.pack is not None:
+            self.lift()
         return {name: value for name, value in self.__dict__.items() if name != "_own"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neft_core.again import as_it_is
 from neft_core.tracker import Tracker, Work
 
 
@@ -235,7 +236,7 @@ def _loss(
 
     ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.int64)
     mask = torch.ones_like(ids) if batch.padded else None
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, as_it_is):
         with _autocast(autocast):
             logits = model(input_ids=ids, attention_mask=mask).logits
         if autocast is not None:

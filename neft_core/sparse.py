@@ -1,15 +1,17 @@
-"""Linear maps of which only selected neurons are trained, and what stands in their weights.
+"""Linear maps of which only selected neurons are trained.
 
-Two forms give the same map. *In place*: the frozen weight holds the trained values, so the forward
-pass is that of the frozen layer, and the backward pass forms the gradient of its input and of the
-selected neurons, never that of the whole weight. *Additive*, for weights that can't be written
-(quantised, sharded, shared): what the values differ from the frozen ones is added to the output.
+Three forms give the same map. *In place*: the frozen weight holds the trained values, so the
+forward pass is that of the frozen layer, and the backward pass forms the gradient of its input and
+of the selected neurons, never that of the whole weight. *Packed*: the same, with trained and other
+neurons apart in the weight's memory. *Additive*, for weights that can't be written (quantised,
+sharded, shared): what the values differ from the frozen ones is added to the output.
 
 Shapes: T tokens (all leading dimensions), in and out features, k selected neurons with D weights
 each (D = in for rows, out for columns). Weights are logical [out, in], a view where the layer
 stores [in, out].
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,74 +19,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neft_core.groups import ROWS, read_neurons, write_neurons
+from neft_core.again import factors, formed
+from neft_core.groups import ROWS, read_neurons
+from neft_core.overlay import Overlay, Pack
 
 
-def stamp(*tensors: Tensor) -> tuple[int, ...]:
-    """Differs after every in-place change or move of one of the tensors that torch knows of."""
-    return tuple(
-        number
-        for tensor in tensors
-        for number in (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-    )
-
-
-class Overlay:
-    """Neurons that stand in a weight in place of its own, and the bits that they replaced.
-
-    Attributes:
-        axis: 0 where the neurons are rows, 1 for columns.
-        present: they stand there now; otherwise the weight has all of its own bits.
-        indices: which neurons of the weight they are, [k].
-        originals: what the weight has in their place, [k, D].
-        edition: counts the changes of the weight.
-        stale: a gradient was formed, so an optimiser may have changed the values unseen by torch.
-    """
-
-    indices: Tensor
-    originals: Tensor
-
-    def __init__(self, axis: int) -> None:
-        self.axis = axis
-        self.present = False
-        self.edition = 0
-        self.stale = False
-        self._known: tuple[int, ...] = ()
-        self._own: tuple[int, ...] = ()
-
-    def write(self, weight: Tensor, values: Tensor, indices: Tensor) -> None:
-        """Put values in the place of the neurons `indices`, and of no others."""
-        if self.present and self._known != stamp(indices):
-            self.lift(weight)
-        if not self.present and (self._known, self._own) != (stamp(indices), stamp(weight)):
-            self.indices, self._known = indices.clone(), stamp(indices)
-            self.originals = read_neurons(weight, indices, self.axis)
-        write_neurons(weight, values.detach(), indices, self.axis)
-        self.present = True
-        self.edition += 1
-        self.stale = False
-
-    def lift(self, weight: Tensor) -> None:
-        """Give the weight all of its own bits again."""
-        if self.present:
-            write_neurons(weight, self.originals, self.indices, self.axis)
-            self.present = False
-            self.edition += 1
-            self._own = stamp(weight)
-
-    def held(self, indices: Tensor) -> Tensor | None:
-        """The weight's own neurons `indices`, [k, D], where they have been replaced by others."""
-        if self.present and torch.equal(self.indices, indices):
-            return self.originals
-        return None
-
-    def forget(self) -> None:
-        """The weight, which has its own bits, is about to move."""
-        self._known = ()
+def trained_linear(
+    x: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    overlay: Overlay,
+) -> Tensor:
+    """A linear map whose selected neurons stand in its weight; arguments as of `RowLinear`."""
+    compiling, pack = torch.compiler.is_compiling(), overlay.pack
+    function: Any = RowLinear if overlay.axis == ROWS else ColumnLinear
+    if pack is not None:
+        if compiling:
+            return packed(x, values, bias, indices, overlay.axis, pack)
+        function = PackedLinear
+    keeper = None if compiling else overlay
+    output: Tensor = function.apply(x, values, weight, bias, indices, keeper)
+    return output
 
 
 class RowLinear(torch.autograd.Function):
-    """A linear map whose selected rows are trained; saves its input, as every such map must."""
+    """A linear map whose selected rows are trained; needs its input, as every such map must."""
 
     @staticmethod
     def forward(
@@ -107,24 +68,26 @@ class RowLinear(torch.autograd.Function):
             indices: the selected rows, [k].
             overlay: what keeps the values in `weight`; without it they stay there until backward.
         """
-        keep(ctx, x, values, weight, indices, overlay)
+        sources, ctx.recipe = factors(x)
+        keep(ctx, sources, values, weight, indices, overlay)
         return _linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the input, [..., in], and of the selected rows, [k, in]."""
-        x, indices, weight = kept(ctx)
+        sources, indices, weight = kept(ctx)
         grad_x = grad_values = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight.to(grad.dtype)
         if ctx.needs_input_grad[1]:
+            x = formed(sources, ctx.recipe)
             grad_values = _outer(grad.index_select(-1, indices), x, ctx.values_dtype)
         return grad_x, grad_values, None, None, None, None
 
 
 class ColumnLinear(torch.autograd.Function):
-    """A linear map whose selected columns are trained; saves the k inputs that they see."""
+    """A linear map whose selected columns are trained; needs the k inputs that they see."""
 
     @staticmethod
     def forward(
@@ -137,20 +100,102 @@ class ColumnLinear(torch.autograd.Function):
         overlay: Overlay | None = None,
     ) -> Tensor:
         """As that of `RowLinear`, for columns."""
-        keep(ctx, x.index_select(-1, indices), values, weight, indices, overlay)
+        sources, ctx.recipe = factors(x)
+        if ctx.recipe is None:
+            sources = [x.index_select(-1, indices)]
+        keep(ctx, sources, values, weight, indices, overlay)
         return _linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the input, [..., in], and of the selected columns, [k, out]."""
-        seen, _, weight = kept(ctx)
+        sources, indices, weight = kept(ctx)
         grad_x = grad_values = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight.to(grad.dtype)
         if ctx.needs_input_grad[1]:
+            seen = formed(sources, ctx.recipe, indices)
             grad_values = _outer(seen, grad, ctx.values_dtype)
         return grad_x, grad_values, None, None, None, None
+
+
+class PackedLinear(torch.autograd.Function):
+    """A linear map whose weight is packed: its trained neurons are `values`, no copies of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        indices: Tensor,
+        overlay: Overlay,
+    ) -> Tensor:
+        """As that of `RowLinear`, for rows or columns; `weight` is what `overlay` has packed."""
+        assert overlay.pack is not None
+        sources, ctx.recipe = factors(x)
+        if ctx.recipe is None and overlay.axis != ROWS:
+            sources = [x.index_select(-1, indices)]
+        keep(ctx, sources, values, weight, indices, overlay)
+        with torch.autocast(x.device.type, enabled=False):
+            return packed(x, values, bias, indices, overlay.axis, overlay.pack)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the input, [..., in], and of the selected neurons, [k, D]."""
+        sources, indices, weight = kept(ctx)
+        rows, pack = ctx.overlay.axis == ROWS, ctx.overlay.pack
+        left = grad.index_select(-1, indices) if rows and len(indices) < grad.shape[-1] else grad
+        grad_x = grad_values = None
+        if ctx.needs_input_grad[0] and pack is None:
+            grad_x = grad @ weight.to(grad.dtype)
+        elif ctx.needs_input_grad[0]:
+            values, rest = pack.values.to(grad.dtype), pack.rest.to(grad.dtype)
+            if rows:
+                grad_x = left @ values
+                if len(rest):
+                    grad_x += grad.index_select(-1, pack.others) @ rest
+            else:
+                grad_x = _side_by_side(grad, values, rest, pack.place)
+        if ctx.needs_input_grad[1]:
+            x = formed(sources, ctx.recipe, None if rows else indices)
+            grad_values = (
+                _outer(left, x, ctx.values_dtype) if rows else _outer(x, grad, ctx.values_dtype)
+            )
+        return grad_x, grad_values, None, None, None, None
+
+
+def packed(
+    x: Tensor, values: Tensor, bias: Tensor | None, indices: Tensor, axis: int, pack: Pack
+) -> Tensor:
+    """A linear map of a packed weight in the precision of `x`, [..., in] to [..., out].
+
+    Args:
+        x: [..., in].
+        values: the selected neurons, [k, D], in the memory of `pack.values`.
+        bias: [out].
+        indices: rows or columns, [k].
+        axis: 0 for rows, 1 for columns.
+        pack: the other neurons.
+    """
+    values, rest = values.to(x.dtype), pack.rest.to(x.dtype)
+    if axis == ROWS:
+        output = _side_by_side(x, values, rest, pack.place)
+    elif len(rest):
+        output = x.index_select(-1, indices) @ values + x.index_select(-1, pack.others) @ rest
+    else:
+        output = x @ values
+    return output if bias is None else output + bias.to(x.dtype)
+
+
+def _side_by_side(x: Tensor, values: Tensor, rest: Tensor, place: Tensor) -> Tensor:
+    """`x` times each neuron of both parts, [..., D] to [..., n]."""
+    if not len(rest):
+        return F.linear(x, values)
+    return torch.cat([F.linear(x, values), F.linear(x, rest)], -1).index_select(-1, place)
 
 
 class Correction(torch.autograd.Function):
@@ -221,7 +266,7 @@ def _change(
 
 def keep(
     ctx: Any,
-    seen: Tensor,
+    seen: Sequence[Tensor],
     values: Tensor,
     weight: Tensor,
     indices: Tensor,
@@ -231,21 +276,23 @@ def keep(
     ctx.values_dtype = values.dtype
     ctx.overlay = overlay
     if overlay is None:
-        ctx.save_for_backward(seen, indices, weight)
+        ctx.save_for_backward(*seen, indices, weight)
     else:
-        ctx.save_for_backward(seen, indices, values)
+        ctx.save_for_backward(*seen, indices, values)
         ctx.weight, ctx.edition = weight, overlay.edition
+        # A parameter may be in other memory by then.
+        ctx.parameter = values if values.is_leaf else None
 
 
-def kept(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
+def kept(ctx: Any) -> tuple[Sequence[Tensor], Tensor, Tensor]:
     """What `keep` saved, with the weight as the forward pass saw it."""
-    seen, indices, last = ctx.saved_tensors
+    *seen, indices, last = ctx.saved_tensors
     overlay = ctx.overlay
     if overlay is None:
         return seen, indices, last
     if overlay.edition != ctx.edition:
         # Another adapter, or none, had its turn since: a reference model, say.
-        overlay.write(ctx.weight, last, indices)
+        overlay.write(ctx.weight, last if ctx.parameter is None else ctx.parameter, indices)
     overlay.stale = True
     return seen, indices, ctx.weight
 

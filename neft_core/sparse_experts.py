@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from neft_core.frozen import has_content
 from neft_core.groups import ROWS
-from neft_core.sparse import Overlay, keep, kept
+from neft_core.overlay import Overlay
+from neft_core.sparse import keep, kept
 
 Linear = Callable[[str, Tensor, "Route", bool], Tensor]
 
@@ -138,7 +139,7 @@ class ExpertsLinear(torch.autograd.Function):
         ctx.selected = by_expert(indices, len(weight), weight.shape[1 + axis])
         seen = _seen(x, pairs, ctx) if ctx.needs_input_grad[1] else x[:0]
         if stand:
-            keep(ctx, seen, values, weight, indices, overlay)
+            keep(ctx, [seen], values, weight, indices, overlay)
             return _by_expert(pairs, weight, route, True)
         ctx.values_dtype = values.dtype
         ctx.save_for_backward(seen, indices, weight, values)
@@ -152,7 +153,7 @@ class ExpertsLinear(torch.autograd.Function):
         if ctx.frozen:
             weight = ctx.weight
         elif ctx.stand:
-            seen, indices, weight = kept(ctx)
+            (seen,), indices, weight = kept(ctx)
         else:
             seen, indices, weight, values = ctx.saved_tensors
             standing = (values, ctx.selected, ctx.axis)

@@ -19,7 +19,7 @@ FLOWS = {f"flows.{path.stem}": path for path in sorted((ROOT / "flows").glob("*.
 CORE = {"groups", "experts_apart", "patterns", "neurons", "masks", "checkpoints", "sums", "weights",
         "similarity", "selection", "frozen", "sparse", "sparse_experts", "layer", "expert_layer",
         "tuner", "registration", "refusals", "rounding", "optimizers", "simulation",
-        "tracker"}  # fmt: skip
+        "tracker", "again", "aside", "overlay"}  # fmt: skip
 """The numerical core, which takes plain arguments."""
 
 DATA = {"rows", "data", "splits", "tasks", "encoding", "metrics"} | {

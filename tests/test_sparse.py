@@ -12,11 +12,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from neft_core.errors import NeftError
-from neft_core.groups import Group
+from neft_core.groups import Group, read_neurons, write_neurons
 from neft_core.layer import NeftLinear
 from neft_core.masks import NeuronMask
 from neft_core.neurons import candidates
-from neft_core.sparse import ColumnLinear, RowLinear, read_neurons, write_neurons
+from neft_core.sparse import ColumnLinear, RowLinear
 from neft_core.tuner import NeftConfig, neft_layers, sync
 
 ROWS, COLUMNS = 0, 1

@@ -1,0 +1,88 @@
+"""Tensors that a backward pass needs and need not keep: products of what the graph keeps anyway.
+
+A neuron's gradient needs the layer's input. In most models that is a product, SiLU(gate) * up or a
+norm's weight * (x * scale), of which autograd keeps the factors for its own gradient. So these are
+held, which costs no memory, and multiplied again, which gives the same bits.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Product(NamedTuple):
+    """Of two recipes."""
+
+    left: "Recipe"
+    right: "Recipe"
+
+
+class Copy(NamedTuple):
+    """In another precision, or on another device."""
+
+    dtype: torch.dtype
+    device: torch.device
+    of: "Recipe"
+
+
+Recipe = int | Product | Copy
+"""How to form a tensor; a number stands for the factor at that place."""
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    """What autograd's hooks on saved tensors give back, if they only count what is saved."""
+    return tensor
+
+
+def factors(x: Tensor) -> tuple[list[Tensor], Recipe | None]:
+    """What the graph keeps of which `x` is formed; `x` itself, without a recipe, where nothing."""
+    found: list[Tensor] = []
+    # What was done to it in place, unseen by autograd, is in no recipe.
+    if torch.compiler.is_compiling() or x.is_inference() or x._version or x.shape[-1] < 2:
+        return [x], None
+    recipe = _recipe(x.grad_fn, found)
+    return ([x], None) if recipe is None else (found, recipe)
+
+
+def formed(kept: Sequence[Tensor], recipe: Recipe | None, indices: Tensor | None = None) -> Tensor:
+    """The tensor of which `kept` are the factors, or its entries `indices` along the last axis.
+
+    Without a recipe it is what was kept in place of the tensor, or of those entries.
+    """
+    if recipe is None:
+        return kept[0]
+    if isinstance(recipe, Product):
+        return formed(kept, recipe.left, indices) * formed(kept, recipe.right, indices)
+    if isinstance(recipe, Copy):
+        return formed(kept, recipe.of, indices).to(recipe.device, recipe.dtype)
+    factor = kept[recipe]
+    if indices is None or not factor.dim() or factor.shape[-1] == 1:
+        return factor
+    return factor.index_select(-1, indices)
+
+
+def _recipe(node: Any, found: list[Tensor]) -> Recipe | None:
+    """How a node of the graph formed its output; the factors are added to `found`."""
+    kind = "" if node is None else node.name()
+    if kind == "ToCopyBackward0":
+        made, of = node._input_metadata[0], _recipe(node.next_functions[0][0], found)
+        return None if of is None else Copy(made.dtype, made.device, of)
+    if kind != "MulBackward0":
+        return None
+    (before, _), (other, _) = node.next_functions
+    left = _factor(node._raw_saved_self, before, found)
+    right = None if left is None else _factor(node._raw_saved_other, other, found)
+    return None if left is None or right is None else Product(left, right)
+
+
+def _factor(saved: Any, before: Any, found: list[Tensor]) -> Recipe | None:
+    """A factor that autograd saved, or that the node `before` formed."""
+    if saved.data is None:
+        return _recipe(before, found)
+    # What lies behind hooks, such as those of checkpointing, only they can read.
+    if saved.unpack_hook not in (None, as_it_is):
+        return None
+    found.append(saved.data)
+    return len(found) - 1

@@ -1,0 +1,173 @@
+"""Trained neurons in the memory of a frozen weight, and the bits that they replaced.
+
+They stand there in one of two ways. *In place*: the weight holds a copy of the values, each neuron
+at its own place. *Packed*, where most neurons of a weight are trained: the weight's memory holds
+the values themselves, one after the other, and behind them the other neurons; no copy of either.
+The adapter's parameter then is that memory, until the weight gets its own bits back.
+
+Shapes: n neurons along the axis of a weight, k of them trained, D weights each; weights are logical
+[out, in], a view where the layer stores [in, out].
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from neft_core.aside import put_aside
+from neft_core.groups import read_neurons, write_neurons
+
+PACKED = 0.75
+"""Share of a weight's neurons from which on they are packed: without their copy they need, with
+gradients and two states, 3k in the place of 4k, and a weight that trains as a whole needs 3n."""
+
+
+class Pack(NamedTuple):
+    """How neurons lie in a packed weight.
+
+    Attributes:
+        values: its first part, [k, D].
+        rest: its second part, the neurons that don't train, [n - k, D].
+        others: which those are, [n - k].
+        place: where each neuron of the weight is among all of both parts, [n].
+    """
+
+    values: Tensor
+    rest: Tensor
+    others: Tensor
+    place: Tensor
+
+
+def stamp(*tensors: Tensor) -> tuple[int, ...]:
+    """Differs after every in-place change or move of one of the tensors that torch knows of."""
+    return tuple(
+        number
+        for tensor in tensors
+        for number in (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+    )
+
+
+class Overlay:
+    """Neurons that stand in a weight in place of its own, and the bits that they replaced.
+
+    While an adapter trains, these bits are needed by nobody, and are put aside; so they are once
+    more when two updates come in a row. They come back when the weight gets its own bits.
+
+    Attributes:
+        axis: 0 where the neurons are rows, 1 for columns.
+        present: they stand there now; otherwise the weight has all of its own bits.
+        pack: how they stand there if packed.
+        indices: which neurons of the weight they are, [k].
+        originals: what the weight has in their place, [k, D].
+        aside: those are put aside.
+        edition: counts the changes of the weight.
+        stale: a gradient was formed, so an optimiser may have changed the values unseen by torch.
+    """
+
+    indices: Tensor
+    originals: Tensor
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+        self.present = self.aside = self.stale = False
+        self.pack: Pack | None = None
+        self.edition = 0
+        # No one asked for the weight's own bits since the last update.
+        self._calm = True
+        self._owner: Tensor | None = None
+        self._known: tuple[int, ...] = ()
+        self._own: tuple[int, ...] = ()
+
+    def write(self, weight: Tensor, values: Tensor, indices: Tensor, trains: bool = False) -> None:
+        """Put values in the place of the neurons `indices`, and of no others.
+
+        Args:
+            weight: [out, in].
+            values: [k, D].
+            indices: rows or columns, [k].
+            trains: these are the values that are being trained, and what they replace is needed by
+                nobody else until `lift`.
+        """
+        other = self.pack is not None and not (trains and values is self._owner)
+        if self.present and (other or self._known != stamp(indices)):
+            self.lift(weight)
+        if not self.present and (self._known, self._own) != (stamp(indices), stamp(weight)):
+            self.indices, self._known = indices.clone(), stamp(indices)
+            self.originals, self.aside = read_neurons(weight, indices, self.axis), False
+        self._calm |= self.present
+        if trains and self._calm:
+            if not self.aside:
+                self.originals, self.aside = put_aside(self.originals), True
+            if self.pack is None and self._packs(weight, values):
+                self._fill(weight, values)
+        if self.pack is None:
+            write_neurons(weight, values.detach(), indices, self.axis)
+        elif values.data_ptr() != self.pack.values.data_ptr():
+            # Somebody gave the parameter other memory.
+            self.pack.values.copy_(values.detach())
+            values.data = self.pack.values
+        self.present = True
+        self.edition += 1
+        self.stale = False
+
+    def lift(self, weight: Tensor) -> None:
+        """Give the weight all of its own bits again."""
+        if not self.present:
+            return
+        if self.pack is not None and self._owner is not None:
+            # Values that have got other memory stay there.
+            if self._owner.data_ptr() == self.pack.values.data_ptr():
+                self._owner.data = self.pack.values.clone()
+            rest, others = self.pack.rest.clone(), self.pack.others
+            write_neurons(weight, rest, others, self.axis)
+            self.pack = self._owner = None
+        write_neurons(weight, self.originals, self.indices, self.axis)
+        self.present = self._calm = False
+        self.edition += 1
+        self._own = stamp(weight)
+        if self.aside:
+            self.forget()
+
+    def held(self, indices: Tensor) -> Tensor | None:
+        """The weight's own neurons `indices`, [k, D], where they have been replaced by others."""
+        if self.present and torch.equal(self.indices, indices):
+            return self.originals.to(indices.device)
+        return None
+
+    def forget(self) -> None:
+        """Know nothing of the weight, which has its own bits: it may be about to move."""
+        self._known, self.aside = (), False
+        if hasattr(self, "originals"):
+            del self.originals
+
+    def _packs(self, weight: Tensor, values: Tensor) -> bool:
+        """Whether the weight's memory can be that of the values, and it is worth while."""
+        return (
+            weight.dim() == 2
+            and isinstance(values, nn.Parameter)
+            and (values.dtype, values.device) == (weight.dtype, weight.device)
+            and len(values) >= PACKED * weight.shape[self.axis]
+            and _flat(weight) is not None
+            # Not a part of someone's buffer, who would look for it there.
+            and values.untyped_storage().nbytes() == values.nbytes
+        )
+
+    def _fill(self, weight: Tensor, values: Tensor) -> None:
+        """Pack a weight, and let the values be its memory."""
+        n, flat = weight.shape[self.axis], _flat(weight)
+        assert flat is not None
+        numbers = torch.arange(n, device=weight.device).index_fill(0, self.indices, n)
+        others = numbers.sort().values[: n - len(self.indices)]
+        rest = read_neurons(weight, others, self.axis)
+        parts = flat[: values.numel()].view(values.shape), flat[values.numel() :].view(rest.shape)
+        parts[0].copy_(values.detach())
+        parts[1].copy_(rest)
+        values.data = parts[0]
+        place = torch.cat([self.indices, others]).argsort()
+        self.pack, self._owner = Pack(*parts, others, place), values
+
+
+def _flat(weight: Tensor) -> Tensor | None:
+    """A weight's memory in its order, where it is one piece."""
+    stored = weight.detach() if weight.is_contiguous() else weight.detach().t()
+    return stored.view(-1) if stored.is_contiguous() else None
