@@ -132,7 +132,8 @@ def svg(figure: "Figure") -> str:
         _arrange(figure)
         figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    return re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+    # Coordinates to the hundredth of a point; not what stands between tags.
+    return re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text)
 
 
 def png(figure: "Figure") -> bytes:
@@ -168,7 +169,7 @@ def inline(text: str, prefix: str, label: str) -> str:
     body = re.sub(r'<g id="patch_1">.*?</g>', "", body, count=1, flags=re.DOTALL)
     used = set(re.findall(r"(?:url\(#|href=\"#)([^\")]+)", body))
     body = re.sub(
-        r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", body
+        r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]!s}"' if m[1] in used else "", body
     )
     body = re.sub(r'(url\(#|href="#)', rf"\1{prefix}-", body)
     body = _variables().sub(lambda m: _VARIABLES[m[0].lower()], body)

@@ -6,7 +6,7 @@ into files. A value with its spread is `(mean, deviation)`, the deviation None w
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from neft_core.drawing import (
     DASHES,
@@ -33,7 +33,7 @@ class Style(NamedTuple):
     """How a name looks in every figure."""
 
     colour: str
-    dash: object
+    dash: Any
     marker: str
 
 
@@ -180,11 +180,14 @@ def bars(
         figure, (axes,) = canvas(0.9 + 0.24 * rows + 0.2 * (len(series) > 1) if horizontal else 3.0)
         draw = axes.barh if horizontal else axes.bar
         ends = [0.0] * len(groups)
+        reach: dict[float, float] = {}
         for number, (name, values) in enumerate(series.items()):
             shift = 0 if stacked else thick * (number - (len(series) - 1) / 2)
             places = [place + shift for place in range(len(groups))]
             lengths = [mean for mean, _ in values]
-            shape = {"left" if horizontal else "bottom": list(ends)} if stacked else {}
+            shape: dict[str, Any] = (
+                {"left" if horizontal else "bottom": list(ends)} if stacked else {}
+            )
             draw(places, lengths, thick, color=PALETTE[number % 7], label=name, **shape)
             if stacked:
                 ends = [end + length for end, length in zip(ends, lengths, strict=True)]
@@ -192,14 +195,14 @@ def bars(
             spreads = [(p, t, s) for p, t, (_, s) in zip(places, tips, values, strict=True) if s]
             for place, tip, spread in spreads:
                 x, y = (tip, place) if horizontal else (place, tip)
-                error = {"xerr" if horizontal else "yerr": spread}
+                error: dict[str, Any] = {"xerr" if horizontal else "yerr": spread}
                 axes.errorbar(x, y, **error, color=INK, linewidth=0.9)
+                reach[place] = max(reach.get(place, 0.0), tip + spread)
             if horizontal and (not stacked or number == len(series) - 1):
                 for place, tip in zip(places, tips, strict=True):
-                    reach = max([0.0, *(t + s for p, t, s in spreads if p == place)])
                     axes.annotate(
                         format(tip, unit) if unit else brief(tip),
-                        (max(tip, reach), place),
+                        (max(tip, reach.get(place, 0.0)), place),
                         (3, 0),
                         textcoords="offset points",
                         va="center",
@@ -213,7 +216,7 @@ def bars(
             axes.grid(visible=False, axis="y")
             counted(axes.xaxis)
         else:
-            tilted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+            tilted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
             axes.set_xticks(range(len(groups)), groups, **(tilted if len(groups) > 6 else {}))
             axes.set(xlabel=across, ylabel=label)
             axes.grid(visible=False, axis="x")

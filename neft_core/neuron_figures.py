@@ -86,7 +86,7 @@ def distribution(
     kinds = {name: np.asarray(some, dtype=float) for name, some in values.items()}
     kinds = {name: some[some > 0] for name, some in kinds.items()}
     every = np.concatenate(list(kinds.values()))
-    edges = np.geomspace(every.min(), max(every.max(), every.min() * 1.01), bins + 1)
+    edges = np.geomspace(every.min(), max(every.max(), every.min() * 1.01), bins + 1).tolist()
     with styled():
         figure, (axes,) = canvas()
         for name, look in styles({name: name for name in kinds}).items():
