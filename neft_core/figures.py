@@ -21,8 +21,7 @@ from neft_core.drawing import (
 )
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from neft_core.drawing import Axes, Figure
 
 Value = tuple[float, float | None]
 Place = tuple[float, float, float | None]
@@ -214,7 +213,8 @@ def bars(
             axes.set(xlabel=label, ylabel=across)
             axes.margins(x=0.14)
             axes.grid(visible=False, axis="y")
-            counted(axes.xaxis)
+            if not unit:
+                counted(axes.xaxis)
         else:
             tilted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
             axes.set_xticks(range(len(groups)), groups, **(tilted if len(groups) > 6 else {}))

@@ -11,7 +11,7 @@ from neft_core.drawing import DASHES, FAINT, INK, canvas, counted, shades, style
 from neft_core.figures import Value, bars, legend, styles
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from neft_core.drawing import Figure
 
 
 def neuron_map(
@@ -28,8 +28,6 @@ def neuron_map(
         modules: names of the modules of a layer.
     """
     import numpy as np
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
 
     told = len(layers) <= 16
     cell = 0.42 if told else 0.3
@@ -43,10 +41,11 @@ def neuron_map(
             panels=len(masks),
             share_y=True,
         )
-        scale, map_ = Normalize(0, top), shades()
         for axes, (name, rows) in zip(panels, masks.items(), strict=True):
             values = np.array([[np.nan if s is None else s for s in row] for row in rows])
-            axes.pcolormesh(values, cmap=map_, norm=scale, edgecolor=FAINT, linewidth=0.4)
+            cells = axes.pcolormesh(
+                values, cmap=shades(), vmin=0, vmax=top, edgecolor=FAINT, linewidth=0.4
+            )
             axes.set_xticks(np.arange(len(modules)) + 0.5, modules)
             axes.tick_params(length=0)
             axes.tick_params(axis="x", rotation=0 if max(map(len, modules)) < 6 else 60)
@@ -62,7 +61,7 @@ def neuron_map(
         panels[0].set_yticks(np.arange(0, len(layers), every) + 0.5, layers[::every])
         panels[0].invert_yaxis()
         panels[0].set_ylabel("layer")
-        bar = figure.colorbar(ScalarMappable(scale, map_), ax=panels, pad=0.03, aspect=26)
+        bar = figure.colorbar(cells, ax=panels, pad=0.03, aspect=26)
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         bar.set_label("share selected")
         bar.outline.set_edgecolor(FAINT)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from neft_core import drawing
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from neft_core.drawing import Figure
 
 CSS = Path(__file__).with_name("report.css")
 

@@ -11,10 +11,7 @@ from neft_core import __version__, neuron_sections, page, result_sections, secti
 from neft_core.files import replacing
 from neft_core.findings import Findings
 from neft_core.page import Gallery, Html, code, facts, fill, join, paragraph, table
-from neft_core.workspace import Workspace
-
-FOLDER = "reports"
-"""Where the page and its figures lie, from the workspace."""
+from neft_core.workspace import REPORTS, Workspace
 
 Section = Callable[[Findings, Gallery], Html | str]
 """Its piece of the page, or why there is none, as text."""
@@ -39,7 +36,7 @@ def report(ws: Workspace) -> None:
     """
     found, gallery = Findings.read(ws), Gallery()
     whole = _page(found, gallery)
-    target = ws.root / FOLDER
+    target = ws.root / REPORTS
     with replacing(target / "figures") as folder:
         (folder / "png").mkdir(parents=True)
         for name, drawn in gallery.svgs.items():
@@ -47,7 +44,7 @@ def report(ws: Workspace) -> None:
             (folder / "png" / f"{name}.png").write_bytes(gallery.pngs[name])
     with replacing(target / "report.html") as temporary:
         temporary.write_text(whole, encoding="utf-8")
-    print(f"report: {Path(FOLDER, 'report.html')}, {len(gallery.svgs)} figures")
+    print(f"report: {Path(REPORTS, 'report.html')}, {len(gallery.svgs)} figures")
 
 
 def _page(found: Findings, gallery: Gallery) -> str:
@@ -195,7 +192,8 @@ def _yaml(settings: dict[str, Any]) -> str:
 
     from ruamel.yaml import YAML
 
-    out, yaml = io.StringIO(), YAML(typ="safe")
+    out = io.StringIO()
+    yaml: Any = YAML(typ="safe")
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
     yaml.allow_unicode = True

@@ -36,7 +36,7 @@ def verdict(found: Findings) -> Html:
                 score=_score(best, metric),
                 metric=heading(metric),
                 percent=f"{number(best['percent']) or 0.0:.3g}",
-                others=Html("; then ") + join(said, ", ") if said else "",
+                others=fill("; then {said}", said=join(said, ", ")) if said else "",
                 base=f"; the base model, untrained, {_score(base, metric)}" if base else "",
             )
         )

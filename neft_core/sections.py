@@ -8,7 +8,7 @@ from neft_core.findings import (
     Findings,
     mean,
 )
-from neft_core.page import Gallery, Html, fill, join, paragraph, table, text
+from neft_core.page import Gallery, Html, fill, join, paragraph, spread, table, text
 
 SAMPLES = 5
 """Test rows shown of each task."""
@@ -73,8 +73,8 @@ def cost(found: Findings, gallery: Gallery) -> Html | str:
         )
     note = (
         "Seconds are those of one seed, ± one standard deviation. Warm-up and scoring are done "
-        "once for a task, whatever the number of runs. On a CPU peak memory is that of the process, "
-        "libraries and everything before it included."
+        "once for a task, whatever the number of runs. On a CPU peak memory is the "
+        "process's, with libraries and all that it did before."
     )
     pieces = list(_cost_figures(found, own, shared, gallery))
     return join(

@@ -12,6 +12,7 @@ from neft_core import __version__, config, loading, runs
 from neft_core.config import Params
 from neft_core.errors import NeftError
 from neft_core.files import read_json, replacing, write_json
+from neft_core.report import report
 from neft_core.summary import summarise
 from neft_core.workspace import Workspace
 
@@ -256,5 +257,6 @@ STAGES: dict[str, Callable[..., None]] = {
     "baseline": runs.baseline,
     "evaluate": runs.evaluate,
     "summary": summarise,
+    "report": report,
 }
 """Stage name to function; the functions of single stages take no item."""
