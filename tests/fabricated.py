@@ -108,6 +108,7 @@ def stage(name: str, item: str) -> None:
     elif name == "score":
         _put(work / f"scores/{item}.safetensors", "scores")
         _put(work / f"scores/{item}.json", "{}")
+        _put(work / f"cost/score-{item}.json", "{}")
     elif name == "select":
         _tensors(work / f"masks/{item}.safetensors", {"up": 3, "down": 2} if item == "neft" else {})
     elif name == "train":
