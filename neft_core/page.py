@@ -156,7 +156,7 @@ class Gallery:
         self.svgs[name], self.pngs[name] = drawing.svg(figure), drawing.png(figure)
         said = text(f"{title}. {caption}".strip())
         return fill(
-            '<figure id="{name}"><div class="scroll">{svg}</div><figcaption><b>{title}.</b> '
+            '<figure id="figure-{name}"><div class="scroll">{svg}</div><figcaption><b>{title}.</b> '
             '{caption} <span class="files"><a href="figures/{name}.svg">SVG</a> '
             '<a href="figures/png/{name}.png">PNG</a></span></figcaption></figure>',
             name=name,
