@@ -36,13 +36,14 @@ class Style(NamedTuple):
     marker: str
 
 
-def styles(families: Mapping[str, str]) -> dict[str, Style]:
+def styles(families: Mapping[str, str], order: Sequence[str] = ()) -> dict[str, Style]:
     """A look for every name: a colour and a marker for a family, a dash for each in it.
 
     Args:
         families: the family of each name, such as the method of a run.
+        order: families that come first, so that they keep their colours in every figure.
     """
-    order = list(dict.fromkeys(families.values()))
+    order = list(dict.fromkeys([*order, *families.values()]))
     seen = dict.fromkeys(order, 0)
     found = {}
     for name, family in families.items():

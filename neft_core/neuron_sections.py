@@ -4,18 +4,26 @@ from collections.abc import Iterator
 
 from neft_core import neuron_figures
 from neft_core.findings import Findings, lowest_selected, overlaps, places, shares
-from neft_core.page import Gallery, Html, fill, join
+from neft_core.page import Gallery, Html, fill, join, paragraph
 
 PANELS = 6
-"""Masks in one figure."""
+"""Masks in one figure of maps."""
+
+MASKS = 12
+"""Masks that are compared with each other."""
 
 
 def neurons(found: Findings, gallery: Gallery) -> Html | str:
-    """Where the selected neurons are, and what all candidates scored."""
-    pieces = [*_distributions(found, gallery), *_maps(found, gallery)]
+    """What all candidates scored, where the selected ones are, what masks have in common."""
+    pieces = [*_distributions(found, gallery), *_maps(found, gallery), *_overlap(found, gallery)]
     if not pieces:
         return "No run selects neurons, and none were scored."
-    return fill('<div class="figures">{pieces}</div>', pieces=join(pieces))
+    shown = fill('<div class="figures">{pieces}</div>', pieces=join(pieces))
+    if len(found.masks) > 1:
+        return shown
+    return join(
+        [shown, paragraph("Fewer than two runs select neurons: no overlap.", kind="absent")]
+    )
 
 
 def _distributions(found: Findings, gallery: Gallery) -> Iterator[Html]:
@@ -79,15 +87,11 @@ def _maps(found: Findings, gallery: Gallery) -> Iterator[Html]:
             )
 
 
-def overlap(found: Findings, gallery: Gallery) -> Html | str:
-    """Which neurons masks have in common."""
-    if len(found.masks) < 2:
-        return "Fewer than two runs select neurons: there is nothing to compare."
-    names = list(found.masks)
-    if len(names) > 12:
-        names = names[:12]
-    masks = {name: found.masks[name] for name in names}
-    values, chance = overlaps(masks)
+def _overlap(found: Findings, gallery: Gallery) -> Iterator[Html]:
+    names = list(found.masks)[:MASKS]
+    if len(names) < 2:
+        return
+    values, chance = overlaps({name: found.masks[name] for name in names})
     caption = (
         "Of the neurons of the mask at the left, the share that the mask below has too; in "
         "brackets what a random mask of its size would have."
@@ -95,5 +99,4 @@ def overlap(found: Findings, gallery: Gallery) -> Html | str:
     if len(found.masks) > len(names):
         caption += f" The first {len(names)} of {len(found.masks)} masks."
     figure = neuron_figures.overlap(names, values, chance)
-    piece = gallery.add("overlap", figure, "Neurons that masks have in common", caption)
-    return fill('<div class="figures">{piece}</div>', piece=piece)
+    yield gallery.add("overlap", figure, "Neurons that masks have in common", caption)

@@ -23,7 +23,6 @@ SECTIONS: dict[str, Section] = {
     "Results": result_sections.results,
     "Training": sections.training,
     "Neurons": neuron_sections.neurons,
-    "Overlap": neuron_sections.overlap,
     "Cost": sections.cost,
     "Samples": sections.samples,
 }
@@ -96,9 +95,9 @@ def _duration(seconds: float) -> str:
 
 def provenance(found: Findings) -> Html:
     """All that made the numbers: data, model, masks, params, versions."""
-    card = {name: value for name, value in found.base().items() if value not in ("", False)}
-    if "hash" in card:
-        card["hash"] = code(card["hash"], 16)
+    card = {n.replace("_", " "): v for n, v in found.base().items() if v not in ("", False)}
+    if card:
+        card |= {"hash": code(card["hash"], 16), "parameters": f"{card['parameters']:,}"}
     parts = [fill("<h3>Base model</h3>\n{facts}", facts=facts(card))] if card else []
     for title, piece in (
         ("Data", _data(found)),
@@ -167,12 +166,12 @@ def _masks(found: Findings) -> Html | None:
                 f"{mask.parameters:,}",
                 f"{mask.percent:.2f}",
                 code(digest),
-                code(said.get("tuned", "–"), 12),
+                said.get("steps", "–"),
                 code(said.get("data", "–"), 12),
             ]
         )
     heads = [("run", False), ("policy", False), ("layout", False), ("neurons", True),
-             ("parameters", True), ("% of model", True), ("MD5", False), ("tuned model", False),
+             ("parameters", True), ("% of model", True), ("MD5", False), ("warm-up steps", True),
              ("warm-up rows", False)]  # fmt: skip
     return table(heads, rows, label="masks") if rows else None
 

@@ -87,10 +87,10 @@ def _results(found: Findings, task: str, rows: Sequence[Row]) -> Html:
     tops = {m: max((number(r[m]) or 0.0 for r in trained), default=None) for m in metrics}
     lowest = min(filter(None, (number(row["dev_loss"]) for row in trained)), default=None)
     highest = max((number(row[m]) or 0.0 for row in rows for m in metrics[:1]), default=0.0)
-    heads: list[tuple[object, bool]] = [("run", False), ("method", False)]
-    heads += [(name, True) for name in ("trained parameters", "% of model", "seeds")]
+    heads: list[tuple[object, bool]] = [("run", False)]
     heads += [(heading(metric), True) for metric in metrics]
-    heads += [(f"Δ to {name}", True) for name in deltas] + [("dev loss", True)]
+    heads += [(f"Δ to {name}", True) for name in deltas]
+    heads += [(name, True) for name in ("dev loss", "trained parameters", "% of model", "seeds")]
     seeds = {
         run: [s["best_dev_loss"] for s in found.seeds(run) if s.get("best_dev_loss")]
         for run in found.runs(task)
@@ -99,12 +99,9 @@ def _results(found: Findings, task: str, rows: Sequence[Row]) -> Html:
     for row in rows:
         own = row["name"] in runs
         parameters, percent = number(row["parameters"]), number(row["percent"])
+        method = row["method"] if row["method"] not in ("-", row["name"]) else ""
         line: list[object] = [
-            row["name"],
-            row["method"] if row["method"] != "-" else "as it was",
-            f"{parameters:,.0f}" if parameters is not None else "–",
-            f"{percent:.2f}" if percent is not None else "–",
-            row["seeds"] or "–",
+            fill("{name} <small>{method}</small>", name=row["name"], method=method)
         ]
         for metric in metrics:
             value = number(row[metric])
@@ -123,7 +120,12 @@ def _results(found: Findings, task: str, rows: Sequence[Row]) -> Html:
         loss = number(row["dev_loss"])
         sd = mean(seeds[row["name"]])[1] if own and seeds.get(row["name"]) else None
         shown = spread(loss, sd, 3)
-        line.append(strong(shown) if own and loss is not None and loss == lowest else shown)
+        line += [
+            strong(shown) if own and loss is not None and loss == lowest else shown,
+            f"{parameters:,.0f}" if parameters is not None else "–",
+            f"{percent:.2f}" if percent is not None else "–",
+            row["seeds"] or "–",
+        ]
         lines.append(line)
         kinds.append("" if own else "reference")
     for place in range(len(kinds) - 1):

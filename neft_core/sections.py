@@ -19,8 +19,9 @@ LOSS = "loss (nats per token)"
 def training(found: Findings, gallery: Gallery) -> Html | str:
     """Learning curves."""
     pieces = []
-    looks = figures.styles(found.families)
     for task in found.params.tasks:
+        own = {run: found.families[run] for run in found.runs(task)}
+        looks = figures.styles(own, list(found.families.values()))
         for kind, split in (("train", "training"), ("dev", "dev")):
             runs = found.curves(task, kind)
             if runs:
@@ -102,7 +103,8 @@ def _cost_figures(
     for name in names:
         task = found.params.runs[name].task
         stages = [e for n, es in shared.items() for e in es if n.endswith(f"-{task}")]
-        needs = name in found.masks
+        policy = found.masks[name].provenance.get("policy") if name in found.masks else "random"
+        needs = policy != "random"
         before.append((sum(e["seconds"] for e in stages) if needs else 0.0, None))
     series = {"training": trained}
     if any(value for value, _ in before):

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -22,8 +22,10 @@ def find() -> str | None:
 class Browser:
     """One page. `events` holds what the browser told of it, in order."""
 
-    def __init__(self, send: Any, receive: Any) -> None:
+    def __init__(self, send: BinaryIO, receive: int) -> None:
         self._send, self._receive, self._last = send, receive, 0
+        self._begun: list[bytes] = []
+        self._whole_messages: list[bytes] = []
         self._session: str | None = None
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -46,12 +48,15 @@ class Browser:
                 return answer["result"]
 
     def _read(self) -> dict[str, Any]:
-        text = b""
-        while not text.endswith(b"\0"):
-            byte = self._receive.read(1)
-            assert byte, "the browser ended"
-            text += byte
-        message = json.loads(text[:-1])
+        while not self._whole_messages:
+            piece = os.read(self._receive, 1 << 20)
+            assert piece, "the browser ended"
+            *ends, rest = piece.split(b"\0")
+            for end in ends:
+                self._whole_messages.append(b"".join([*self._begun, end]))
+                self._begun = []
+            self._begun.append(rest)
+        message = json.loads(self._whole_messages.pop(0))
         if "method" in message:
             self.events.append(message)
         return message
@@ -125,9 +130,10 @@ def browser(command: str) -> Iterator[Browser]:
         )
         os.close(commands[0])
         os.close(answers[1])
-        with os.fdopen(commands[1], "wb") as send, os.fdopen(answers[0], "rb") as receive:
+        with os.fdopen(commands[1], "wb") as send:
             try:
-                yield Browser(send, receive)
+                yield Browser(send, answers[0])
             finally:
                 process.kill()
                 process.wait()
+                os.close(answers[0])
