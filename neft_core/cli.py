@@ -176,9 +176,9 @@ def _run(options: argparse.Namespace) -> int:
     print(f"{len(result.outcomes)} stages in {result.seconds:.0f} s: {did}")
     for name, what in ARTEFACTS.items():
         print(f"  {near(ws.path(name))}: {what}")
-    page = ws.root / REPORTS / "report.html"
-    if page.is_file():
-        print(f"  {near(page)}: all of it on one page, with figures")
+    report = ws.root / REPORTS / "report.html"
+    if report.is_file():
+        print(f"  {near(report)}: all of it on one page, with figures")
     print(f"to look at the runs: {near(Path(sys.executable).parent / 'neft')} ui, or one by one")
     for page in pages(ws):
         print(f"  {page.name}: {page.url}", *([page.line()] if page.command else []), sep="\n    ")
