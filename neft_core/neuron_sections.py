@@ -21,9 +21,8 @@ def neurons(found: Findings, gallery: Gallery) -> Html | str:
     shown = fill('<div class="figures">{pieces}</div>', pieces=join(pieces))
     if len(found.masks) > 1:
         return shown
-    return join(
-        [shown, paragraph("Fewer than two runs select neurons: no overlap.", kind="absent")]
-    )
+    lone = paragraph("Fewer than two runs select neurons: no overlap.", kind="absent")
+    return join([shown, lone])
 
 
 def _distributions(found: Findings, gallery: Gallery) -> Iterator[Html]:
