@@ -41,7 +41,8 @@ OWNERS = {
 """Libraries and the only modules that import them."""
 
 HEAVY = {"torch", "transformers", "mlflow", "prefect", "datasets", "accelerate", "peft", "dvc",
-         "matplotlib", "sacrebleu", "numpy", "pandas", "pyarrow", "sklearn", "sqlalchemy"}  # fmt: skip
+         "matplotlib", "sacrebleu", "numpy", "pandas", "pyarrow", "sklearn",
+         "sqlalchemy"}  # fmt: skip
 
 LONG = {
     "config": "one class a section; its docstrings are the reference of params.yaml",
