@@ -1,4 +1,4 @@
-"""A headless Chromium by its DevTools protocol, without a library for it: what a page logs, asks for and looks like."""
+"""A headless Chromium by its DevTools protocol: what a page logs, asks for and looks like."""
 
 import base64
 import contextlib
