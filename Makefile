@@ -44,4 +44,4 @@ bench: install
 		--out work/bench/7b-block
 
 clean:
-	rm -rf work .neft mlflow.db mlruns dvc_plots
+	rm -rf work reports .neft mlflow.db mlruns dvc_plots

@@ -204,6 +204,7 @@ def _run(options: argparse.Namespace) -> int:
     from flows.pipeline import run_pipeline
     from neft_core.pages import near, pages
     from neft_core.repro import StageFailed
+    from neft_core.workspace import REPORTS
 
     try:
         result = run_pipeline(ws, force=options.force)
@@ -216,6 +217,9 @@ def _run(options: argparse.Namespace) -> int:
     print(f"{len(result.outcomes)} stages in {result.seconds:.0f} s: {did}")
     for name, what in ARTEFACTS.items():
         print(f"  {near(ws.path(name))}: {what}")
+    report = ws.root / REPORTS / "report.html"
+    if report.is_file():
+        print(f"  {near(report)}: all of it on one page, with figures")
     print(f"to look at the runs: {near(Path(sys.executable).parent / 'neft')} ui, or one by one")
     for page in pages(ws):
         print(f"  {page.name}: {page.url}", *([page.line()] if page.command else []), sep="\n    ")

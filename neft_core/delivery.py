@@ -15,6 +15,7 @@ from typing import Any
 from neft_core import records
 from neft_core.graph import entry_key
 from neft_core.mlflow_store import Store
+from neft_core.workspace import REPORTS
 
 LARGEST_ADAPTER = 100 * 1024**2
 """Bytes; of a larger adapter only path and hash are recorded."""
@@ -169,9 +170,11 @@ def _score(store: Store, run_id: str, item: Mapping[str, Any], key: str) -> None
 
 
 def _summarise(store: Store, run_id: str, key: str) -> None:
-    """Deliver the execution's params and result table."""
+    """Deliver the execution's params, result table and report."""
     store.log(run_id, params=records.flat(store.workspace.params().model_dump(mode="json")))
     store.client.log_artifacts(run_id, str(store.workspace.path("summary")), "summary")
+    if (reports := store.workspace.root / REPORTS).is_dir():
+        store.client.log_artifacts(run_id, str(reports), REPORTS)
     store.client.set_terminated(run_id)
     table = (store.workspace.path("summary") / "summary.md").read_text(encoding="utf-8")
     # As the run's description; MLflow takes 8,000 characters, and the whole is an artifact.

@@ -12,7 +12,7 @@ from neft_core.neurons import candidates
 from neft_core.planner import MARGIN, WHAT_IF, Planner, size
 from neft_core.tracker import Work
 
-SMALL = ("corpus", "prepare", "select", "summary")
+SMALL = ("corpus", "prepare", "select", "summary", "report")
 """Stages that need little of anything."""
 
 

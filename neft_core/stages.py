@@ -4,6 +4,7 @@ Each is one function of a workspace and an item (a task, or a run). Nothing else
 knows about files and params together; what a stage reads and writes stands in dvc.yaml.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from neft_core import __version__, config, loading, runs
 from neft_core.config import Params
 from neft_core.errors import NeftError
 from neft_core.files import read_json, replacing, write_json
+from neft_core.report import report
 from neft_core.summary import summarise
 from neft_core.workspace import Workspace
 
@@ -202,6 +204,7 @@ def score(ws: Workspace, task: str) -> None:
     card = models.Base.load(ws.path("base"))
     tuned = ws.path("warmup", task)
     origin = read_json(tuned / "provenance.json")
+    began = time.perf_counter()
     if origin["base"] != card.hash:
         raise NeftError(f"{tuned}: made from another base model; run 'neft run'")
     scores = score_neurons(
@@ -219,6 +222,8 @@ def score(ws: Workspace, task: str) -> None:
         },
     )
     scores.save(ws.path("scores", f"{task}.safetensors"))
+    seconds = round(time.perf_counter() - began, 3)
+    write_json(ws.path("cost", f"score-{task}.json"), {"seconds": seconds})
     every = torch.cat(list(scores.sensitivity.values()))
     marks = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.91, 1.0], dtype=torch.float64)
     quantiles = dict(zip(marks.tolist(), torch.quantile(every, marks).tolist(), strict=True))
@@ -270,5 +275,6 @@ STAGES: dict[str, Callable[..., None]] = {
     "baseline": runs.baseline,
     "evaluate": runs.evaluate,
     "summary": summarise,
+    "report": report,
 }
 """Stage name to function; the functions of single stages take no item."""

@@ -33,8 +33,9 @@ def summarise(ws: Workspace) -> None:
     """Stage `summary`: compare everything that was evaluated, and write the tables.
 
     Significance is sacrebleu's paired bootstrap on BLEU, seed by seed: each seed of a run against
-    the same seed (by position) of the task's first run with method `full`, and against the base.
-    With several seeds the largest p-value stands in the table.
+    the same seed (by position) of the task's first run with method `full`, of its first with
+    `lora` (in summary.csv and the report alone), and against the base. With several seeds the
+    largest p-value stands in the table.
     """
     params = ws.params()
     rows, metrics = [], {}
@@ -64,7 +65,10 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[dict[str
     runs = {name: run for name, run in params.runs.items() if run.task == task}
     baseline = read_json(ws.path("baseline", task, "metrics.json"))
     base_text = _texts(ws.path("baseline", task, "base.jsonl"))
-    full = next((name for name, run in runs.items() if run.method.name == "full"), None)
+    rivals = {
+        method: next((name for name, run in runs.items() if run.method.name == method), None)
+        for method in ("full", "lora")
+    }
     rows = []
     for name, method in (("base", "-"), ("tuned", f"warm-up, {params.warmup.steps} steps")):
         rows.append({"task": task, "name": name, "method": method, **_mean([baseline[name]])})
@@ -87,10 +91,12 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[dict[str
         }
         texts = [_texts(ws.path("evaluation", name, f"seed-{seed}.jsonl")) for seed in run.seeds]
         _compare(row, "base", texts, [base_text], params, task)
-        if full is not None and name != full:
-            seeds = runs[full].seeds
-            other = [_texts(ws.path("evaluation", full, f"seed-{seed}.jsonl")) for seed in seeds]
-            _compare(row, "full", texts, other, params, task)
+        for method, rival in rivals.items():
+            if rival is not None and name != rival:
+                folder = ws.path("evaluation", rival)
+                seeds = runs[rival].seeds
+                other = [_texts(folder / f"seed-{seed}.jsonl") for seed in seeds]
+                _compare(row, method, texts, other, params, task)
         rows.append(row)
     return rows
 
@@ -197,7 +203,7 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    extra = ["bleu_std", "chrf_std", "bleu_signature", "chrf_signature"]
+    extra = ["delta_lora", "p_lora", "bleu_std", "chrf_std", "bleu_signature", "chrf_signature"]
     with path.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.DictWriter(handle, [*COLUMNS, *extra], extrasaction="ignore")
         writer.writeheader()

@@ -164,8 +164,9 @@ def _wanted(workspace: Workspace, graph: Graph) -> Wanted:
                 "evaluation": entry_key(scored) if scored else None,
             }
     names = {stage.name for stage in graph.stages}
-    whole = "summary" in names and "summary" in entries and not graph.changes("summary")
-    summary = entry_key(entries["summary"]) if whole else None
+    # The report is made of the summary: where both are whole, its key stands for both.
+    whole = (n for n in ("report", "summary") if n in names & set(entries) and not graph.changes(n))
+    summary = next((entry_key(entries[name]) for name in whole), None)
     return Wanted(trainings, graph.origin(), summary)
 
 

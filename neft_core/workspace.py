@@ -20,7 +20,10 @@ PIPELINE = PACKAGE / "pipeline.yaml"
 TEMPORARY = ".*.[0-9]*"
 """Names under which `files.replacing` writes; a killed process may leave them beside outputs."""
 
-IGNORED = "/work/\n/.neft/\n/mlflow.db*\n/dvc.lock.damaged\n/mlruns/\n/dvc_plots/\n"
+REPORTS = "reports"
+"""Where the report and its figures lie, from the workspace."""
+
+IGNORED = "/work/\n/reports/\n/.neft/\n/mlflow.db*\n/dvc.lock.damaged\n/mlruns/\n/dvc_plots/\n"
 
 
 @dataclass(frozen=True)

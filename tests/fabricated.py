@@ -108,6 +108,7 @@ def stage(name: str, item: str) -> None:
     elif name == "score":
         _put(work / f"scores/{item}.safetensors", "scores")
         _put(work / f"scores/{item}.json", "{}")
+        _put(work / f"cost/score-{item}.json", "{}")
     elif name == "select":
         _tensors(work / f"masks/{item}.safetensors", {"up": 3, "down": 2} if item == "neft" else {})
     elif name == "train":
@@ -124,6 +125,9 @@ def stage(name: str, item: str) -> None:
         _put(work / "summary/metrics.json", "{}")
         for csv in ("train", "dev"):
             _put(work / f"summary/{csv}.csv", "step,loss\n1,2.0\n")
+    elif name == "report":
+        _put(Path("reports/report.html"), "<p>21.5</p>")
+        _put(Path("reports/figures/png/bleu.png"), "drawn")
     else:
         folder = {"prepare": "prepared", "baseline": "baseline"}[name]
         _put(work / f"{folder}/{item}/out.json", "{}")

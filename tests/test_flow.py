@@ -19,7 +19,7 @@ from neft_core.workspace import Workspace, init_dvc
 
 pytestmark = pytest.mark.integration
 
-STAGES = 13
+STAGES = 14
 """Stages of the fabricated workspace."""
 
 
@@ -141,8 +141,13 @@ def test_everything_then_nothing_then_only_what_changed(
     restored = "  work/corpus/en-fr: missing; restored from the DVC cache"
     assert restored in told
     # The fabricated result does not depend on the learning rate, so its evaluation is not stale.
-    assert (ws.root / "ran.log").read_text().split("\n") == ["train neft", "summary ", ""]
-    assert states(prefect_home) == {"Cached": STAGES - 3, "Restored": 1, "Ran": 2}
+    assert (ws.root / "ran.log").read_text().split("\n") == [
+        "train neft",
+        "summary ",
+        "report ",
+        "",
+    ]
+    assert states(prefect_home) == {"Cached": STAGES - 4, "Restored": 1, "Ran": 3}
 
 
 def test_a_failure_stops_only_what_needs_it(
@@ -153,10 +158,10 @@ def test_a_failure_stops_only_what_needs_it(
     assert "train@full failed: data/x.jsonl: line 7: no target; add one" in told
     assert "skipped, as they need what failed: evaluate@full, summary" in told
     assert not [line for line in told if "Traceback" in line or "Error" in line]
-    assert states(prefect_home) == {"Ran": STAGES - 3, "Failed": 1, "Skipped": 2}
+    assert states(prefect_home) == {"Ran": STAGES - 4, "Failed": 1, "Skipped": 3}
     assert trainings(ws).keys() == {"neft seed 1", "neft seed 2"}
     run(ws, env)
-    assert states(prefect_home) == {"Ran": 3, "Cached": STAGES - 3}
+    assert states(prefect_home) == {"Ran": 4, "Cached": STAGES - 4}
 
 
 def test_interrupted_runs_leave_no_process_and_end_as_an_undisturbed_one(

@@ -56,15 +56,15 @@ def add_baseline(ws, task: str) -> None:
     write_rows(ws.path("baseline", task, "base.jsonl"), hypotheses(12))
 
 
-@pytest.fixture
-def ws(tmp_path):
+def by_hand(folder):
+    """A workspace of two tasks and four runs, evaluated and not summed up."""
     head, tail = TINY_PARAMS.split("compute:")
     task = head[head.index("  en-fr:") :]
     second = task.replace("en-fr:", "fr-en:")
     runs = "  other:\n    task: fr-en\n    method: {name: lora, rank: 3}\n    seeds: [1]\n"
     text = head + second + "compute:" + tail.replace("evaluation:", runs + "evaluation:", 1)
-    (tmp_path / "params.yaml").write_text(text)
-    ws = Workspace(tmp_path)
+    (folder / "params.yaml").write_text(text)
+    ws = Workspace(folder)
     for name in ("en-fr", "fr-en"):
         add_baseline(ws, name)
     add_run(ws, "full", {1: (30.0, 1.0, 2)}, 10)
@@ -72,6 +72,11 @@ def ws(tmp_path):
     add_run(ws, "neft", {1: (20.0, 1.0, 2), 2: (26.0, 2.0, 8)}, 4)
     add_run(ws, "other", {1: (9.0, 3.0, 9)}, 5)
     return ws
+
+
+@pytest.fixture
+def ws(tmp_path):
+    return by_hand(tmp_path)
 
 
 def table(ws) -> dict[tuple[str, str], dict[str, str]]:
@@ -109,6 +114,10 @@ def test_the_worst_p_of_the_seeds_and_the_mean_difference(ws):
     assert float(row["delta_full"]) == pytest.approx(worse[0] / 2)
     against_base = [p_values(2, 12), p_values(8, 12)]
     assert float(row["p_base"]) == max(p for _, p in against_base)
+    lora = [p_values(2, 6), p_values(8, 6)]
+    assert float(row["p_lora"]) == max(p for _, p in lora)
+    assert float(row["delta_lora"]) == pytest.approx(sum(d for d, _ in lora) / 2)
+    assert table(ws)["en-fr", "lora"]["p_lora"] == ""
     assert float(row["delta_base"]) == pytest.approx(sum(d for d, _ in against_base) / 2)
     full = table(ws)["en-fr", "full"]
     assert full["p_full"] == full["delta_full"] == ""

@@ -12,6 +12,7 @@ from typing import Any
 
 import fabricated
 import pytest
+from ruamel.yaml import YAML
 
 from neft_core import tracking
 from neft_core.delivery import seed_key
@@ -61,6 +62,27 @@ def steps(ws: Workspace, run: Any, name: str) -> list[tuple[int, float]]:
         return [(m.step, m.value) for m in store.client.get_metric_history(run.info.run_id, name)]
 
 
+def artifacts(run: Any) -> list[str]:
+    place = Path(run.info.artifact_uri.removeprefix("file://").replace("%20", " "))
+    return sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_file())
+
+
+def test_without_a_report_the_summary_is_delivered_and_the_report_later(ws: Workspace) -> None:
+    whole = (ws.root / "dvc.lock").read_text()
+    shutil.move(ws.root / "reports", ws.root / "away")
+    lock = YAML().load(whole)
+    del lock["stages"]["report"]
+    YAML().dump(lock, ws.root / "dvc.lock")
+    sync(ws, Graph(ws))
+    parent = next(run for name, run in runs(ws).items() if name.startswith("pipeline"))
+    assert "summary/summary.md" in artifacts(parent)
+    assert not [name for name in artifacts(parent) if name.startswith("reports/")]
+    shutil.move(ws.root / "away", ws.root / "reports")
+    (ws.root / "dvc.lock").write_text(whole)
+    assert sync(ws, Graph(ws)).updated == 1
+    assert "reports/report.html" in artifacts(parent)
+
+
 def test_everything_is_delivered_once(ws: Workspace) -> None:
     graph = Graph(ws)
     assert sync(ws, graph) == Delivery(f"sqlite:///{ws.root}/mlflow.db", created=4)
@@ -103,9 +125,11 @@ def test_everything_is_delivered_once(ws: Workspace) -> None:
         )
     )
     assert inputs["en-fr test"].digest == {f["relpath"]: f["md5"] for f in listing}["test.jsonl"]
+    assert {"reports/report.html", "reports/figures/png/bleu.png"} <= set(artifacts(parent))
+    assert "summary/summary.md" in artifacts(parent)
     place = Path(run.info.artifact_uri.removeprefix("file://").replace("%20", " "))
     assert ws.root in place.parents
-    files = sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_file())
+    files = artifacts(run)
     adapter = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
     assert files == [*adapter, "hypotheses/seed-2.jsonl", "mask.json"]
 

@@ -1,0 +1,254 @@
+"""What the report tells of, read from a workspace's files. What isn't there is empty."""
+
+import csv
+import hashlib
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neft_core import config, records
+from neft_core.errors import NeftError
+from neft_core.files import read_json
+from neft_core.workspace import Workspace
+
+if TYPE_CHECKING:
+    from neft_core.masks import NeuronMask, NeuronScores
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A workspace's results, by the task that they belong to."""
+
+    ws: Workspace
+    params: config.Params
+    masks: "Mapping[str, NeuronMask]" = field(default_factory=dict)
+    """Of the runs that have selected neurons."""
+
+    @classmethod
+    def read(cls, ws: Workspace) -> "Findings":
+        """Open a workspace."""
+        from neft_core.masks import NeuronMask
+
+        params, masks = ws.params(), {}
+        for run in params.runs:
+            path = ws.path("masks", f"{run}.safetensors")
+            if path.is_file():
+                mask = NeuronMask.load(path)
+                if mask.neurons:
+                    masks[run] = mask
+        return cls(ws, params, masks)
+
+    def runs(self, task: str) -> list[str]:
+        """Names of a task's runs."""
+        return [name for name, run in self.params.runs.items() if run.task == task]
+
+    @cached_property
+    def families(self) -> dict[str, str]:
+        """For each run the method, of `neft` with its policy: runs that differ in size alone."""
+        return {
+            name: " ".join(filter(None, (run.method.name, getattr(run.method, "policy", ""))))
+            for name, run in self.params.runs.items()
+        }
+
+    @cached_property
+    def table(self) -> list[Row]:
+        """Rows of the result table."""
+        return _csv(self.ws.path("summary", "summary.csv"))
+
+    def rows(self, task: str) -> list[Row]:
+        """The task's rows of the result table."""
+        return [row for row in self.table if row.get("task") == task]
+
+    def metrics(self, task: str) -> list[str]:
+        """The metrics that a task has, the first of them the one that matters most."""
+        rows = self.rows(task)
+        return [
+            key.removesuffix("_signature")
+            for key in (rows[0] if rows else {})
+            if key.endswith("_signature") and any(row[key] for row in rows)
+        ]
+
+    def curves(self, task: str, kind: str) -> dict[str, list[list[tuple[float, float]]]]:
+        """Of each run, for each seed (step, loss); `kind` is `train` or `dev`."""
+        runs = self.runs(task)
+        found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for row in self._curves(kind):
+            loss = number(row.get("loss"))
+            if row.get("run") in runs and loss is not None:
+                seeds = found.setdefault(row["run"], {})
+                seeds.setdefault(row["seed"], []).append((float(row["step"]), loss))
+        return {run: list(found[run].values()) for run in runs if run in found}
+
+    def _curves(self, kind: str) -> list[Row]:
+        return _csv(self.ws.path("summary", f"{kind}.csv"))
+
+    def seeds(self, run: str) -> list[dict[str, Any]]:
+        """What metrics.json says of each seed of a run."""
+        return [
+            read_json(folder / "metrics.json")
+            for _, folder in records.seeds(self.ws.path("train", run))
+            if (folder / "metrics.json").is_file()
+        ]
+
+    def adapter_bytes(self, run: str) -> float | None:
+        """Size of what a run's first seed trained, on disk."""
+        for _, folder in records.seeds(self.ws.path("train", run)):
+            return sum(path.stat().st_size for path in folder.glob("adapter*")) or None
+        return None
+
+    def costs(self) -> dict[str, list[dict[str, float]]]:
+        """What each stage that is measured took, of a run for each of its seeds."""
+        found = {}
+        for path in sorted(self.ws.path("cost").glob("*.json")):
+            data = read_json(path)
+            found[path.stem] = list(data["seeds"].values()) if "seeds" in data else [data]
+        return {name: entries for name, entries in found.items() if any(entries)}
+
+    def scores(self, task: str) -> "NeuronScores | None":
+        """What the task's candidates scored."""
+        from neft_core.masks import NeuronScores
+
+        path = self.ws.path("scores", f"{task}.safetensors")
+        return NeuronScores.load(path) if path.is_file() else None
+
+    def samples(self, task: str, count: int) -> list[dict[str, Any]]:
+        """Test rows, evenly spaced, each with the texts of base, tuned model and every run.
+
+        Returns:
+            For each row `source`, `references`, and `texts` by model.
+        """
+        from neft_core.rows import read_rows
+
+        files = {
+            name: self.ws.path("baseline", task, f"{name}.jsonl") for name in ("base", "tuned")
+        }
+        for run in self.runs(task):
+            seed = self.params.runs[run].seeds[0]
+            files[run] = self.ws.path("evaluation", run, f"seed-{seed}.jsonl")
+        said = {name: read_rows(path) for name, path in files.items() if path.is_file()}
+        if not said:
+            return []
+        first = next(iter(said.values()))
+        length = min(map(len, said.values()))
+        places = (
+            sorted({(2 * n + 1) * length // (2 * count) for n in range(count)}) if length else []
+        )
+        return [
+            {
+                "number": place + 1,
+                "source": first[place]["source"],
+                "references": first[place]["references"],
+                "texts": {name: rows[place]["hypothesis"] for name, rows in said.items()},
+            }
+            for place in places
+        ]
+
+    def base(self) -> dict[str, Any]:
+        """The card of the base model."""
+        path = self.ws.path("base", "base.json")
+        return dict(read_json(path)) if path.is_file() else {}
+
+    def splits(self, task: str) -> list[records.Split]:
+        """The task's data."""
+        return records.splits(self.ws, {}, task)
+
+    def settings(self) -> dict[str, Any]:
+        """params.yaml as it was understood, defaults filled in."""
+        return self.params.model_dump(mode="json", exclude={"tracking"})
+
+    def signature(self) -> str:
+        """Hash of `settings`."""
+        text = json.dumps(self.settings(), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def number(text: str | float | None) -> float | None:
+    """A finite number, where there is one."""
+    try:
+        value = float(text or "nan") if isinstance(text, str) else text
+    except ValueError:
+        return None
+    return value if value is not None and math.isfinite(value) else None
+
+
+def mean(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and the standard deviation of more than one value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def places(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Layer and part of each module: `model.layers.3.mlp.up_proj` is `up` of layer 3.
+
+    Parts of the same last name keep their whole one.
+    """
+    split = {}
+    for name in names:
+        match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+        split[name] = (match[1], match[2]) if match else ("-", name)
+    short = {part: part.rpartition(".")[2].removesuffix("_proj") for _, part in split.values()}
+    clear = {part: s if list(short.values()).count(s) == 1 else part for part, s in short.items()}
+    return {name: (layer, clear[part]) for name, (layer, part) in split.items()}
+
+
+def shares(mask: "NeuronMask") -> tuple[list[str], list[str], list[list[float | None]]]:
+    """Layers, parts, and of each the share of the candidates that a mask selects."""
+    where = places(list(mask.groups))
+    layers = list(dict.fromkeys(layer for layer, _ in where.values()))
+    parts = list(dict.fromkeys(part for _, part in where.values()))
+    rows: list[list[float | None]] = [[None] * len(parts) for _ in layers]
+    for module, count in mask.by_module().items():
+        layer, part = where[module]
+        rows[layers.index(layer)][parts.index(part)] = count.selected / max(1, count.candidates)
+    return layers, parts, rows
+
+
+def lowest_selected(mask: "NeuronMask", scores: "NeuronScores") -> float | None:
+    """The sensitivity at which a mask cuts: the lowest that it holds; None for another model's."""
+    import torch
+
+    found = []
+    for module, chosen in mask.indices.items():
+        values, group = scores.sensitivity.get(module), scores.groups.get(module)
+        if values is None or group != mask.groups[module]:
+            return None
+        mine = torch.isin(group.indices(torch.arange(group.count)), chosen)
+        found += [float(values[mine].min())] if bool(mine.any()) else []
+    return min(found, default=None)
+
+
+def overlaps(
+    masks: "Mapping[str, NeuronMask]",
+) -> tuple[list[list[float | None]], list[list[float | None]]]:
+    """Share of each mask's neurons that each other has too, and what chance would give.
+
+    A random mask as large as the other has a neuron with probability (its size) / (candidates).
+    """
+    found: list[list[float | None]] = []
+    chance: list[list[float | None]] = []
+    for mine in masks.values():
+        found.append([])
+        chance.append([])
+        for other in masks.values():
+            try:
+                found[-1].append(mine.overlap(other))
+                candidates = sum(group.count for group in other.groups.values())
+                chance[-1].append(other.neurons / candidates)
+            except NeftError:  # of another model or layout
+                found[-1].append(None)
+                chance[-1].append(None)
+    return found, chance
+
+
+def _csv(path: Path) -> list[Row]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as handle:
+        return list(csv.DictReader(handle))

@@ -1,0 +1,139 @@
+"""A headless Chromium by its DevTools protocol: what a page logs, asks for and looks like."""
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def find() -> str | None:
+    """A Chromium on this machine: what CHROME names, or one on the PATH."""
+    return os.environ.get("CHROME") or next(filter(None, map(shutil.which, NAMES)), None)
+
+
+class Browser:
+    """One page. `events` holds what the browser told of it, in order."""
+
+    def __init__(self, send: BinaryIO, receive: int) -> None:
+        self._send, self._receive, self._last = send, receive, 0
+        self._begun: list[bytes] = []
+        self._whole_messages: list[bytes] = []
+        self._session: str | None = None
+        self.events: list[dict[str, Any]] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        self._last += 1
+        message = {"id": self._last, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        self._send.write(json.dumps(message).encode() + b"\0")
+        self._send.flush()
+        while True:
+            answer = self._read()
+            if answer.get("id") == self._last:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def _read(self) -> dict[str, Any]:
+        while not self._whole_messages:
+            piece = os.read(self._receive, 1 << 20)
+            assert piece, "the browser ended"
+            *ends, rest = piece.split(b"\0")
+            for end in ends:
+                self._whole_messages.append(b"".join([*self._begun, end]))
+                self._begun = []
+            self._begun.append(rest)
+        message = json.loads(self._whole_messages.pop(0))
+        if "method" in message:
+            self.events.append(message)
+        return message
+
+    def open(self, path: Path, width: int, height: int = 900, dark: bool = False) -> None:
+        """Load a file at a width, as somebody who likes dark pages sees it, and wait for it."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                  deviceScaleFactor=1, mobile=width < 600)  # fmt: skip
+        del self.events[:]
+        self.call("Page.navigate", url=path.resolve().as_uri())
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self._read()
+
+    def value(self, expression: str) -> Any:
+        """What an expression is in the page."""
+        done = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in done, done
+        return done["result"].get("value")
+
+    def picture(self, whole: bool = True) -> bytes:
+        """The page as PNG."""
+        shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole,
+                         **({"clip": self._whole()} if whole else {}))  # fmt: skip
+        return base64.b64decode(shot["data"])
+
+    def _whole(self) -> dict[str, float]:
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+        return {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+
+    def pdf(self) -> bytes:
+        """The page as it is printed."""
+        return base64.b64decode(self.call("Page.printToPDF", preferCSSPageSize=True)["data"])
+
+    def said(self) -> list[str]:
+        """Messages of the console, and what the browser complains of."""
+        return [
+            json.dumps(event["params"])
+            for event in self.events
+            if event["method"]
+            in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+        ]
+
+    def asked(self) -> list[str]:
+        """Addresses that the page wanted."""
+        wanted = (e for e in self.events if e["method"] == "Network.requestWillBeSent")
+        return [event["params"]["request"]["url"] for event in wanted]
+
+
+@contextlib.contextmanager
+def browser(command: str) -> Iterator[Browser]:
+    """A running browser, without a profile of the user's and without talk to its maker."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+               "--disable-background-networking", "--no-first-run", "--hide-scrollbars",
+               "--remote-debugging-pipe"]  # fmt: skip
+    commands, answers = os.pipe(), os.pipe()
+
+    def pipes() -> None:  # it reads from 3 and writes to 4
+        kept = os.dup(commands[0]), os.dup(answers[1])
+        os.dup2(kept[0], 3)
+        os.dup2(kept[1], 4)
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        process = subprocess.Popen(
+            [command, *options, f"--user-data-dir={profile}"],
+            preexec_fn=pipes,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(commands[0])
+        os.close(answers[1])
+        with os.fdopen(commands[1], "wb") as send:
+            try:
+                yield Browser(send, answers[0])
+            finally:
+                process.kill()
+                process.wait()
+                os.close(answers[0])

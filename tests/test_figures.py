@@ -1,0 +1,165 @@
+"""Figures from numbers by hand: what is drawn where, and the bytes."""
+
+import itertools
+import re
+import xml.etree.ElementTree as ET
+
+import matplotlib
+import numpy as np
+import pytest
+
+from neft_core import drawing, figures, neuron_figures
+
+SVG = "{http://www.w3.org/2000/svg}"
+HOSTILE = "</text><script>a$b_{1}"
+
+
+def trade_off():
+    return figures.trade_off(
+        {"lora": [(4e4, 40.0, 1.0), (1e4, 30.0, 2.0)], HOSTILE: [(3e4, 20.0, None)]},
+        "BLEU",
+        {"base": 9.0},
+    )
+
+
+def texts(figure) -> list[str]:
+    """What is written in a figure, in its SVG."""
+    root = ET.fromstring(drawing.svg(figure))
+    return ["".join(element.itertext()) for element in root.iter(f"{SVG}text")]
+
+
+def lying(figure) -> list[tuple[float, float]]:
+    """Where each lying bar begins, and how long it is."""
+    return [(bar.get_x(), bar.get_width()) for bar in figure.axes[0].patches]
+
+
+def test_points_stand_in_order_with_their_error_bars():
+    axes = trade_off().axes[0]
+    assert axes.get_xscale() == "log"
+    lora, other = axes.containers
+    assert lora.lines[0].get_xydata().tolist() == [[1e4, 30.0], [4e4, 40.0]]
+    spans = [segment.tolist() for segment in lora.lines[2][0].get_segments()]
+    assert spans == [[[1e4, 28.0], [1e4, 32.0]], [[4e4, 39.0], [4e4, 41.0]]]
+    assert not other.has_yerr
+    assert axes.lines[0].get_ydata() == [9.0, 9.0]
+
+
+def test_everything_is_named_and_names_are_only_text():
+    said = texts(trade_off())
+    assert {"BLEU", "trained parameters (log scale)", "lora", "base", HOSTILE, "20k"} <= set(said)
+
+
+def test_curves_are_means_with_a_band_from_lowest_to_highest():
+    runs = {
+        "a": [[(1, 4.0), (2, 3.0)], [(1, 6.0), (2, 2.0), (3, 9.0)]],
+        "b": [[(step, float(step % 2)) for step in range(1, 121)]],
+    }
+    axes = figures.curves(runs, y_label="loss").axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[1, 5.0], [2, 2.5], [3, 9.0]]
+    (band,) = axes.collections
+    corners = {(x, y) for x, y in band.get_paths()[0].vertices.tolist()}
+    assert {(1, 4.0), (1, 6.0), (2, 2.0), (2, 3.0), (3, 9.0)} == corners
+    # 120 steps in 60 spans: each a pair of 1 and 0, in its middle.
+    assert axes.lines[1].get_xydata().tolist() == [[n + 0.5, 0.5] for n in range(1, 120, 2)]
+
+
+def test_stacked_bars_go_on_where_the_last_ended():
+    series = {"own": [(3.0, 1.0), (2.0, None)], "before": [(0.0, None), (5.0, None)]}
+    figure = figures.bars(["x", "y"], series, label="s", horizontal=True, stacked=True, unit=".1f")
+    assert lying(figure) == [(0, 3), (0, 2), (3, 0), (2, 5)]
+    assert {"3.0", "7.0", "x", "y", "own", "before"} <= set(texts(figure))
+    # The number stands behind the error bar: at 4, not at 3.
+    assert [note.xy[0] for note in figure.axes[0].texts] == [4.0, 7.0]
+
+
+def test_bars_in_groups_stand_side_by_side():
+    series = {"a": [(5.0, 1.0), (7.0, 2.0)], "b": [(1.0, None), (2.0, None)]}
+    axes = neuron_figures.rank_change([0, 0.1, 1], series).axes[0]
+    assert [bar.get_height() for bar in axes.patches] == [5, 7, 1, 2]
+    ends = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
+    assert ends[0][1] == pytest.approx(ends[2][0])
+    assert ends[0][1] == pytest.approx(0)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0–10", "10–100"]
+
+
+def test_forms_of_the_paper_say_what_they_are_compared_with():
+    five = neuron_figures.average_rank_change({"neft-6": (17172.0, 10.0)}, "neft-3")
+    six = neuron_figures.neuron_types(["neft-6"], {"suppressed": [(500.0, None)]}, "neft-3")
+    four = figures.added_neurons({"reversed": [(3.0, 27.0, 0.1)]}, "BLEU")
+    assert {"Avg(ΔRank) against neft-3", "neft-6", "17.2k"} <= set(texts(five))
+    assert {"neurons, against neft-3", "500"} <= set(texts(six))
+    assert {"reversed", "added neurons (% of the model's parameters)"} <= set(texts(four))
+
+
+def test_the_map_has_a_cell_for_each_module_of_each_layer():
+    figure = neuron_figures.neuron_map(
+        {"m": [[0.0, 0.5], [None, 0.25]], "n": [[1.0, 0.0], [0.0, 0.0]]}, ["0", "1"], ["up", "dn"]
+    )
+    first, second, bar = figure.axes
+    (mesh,) = first.collections
+    np.testing.assert_array_equal(mesh.get_array().filled(np.nan), [[0, 0.5], [np.nan, 0.25]])
+    assert mesh.get_clim() == second.collections[0].get_clim() == (0, 1)
+    assert [note.get_text() for note in first.texts] == ["0", "50", "25"]
+    assert first.get_ylim()[0] > first.get_ylim()[1], "the first layer on top"
+    assert bar.get_ylabel() == "share selected"
+
+
+def test_the_distribution_counts_all_that_changed_and_shows_the_cuts():
+    values = {"up": [1e-4, 1e-3, 1e-3, 0.0], "down": [1e-2, -1e-17]}
+    figure = neuron_figures.distribution(values, {"neft": 1e-3}, bins=2)
+    axes = figure.axes[0]
+    heights = [shape.get_xy()[:, 1].max() for shape in axes.patches]
+    assert heights == [2, 2, 1, 1]  # each kind filled and outlined
+    assert {line.get_xdata()[0] for line in axes.lines} == {1e-3}
+    assert {"neft →", "0.001", "up", "down"} <= set(texts(figure))
+
+
+def test_equal_sensitivities_can_be_drawn():
+    neuron_figures.distribution({"up": [1e-3, 1e-3]}, {})
+
+
+def test_an_overlap_stands_above_its_chance():
+    figure = neuron_figures.overlap(
+        ["a", "b"], [[1.0, 0.5], [None, 1.0]], [[0.2, 0.25], [None, 0.25]]
+    )
+    assert [t for t in texts(figure) if "." in t] == ["1.00", "0.50", "(0.25)", "1.00"]
+
+
+def test_the_same_numbers_give_the_same_bytes_whatever_the_users_style(monkeypatch):
+    one = trade_off()
+    drawn = drawing.svg(one), drawing.png(one)
+    assert (drawing.svg(one), drawing.png(one)) == drawn, "written again"
+    monkeypatch.setitem(matplotlib.rcParams, "lines.linewidth", 9)
+    monkeypatch.setitem(matplotlib.rcParams, "text.color", "red")
+    other = trade_off()
+    assert (drawing.svg(other), drawing.png(other)) == drawn
+    assert b"tEXt" not in drawn[1]
+    assert "date" not in drawn[0]
+
+
+def test_in_a_page_colours_are_the_pages_and_ids_do_not_meet():
+    alone = drawing.svg(trade_off())
+    pieces = [drawing.inline(alone, prefix, "a &lt; b") for prefix in ("one", "two")]
+    for piece in pieces:
+        ET.fromstring(piece.replace("<svg ", f'<svg xmlns="{SVG[1:-1]}" '))
+        assert 'aria-label="a &lt; b"' in piece
+        assert not re.search(r"#[0-9a-f]{6}\b", piece), "every colour is one that dark pages change"
+        assert "var(--ink)" in piece
+        assert "var(--c0)" in piece
+        assert "font-family" not in piece
+        named = set(re.findall(r' id="([^"]*)"', piece))
+        assert named == set(re.findall(r'(?:url\(#|href="#)([^")]*)', piece))
+        assert named
+    ids = [set(re.findall(r' id="([^"]*)"', piece)) for piece in pieces]
+    assert not ids[0] & ids[1]
+    assert ">20k</text>" in pieces[0], "no rounding of what is written"
+
+
+def test_a_family_has_one_colour_and_a_dash_for_each():
+    names = {"l4": "lora", "full": "full", "l8": "lora", "n": "neft"}
+    looks = figures.styles(names)
+    assert looks["l4"].colour == looks["l8"].colour
+    assert looks["l4"].dash != looks["l8"].dash
+    others = [looks[name] for name in ("l4", "full", "n")]
+    assert all(a.colour != b.colour and a.marker != b.marker
+               for a, b in itertools.combinations(others, 2))  # fmt: skip
