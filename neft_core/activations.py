@@ -60,8 +60,8 @@ def activation_scores(
         raise NeftError("tuned: its candidates differ from the base's; give two of one model")
     if experts := [group.module for group in groups if group.experts]:
         raise NeftError(
-            f"activation: {experts[0]} holds experts, whose activations aren't seen one by one; use "
-            "scores by similarity or gradient"
+            f"activation: {experts[0]} holds experts, whose activations aren't seen one by one; "
+            "use scores by similarity or gradient"
         )
     if not batches:
         raise NeftError("activation: got no rows; give some")
@@ -128,7 +128,8 @@ def _score(group: Group, sums: Tensor, base: nn.Module, tuned: nn.Module) -> Ten
     aa, da, dd = sums
     if not bool(sums.isfinite().all()):
         raise NeftError(
-            f"activation: {group.module} gives out values that are not finite; make the models again"
+            f"activation: {group.module} gives out values that are not finite; make the models "
+            "again"
         )
     along = da / torch.where(aa == 0, 1.0, aa)
     found = one_minus_cosine(aa, along, (dd - along * da).clamp(min=0))

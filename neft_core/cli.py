@@ -197,7 +197,7 @@ def _check_fit(ws: "Workspace", force: bool) -> None:
     graph = Graph(ws)
     due = {stage.name for stage in graph.stages} if force else set(outdated(graph))
     chosen = [
-        (stage.family, stage.item)
+        (CHECKED[stage.family], stage.item)
         for stage in graph.stages
         if stage.name in due and stage.item and stage.family in CHECKED
     ]
@@ -243,7 +243,7 @@ def _stage(options: argparse.Namespace) -> int:
     if options.name in CHECKED and options.item and not ranks.launched():
         from neft_core.fit import check
 
-        check(ws, [(options.name, options.item)])
+        check(ws, [(CHECKED[options.name], options.item)])
     if not ranks.main() or launching.FAULTS in os.environ:
         held: AbstractContextManager[None] = nullcontext()  # another process holds it
     else:
@@ -265,6 +265,10 @@ ITEMS = {
     "prepare": "tasks",
     "warmup": "tasks",
     "score": "tasks",
+    "warmups": "warmups",
+    "similarity": "warmups",
+    "scores": "scores",
+    "activations": "activations",
     "baseline": "tasks",
     "select": "runs",
     "train": "runs",
@@ -273,8 +277,8 @@ ITEMS = {
 """Section of params that a stage's items come from; the other stages take none."""
 
 
-CHECKED = {"warmup", "train"}
-"""Stages that are refused where their memory or disk isn't there."""
+CHECKED = {"warmup": "warmup", "warmups": "warmup", "train": "train"}
+"""Stages that are refused where their memory or disk isn't there, and as what they are forecast."""
 
 
 ARTEFACTS = {

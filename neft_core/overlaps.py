@@ -12,6 +12,7 @@ import torch
 from neft_core.errors import NeftError
 from neft_core.masks import NeuronMask, NeuronScores
 from neft_core.neurons import layer_of, role_of
+from neft_core.selection import select_below
 
 
 class Overlap(NamedTuple):
@@ -124,7 +125,7 @@ def _place(
     return Place(
         where,
         len(values),
-        float(values.quantile(0.5)) if len(values) <= 1 << 24 else float(values.median()),
+        float(values.median()),
         float(values.mean()),
         float(values.max()),
         sum(counts.get(module, 0) for module in modules),
@@ -139,8 +140,6 @@ def below_counts(
     Raises:
         NeftError: scores of another criterion, or similarities that are all equal when scaled.
     """
-    from neft_core.selection import select_below
-
     return [
         (below, select_below(scores, below, scaled=scaled, any_size=True).neurons)
         for below in thresholds

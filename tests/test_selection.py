@@ -1,5 +1,6 @@
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +37,12 @@ def random_scores(seed=0, sizes=(50, 30, 20), length=10, total=4000) -> NeuronSc
         },
         total,
     )
+
+
+def by(scores: NeuronScores, criterion: str) -> NeuronScores:
+    """The same numbers as if another criterion had given them, with magnitudes of their own."""
+    sizes = {module: (7 * values) % 1 for module, values in scores.sensitivity.items()}
+    return replace(scores, provenance=scores.provenance | {"criterion": criterion}, magnitude=sizes)
 
 
 def test_one_ranking_over_all_modules():
@@ -119,8 +126,9 @@ def test_the_paper_s_nine_percent():
 
 def test_larger_budgets_keep_what_smaller_ones_chose():
     scores = random_scores()
-    for policy in POLICIES:
-        masks = [select_neurons(scores, policy, neurons=k, seed=3) for k in (5, 20, 60)]
+    for policy, (_, criterion) in POLICIES.items():
+        given = by(scores, criterion or "similarity")
+        masks = [select_neurons(given, policy, neurons=k, seed=3) for k in (5, 20, 60)]
         assert masks[0].overlap(masks[1]) == masks[1].overlap(masks[2]) == 1.0
 
 
@@ -155,7 +163,7 @@ def test_provenance_says_how():
         ({"share": 0.001}, "share: got 0.001, no neuron; at least 0.01 for one"),
         ({}, "budget: got none; give one of percent, neurons, share"),
         ({"share": 0.1, "percent": 3}, "budget: got percent and share; give one of"),
-        ({"neurons": 1, "policy": "best"}, "policy: got 'best'; known: lowest, random"),
+        ({"neurons": 1, "policy": "best"}, "policy: got 'best'; known: lowest, reversed, random"),
     ],
 )
 def test_budgets_out_of_range_are_named(budget, text):
