@@ -378,7 +378,7 @@ class Warmup(Optimisation):
 
 
 class MoreWarmup(Section):
-    """One more warm-up of a task, as `warmup` says but for the keys given here; scored by itself."""
+    """One more warm-up of a task: as `warmup` says but for the keys given here."""
 
     task: str
     """A key of `tasks`."""
@@ -427,6 +427,9 @@ class ProbeScores(Section):
     """Ridge penalty."""
     seed: int = Field(default=1, ge=0)
     """Seed of the rows."""
+
+
+Scores = Annotated[GradientScores | ProbeScores, Field(discriminator="criterion")]
 
 
 class ActivationScores(Section):
@@ -552,7 +555,7 @@ class Selection(Section):
     several scores; `threshold`: all below one; `random` and `magnitude` (largest change) as
     controls; `gradient`, `activation`, `probe`: the highest of those scores."""
     percent: float | None = Field(default=None, gt=0, le=100)
-    """Budget: share of all the model's parameters, in percent; of `union` for each of the scores."""
+    """Budget: share of all the model's parameters, in percent; of `union` for each."""
     neurons: int | None = Field(default=None, ge=1)
     """Budget: number of neurons."""
     share: float | None = Field(default=None, gt=0, le=1)
@@ -720,9 +723,7 @@ class Params(Section):
     """More warm-ups than each task's own, by name: other steps, seeds, rates."""
     scoring: Scoring = Scoring()
     """Candidates."""
-    scores: dict[
-        str, Annotated[GradientScores | ProbeScores, Field(discriminator="criterion")]
-    ] = {}
+    scores: dict[str, Scores] = {}
     """Scores that need no warm-up, by name."""
     activations: dict[str, ActivationScores] = {}
     """Scores by activations, by name."""

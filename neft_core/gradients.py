@@ -72,7 +72,7 @@ def gradient_scores(
                 tokens = 0
                 for position, batch in enumerate(batches, start=1):
                     loss, trained = loss_sum(model, batch)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                     tokens += trained
                     if progress is not None:
                         progress(number * len(batches) + position, total)

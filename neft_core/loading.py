@@ -95,7 +95,7 @@ def load_as_base(
     directory: Path | None = None,
     dtype: str | None = None,
 ) -> Any:
-    """A model in the type of frozen weights, or in another: the base, or one of its architecture."""
+    """A model in the type of frozen weights or another: the base, or one of its architecture."""
     import torch
 
     from neft_core import models

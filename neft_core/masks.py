@@ -31,8 +31,8 @@ class NeuronScores:
     """How much each candidate neuron changed, or how much it means to a task.
 
     Attributes:
-        sensitivity: per module [N], float64, on the CPU; by default one minus the cosine similarity,
-            otherwise what `criterion` says. More is selected first.
+        sensitivity: per module [N], float64, on the CPU; by default one minus the cosine
+            similarity, otherwise what `criterion` says. More is selected first.
         groups: the candidates per module; their order is the order of modules in a ranking.
         total_parameters: number of parameters of the whole model.
         provenance: what made the scores: `base` and `tuned` (hashes), `layout`, `model_type`,

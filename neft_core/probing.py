@@ -87,10 +87,10 @@ def probe_scores(
 ) -> NeuronScores:
     """Score every candidate by how near it is to a direction that tells the classes apart.
 
-    For each layer a ridge classifier learns the labels from the mean hidden states. A neuron's score
-    is the largest magnitude, over the classes' coefficient vectors of its layer, of its cosine with
-    one. The paper says no more than "the cosine similarity between the neurons and the hidden states
-    of probe decision space"; the rest is our reading.
+    For each layer a ridge classifier learns the labels from the mean hidden states. A neuron's
+    score is the largest magnitude, over the classes' coefficient vectors of its layer, of its
+    cosine with one. The paper says no more than "the cosine similarity between the neurons and the
+    hidden states of probe decision space"; the rest is our reading.
 
     Args:
         model: a model, its state dict, or a checkpoint's directory.

@@ -131,12 +131,16 @@ def activations(ws: Workspace, name: str) -> None:
     if origin["base"] != card.hash:
         raise NeftError(f"{tuned}: made from another base model; run 'neft run'")
     # The tuned model's small changes would be lost in half precision.
-    pair = [loading.load_as_base(ws, card, params, folder, "float32") for folder in (None, tuned)]
+    before, after = (
+        loading.load_as_base(ws, card, params, folder, "float32").to(place)
+        for folder in (None, tuned)
+    )
     arrays, digest = _rows(ws, section.task, "dev")
     rows = np.arange(min(section.rows, len(arrays["offsets"]) - 1))
     with _progress(f"activations {name}") as tell:
         found = activation_scores(
-            *(model.to(place) for model in pair),
+            before,
+            after,
             [
                 {key: value.to(place) for key, value in batch.items()}
                 for part in _batches(arrays, rows, section.batch_size)

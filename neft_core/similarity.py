@@ -53,7 +53,7 @@ def sensitivity(base: Tensor, tuned: Tensor) -> Tensor:
             f"sensitivity: got shapes {tuple(base.shape)} and {tuple(tuned.shape)}; "
             "two of the same [N, D] are needed"
         )
-    result, _ = _compared(base, tuned)
+    result: Tensor = _compared(base, tuned)[0]
     if result.isnan().any():
         neuron = int(result.isnan().nonzero()[0])
         raise NeftError(f"sensitivity: neuron {neuron} has a value that is not finite")

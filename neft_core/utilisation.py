@@ -5,6 +5,7 @@ Shapes: N candidates of a module (M of all together), D weights in each, L layer
 Source: Xu et al. 2024, sections 6.1 and 6.2.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -105,8 +106,8 @@ def utilisation(
         for done, group in enumerate(groups, start=1):
             if group.length != units.shape[2]:
                 raise NeftError(
-                    f"utilisation: {group.module} has neurons of {group.length} weights, the hidden "
-                    f"size is {units.shape[2]}; use layout mlp, mlp+gate or all"
+                    f"utilisation: {group.module} has neurons of {group.length} weights, the "
+                    f"hidden size is {units.shape[2]}; use layout mlp, mlp+gate or all"
                 )
             cuts = sources(group, here.shapes, kind)
             step = max(1, piece // group.length)
@@ -174,7 +175,7 @@ def by_bucket(
     """
     where = before.double() / len(before)
     rows = []
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         inside = change[(where >= low) & (where < high)]
         rows.append((low, high, len(inside), average(inside) if len(inside) else 0.0))
     return rows
