@@ -139,7 +139,7 @@ def utilisation(
     averages, buckets, kinds = [], [], []
     for name in others:
         change = core.rank_change(ranks[anchor], ranks[name])
-        trained = core.trained_neurons(_trained_mask(ws, name), groups)
+        trained = _trained(ws, anchor, groups) | _trained(ws, name, groups)
         found = {
             "average": core.average(change),
             "buckets": core.by_bucket(change, ranks[anchor]),
@@ -268,10 +268,17 @@ def _model(ws: Workspace, name: str, task: str, seed: int | None) -> tuple[Any, 
     return merge() if merge else model, tokenizer
 
 
-def _trained_mask(ws: Workspace, name: str) -> Any:
-    """The neurons that a run trained; None where it trained others too, or none at all."""
+def _trained(ws: Workspace, name: str, groups: Any) -> Any:
+    """Which candidates a model's training could change: none of the base's, a run's own, or all."""
+    import torch
+
+    from neft_core.utilisation import trained_neurons
+
     run = ws.params().runs.get(name)
-    return _mask(ws, name) if run and isinstance(run.method, config.Neft) else None
+    if run and isinstance(run.method, config.Neft):
+        return trained_neurons(_mask(ws, name), groups)
+    every = sum(group.count for group in groups.values())
+    return torch.full((every,), name != "base")
 
 
 def _states(ws: Workspace, model: Any, task: str, count: int) -> Any:

@@ -129,15 +129,21 @@ def utilisation(
 def _highest(neurons: Tensor, units: Tensor) -> Tensor:
     """Highest correlation of any layer, averaged over examples; float32, [N]."""
     w = neurons.cpu().float()
-    w = w - w.mean(1, keepdim=True)
     n, layers, length = units.shape
-    # Units are centred and of size 1, so that only the neuron's own size is left to divide by.
-    products = w @ units.view(n * layers, length).T
-    size = w.square().sum(1).sqrt()
-    # Rounding leaves a rest of a vector whose values are all equal.
-    flat = size <= 1e-6 * neurons.cpu().float().abs().amax(1)
-    highest = products.view(-1, n, layers).amax(2).mean(1)
-    return torch.where(flat, 0.0, highest / torch.where(flat, 1.0, size)).clamp(-1, 1)
+    # Units are centred and of size 1: only the neuron's own centred size is left to divide by.
+    sides = torch.cat([units.view(n * layers, length), torch.ones(1, length)])
+    products = w @ sides.T
+    squares = w.square().sum(1)
+    mean = products[:, -1] / length
+    centred = squares - length * mean.square()
+    # Where the mean is most of the neuron, this difference is mostly rounding.
+    if bool((near := centred < squares / 16).any()):
+        rest = w[near].double() - w[near].double().mean(1, keepdim=True)
+        flat = rest.abs().amax(1) <= 1e-6 * w[near].abs().amax(1)
+        centred[near] = torch.where(flat, torch.inf, rest.square().sum(1)).float()
+        products[near, :-1] = (rest @ units.view(n * layers, length).double().T).float()
+    highest = products[:, :-1].reshape(-1, n, layers).amax(2).mean(1)
+    return (highest / centred.sqrt()).clamp(-1, 1)
 
 
 def rank_change(before: Tensor, after: Tensor) -> Tensor:
@@ -188,7 +194,7 @@ def neuron_types(
 
     Args:
         change: dRank of each candidate, [M].
-        trained: which candidates were trained, bool, [M].
+        trained: which candidates the training of either model could change, bool, [M].
         groups: the candidates per module.
         strong: share of the candidates by which the rank of a strongly affected neuron moves more.
 
@@ -214,14 +220,12 @@ def neuron_types(
     return counts
 
 
-def trained_neurons(mask: NeuronMask | None, groups: Mapping[str, Group]) -> Tensor:
-    """Which candidates a run trained, bool, [M]; None: all of them, as full fine-tuning does.
+def trained_neurons(mask: NeuronMask, groups: Mapping[str, Group]) -> Tensor:
+    """Which candidates a mask selects, bool, [M].
 
     Raises:
         NeftError: the mask is of another model or layout.
     """
-    if mask is None:
-        return torch.ones(sum(group.count for group in groups.values()), dtype=torch.bool)
     found = []
     for module, group in groups.items():
         if mask.groups.get(module) != group:
