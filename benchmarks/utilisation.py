@@ -13,7 +13,6 @@ from typing import Any
 
 from benchmarks import harness
 
-
 RIVALS = ("sum", "utilisation")
 
 
@@ -68,8 +67,9 @@ def report(found: dict[str, Any]) -> str:
                 "neurons": f"{entry['neurons']:,}",
                 "GB": f"{entry['bytes'] / 1e9:.1f}",
                 **{
-                    f"{rival}, s (CPU)": f"{entry[f'{rival} wall']:.1f} ({entry[f'{rival} cpu']:.1f})"
+                    f"{rival} {kind}, s": f"{entry[f'{rival} {kind}']:.1f}"
                     for rival in RIVALS
+                    for kind in ("wall", "cpu")
                 },
                 "ratio, wall / CPU": " / ".join(
                     f"{entry[f'utilisation {kind}'] / entry[f'sum {kind}']:.1f}"
