@@ -67,7 +67,7 @@ def test_scores_are_those_of_plain_loops(make):
                 else:
                     own = 0.0
                     if bias is not None:
-                        own = float(model.get_submodule(module).bias[neuron])
+                        own = float(model.get_submodule(module).bias[neuron].detach())
                     vectors.append(
                         [sum(a * b for a, b in zip(w, x, strict=True)) + own for x in tokens]
                     )
@@ -88,14 +88,14 @@ def test_the_same_model_twice_scores_zero():
 
 
 def test_a_tiny_change_keeps_its_order():
-    """1 - cos of float64 numbers would be rounding alone at this size."""
+    """As 1 - cos it would be lost in rounding at this size."""
     scores = [
         activation_scores(tiny_llama().double(), nudged(tiny_llama().double(), size), batches_of())
-        for size in (1e-6, 1e-10)
+        for size in (1e-4, 1e-7)
     ]
     for module, large in scores[0].sensitivity.items():
         ratio = large / scores[1].sensitivity[module]
-        torch.testing.assert_close(ratio, torch.full_like(ratio, 1e8), rtol=0.05, atol=0)
+        torch.testing.assert_close(ratio, torch.full_like(ratio, 1e6), rtol=0.05, atol=0)
 
 
 def test_models_of_another_form_are_refused():
