@@ -137,7 +137,7 @@ def _highest(neurons: Tensor, units: Tensor) -> Tensor:
     mean = products[:, -1] / length
     centred = squares - length * mean.square()
     # Where the mean is most of the neuron, this difference is mostly rounding.
-    if bool((near := centred < squares / 16).any()):
+    if bool((near := centred <= squares / 16).any()):
         rest = w[near].double() - w[near].double().mean(1, keepdim=True)
         flat = rest.abs().amax(1) <= 1e-6 * w[near].abs().amax(1)
         centred[near] = torch.where(flat, torch.inf, rest.square().sum(1)).float()
