@@ -136,7 +136,7 @@ def test_one_more_warm_up_is_scored_as_a_task_s_own(scored):
 
 def test_a_probe_takes_few_answers_as_classes(finished, tmp_path, neft):
     """Targets of three words are classes; those of a translation are not."""
-    from neft_core.rows import write_rows
+    from neft_core.rows import read_rows, write_rows
 
     ws = Workspace(shutil.copytree(finished.root, tmp_path / "w"))
     add(ws, "scores:\n  probed: {criterion: probe, task: en-fr, rows: 40}\n",
@@ -146,28 +146,32 @@ def test_a_probe_takes_few_answers_as_classes(finished, tmp_path, neft):
     assert re.search(
         r"probe: \d+ classes in 40 rows, and only one row of '.*'; a task that sorts", lines[0]
     )
-    words = ("yes", "no", "perhaps")
-    pairs = [json.loads(line) for line in (ws.root / "data/pairs/train.jsonl").open()]
-    rows = [p | {"target": words[len(p["source"]) % 3]} for p in pairs]
-    write_rows(ws.root / "data/pairs/train.jsonl", rows)
-    edit(ws, ("dev: 6\n      test: 8", "dev: 3\n      test: 3"))
-    run_stages(ws, "corpus", "prepare", "scores", "assign", "select")
+    words, corpus = ("yes", "no", "perhaps"), ws.path("corpus", "en-fr", "train.jsonl")
+    rows = read_rows(corpus)
+    write_rows(corpus, [row | {"target": words[n % 3]} for n, row in enumerate(rows)])
+    run_stages(ws, "prepare", "scores", "assign", "select")
     found = scores_of(ws, "probed")
     assert found.criterion == "probe"
     assert chosen(mask_of(ws, "probe")) == highest(found.sensitivity, budget(6))
 
 
-def test_new_entries_make_nothing_else_stale(scored):
-    """Of a graph that is up to date, new scores and runs concern `assign`, summary and themselves."""
+@pytest.mark.integration
+def test_new_entries_make_nothing_else_stale(scored, monkeypatch):
+    """New scores and runs concern `assign`, the summary and themselves alone."""
     from dvc.repo import Repo
 
     ws = scored
-    repo = Repo(str(ws.root))
-    repo.commit(force=True, data_only=False)
-    repo.close()
-    before = {s.name for s in Graph(ws).stages if Graph(ws).changes(s.name)}
-    assert before == set()
-    add_after = ws.params_file.read_text()
+    monkeypatch.chdir(ws.root)
+    for name in RUNS:  # as if they were trained
+        for folder in ("train", "evaluation"):
+            ws.path(folder, name).mkdir()
+            ws.path(folder, name, "made").touch()
+        ws.path("cost", f"{name}.json").write_text("{}")
+    with Repo(".") as repo:
+        repo.commit(force=True)
+    graph = Graph(ws)
+    assert not [stage.name for stage in graph.stages if graph.changes(stage.name)]
+    before = ws.params_file.read_text()
     try:
         edit(ws, ("warmups:\n", "warmups:\n  late: {task: en-fr, steps: 9}\n"),
              ("runs:\n", "runs:\n  late:\n    task: en-fr\n    method: {name: neft, percent: 6, "
@@ -191,7 +195,7 @@ def test_new_entries_make_nothing_else_stale(scored):
         fresh = Graph(ws)
         assert not [n for n in RUNS if fresh.changes(f"select@{n}")]
     finally:
-        ws.params_file.write_text(add_after)
+        ws.params_file.write_text(before)
         run_stages(ws, "assign")
 
 
@@ -199,7 +203,7 @@ def test_new_entries_make_nothing_else_stale(scored):
     ("method", "line"),
     [
         ("policy: threshold, below: -0.5",
-         r"params.yaml: runs.bad.method.below: got -0.5, which selects no neuron; the similarities"),
+         r"params.yaml: runs.bad.method.below: got -0.5, which selects no neuron; the sim"),
         ("policy: threshold, below_scaled: 2",
          r"params.yaml: runs.bad.method.below: got 2, which selects all 96 neurons; the simil"),
         ("percent: 90",

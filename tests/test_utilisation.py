@@ -34,7 +34,7 @@ def pearson(a: list[float], b: list[float]) -> float:
 
 
 @pytest.mark.parametrize("per_example", [False, True])
-@pytest.mark.parametrize("piece", [16, 100, 1 << 22])
+@pytest.mark.parametrize("piece", [48, 1 << 22])
 def test_correlations_are_those_of_plain_loops(per_example, piece):
     model, states = tiny_llama(), states_of()
     found = utilisation(model, states, "all", per_example=per_example, piece=piece)
