@@ -1,6 +1,7 @@
 # make demo: set up and run the default job; make test: set up and pass the tests;
 # make install: set up alone; make lint: style and types; make check: lint and test;
-# make bench: the cost of a training step, every method side by side (on an idle machine).
+# make bench: the cost of a training step, every method side by side, and of scoring and analyses
+# beside reading (on an idle machine).
 # The first of these names that is Python 3.11 or newer; PYTHON=... chooses another.
 PYTHON ?= $(shell for name in python3.11 python3; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
@@ -42,6 +43,8 @@ bench: install
 	$(BIN)/python -m benchmarks.train_step --shape 29m --batch 4 --out work/bench/29m
 	$(BIN)/python -m benchmarks.train_step --shape 7b-block --batch 1 --length 1024 --repeats 9 \
 		--out work/bench/7b-block
+	$(BIN)/python -m benchmarks.score --shape 7b-block --out work/bench/score
+	$(BIN)/python -m benchmarks.utilisation --out work/bench/utilisation
 
 clean:
 	rm -rf work reports .neft mlflow.db mlruns dvc_plots

@@ -78,7 +78,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     need = forecast.forecast(subject, planned)
 
     model = models.skeleton(config, dtype, device="cpu")
-    mask = subject.mask("mlp", budget) if spec.method == "neft" else None
+    mask = subject.mask("mlp", [budget]) if spec.method == "neft" else None
     model = OURS[spec.method].prepare(model, planned.options, mask, "llama")
     if spec.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

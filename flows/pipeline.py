@@ -32,7 +32,9 @@ from neft_core.workspace import Workspace, find_workspace, hold
 RETRY_DELAYS = [2.0, 10.0]
 """Seconds before each new try of a stage that uses a network."""
 
-ON_DEVICE = {"base", "warmup", "train", "baseline", "evaluate"}
+ON_DEVICE = {
+    "base", "warmup", "warmups", "scores", "activations", "train", "baseline", "evaluate",
+}  # fmt: skip
 """Families that compute on the device."""
 
 
@@ -105,7 +107,7 @@ def _walk(workspace: Workspace, force: bool) -> Result:
         if before & {"ran", "restored"}:
             changes[stage.name] = graph.changes(stage.name)
         broken = [n for n in stage.upstream if result.outcomes[n] in ("failed", "skipped")]
-        if broken:
+        if broken and stage.family != "assign":  # it leaves out what isn't there
             work = _skip(broken[0])
         elif force or changes[stage.name]:
             work = _make(stage, graph, changes[stage.name], tracker, params, force)

@@ -1,4 +1,4 @@
-"""The command line: `neft run | plan | stage | init | track | ui | generate | export`."""
+"""The command line: `neft run | plan | stage | init | track | ui | analyse | generate | export`."""
 
 import argparse
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from neft_core import __version__
+from neft_core import __version__, questions
 from neft_core.errors import NeftError
 
 if TYPE_CHECKING:
@@ -172,6 +172,8 @@ def _parser() -> argparse.ArgumentParser:
         )
     ui.set_defaults(command=_ui)
 
+    questions.add(command("analyse", "ask masks, scores and trained runs"))
+
     generate = command("generate", "base and fine-tuned model side by side")
     generate.add_argument("--run", required=True, metavar="NAME", help="a run of params.yaml")
     generate.add_argument("--seed", type=int, help="which seed of it (default: its first)")
@@ -242,7 +244,7 @@ def _check_fit(ws: "Workspace", force: bool) -> None:
     graph = Graph(ws)
     due = {stage.name for stage in graph.stages} if force else set(outdated(graph))
     chosen = [
-        (stage.family, stage.item)
+        (CHECKED[stage.family], stage.item)
         for stage in graph.stages
         if stage.name in due and stage.item and stage.family in CHECKED
     ]
@@ -290,7 +292,7 @@ def _stage(options: argparse.Namespace) -> int:
     if options.name in CHECKED and options.item and not ranks.launched():
         from neft_core.fit import check
 
-        check(ws, [(options.name, options.item)])
+        check(ws, [(CHECKED[options.name], options.item)])
     if not ranks.main() or launching.FAULTS in os.environ:
         held: AbstractContextManager[None] = nullcontext()  # another process holds it
     else:
@@ -312,6 +314,10 @@ ITEMS = {
     "prepare": "tasks",
     "warmup": "tasks",
     "score": "tasks",
+    "warmups": "warmups",
+    "similarity": "warmups",
+    "scores": "scores",
+    "activations": "activations",
     "baseline": "tasks",
     "select": "runs",
     "train": "runs",
@@ -319,8 +325,9 @@ ITEMS = {
 }
 """Section of params that a stage's items come from; the other stages take none."""
 
-CHECKED = {"warmup", "train"}
-"""Stages that are refused where their memory or disk isn't there."""
+
+CHECKED = {"warmup": "warmup", "warmups": "warmup", "train": "train"}
+"""Stages that are refused where their memory or disk isn't there, and as what they are forecast."""
 
 ARTEFACTS = {
     "summary": "the table above (summary.md, summary.csv) and the curves",

@@ -377,6 +377,74 @@ class Warmup(Optimisation):
         return self
 
 
+class MoreWarmup(Section):
+    """One more warm-up of a task: as `warmup` says but for the keys given here."""
+
+    task: str
+    """A key of `tasks`."""
+    steps: int | None = Field(default=None, ge=1)
+    """K: optimiser steps."""
+    lr: float | None = Field(default=None, gt=0, le=1)
+    """Learning rate at the first step."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Rows in a micro-batch."""
+    seed: int | None = Field(default=None, ge=0)
+    """Seed of the order of rows."""
+
+
+class GradientScores(Section):
+    """Scores without any warm-up: how far a gradient step in the base's weights turns a neuron."""
+
+    criterion: Literal["gradient"]
+    """What is scored."""
+    task: str
+    """A key of `tasks`; its training rows are used."""
+    rows: int = Field(default=512, ge=1)
+    """Training rows, drawn by the seed; all of them where there are fewer."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows at once."""
+    relative: bool = False
+    """Divide by the size of the neuron: the angle, to first order."""
+    memory: float | None = Field(default=None, gt=0)
+    """GB (10^9 bytes) for the summed gradients; less takes more passes over the rows, with the same
+    result. null: 4 bytes for each candidate's weight, and one pass."""
+    seed: int = Field(default=1, ge=0)
+    """Seed of the rows."""
+
+
+class ProbeScores(Section):
+    """Scores by linear probes on the hidden states of prompts, for tasks with few answers."""
+
+    criterion: Literal["probe"]
+    """What is scored."""
+    task: str
+    """A key of `tasks`; its training rows are used, their targets are the classes."""
+    rows: int = Field(default=2000, ge=4)
+    """Training rows, drawn by the seed; all of them where there are fewer."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows at once."""
+    alpha: float = Field(default=1.0, gt=0)
+    """Ridge penalty."""
+    seed: int = Field(default=1, ge=0)
+    """Seed of the rows."""
+
+
+Scores = Annotated[GradientScores | ProbeScores, Field(discriminator="criterion")]
+
+
+class ActivationScores(Section):
+    """Scores by how much a warm-up changed what neurons give out on text."""
+
+    task: str
+    """A key of `tasks`; its dev rows are used."""
+    warmup: str
+    """The tuned model: a task, whose own warm-up is meant, or a key of `warmups`."""
+    rows: int = Field(default=200, ge=1)
+    """Dev rows; all of them where there are fewer."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows at once."""
+
+
 class Scoring(Section):
     """Which neurons are candidates."""
 
@@ -420,21 +488,32 @@ class Training(Optimisation):
     """Dev losses in a row without improvement before training stops; null: never."""
 
 
-class Full(Section):
+class Plain(Section):
+    """A method that its name describes whole."""
+
+    name: str
+    """Name of the method."""
+
+    def words(self) -> str:
+        """As tables say it."""
+        return self.name
+
+
+class Full(Plain):
     """Every parameter trains."""
 
     name: Literal["full"]
     """Name of the method."""
 
 
-class InOut(Section):
+class InOut(Plain):
     """up_proj and down_proj of every MLP train."""
 
     name: Literal["in_out"]
     """Name of the method."""
 
 
-class Embed(Section):
+class Embed(Plain):
     """The input embedding trains (with the head, where it is tied)."""
 
     name: Literal["embed"]
@@ -453,30 +532,127 @@ class Lora(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the first factor."""
 
+    def words(self) -> str:
+        """As tables say it."""
+        return f"lora, rank {self.rank}"
 
-class Neft(Section):
-    """The selected neurons train."""
 
-    name: Literal["neft"]
-    """Name of the method."""
-    policy: Literal["lowest", "random"] = "lowest"
-    """`lowest` similarity (the paper's), or `random` as a control."""
+class Selection(Section):
+    """Which neurons: a policy with its budget, over the scores of one warm-up or criterion."""
+
+    policy: Literal[
+        "lowest",
+        "reversed",
+        "union",
+        "threshold",
+        "random",
+        "magnitude",
+        "gradient",
+        "activation",
+        "probe",
+    ] = "lowest"
+    """`lowest` similarity (the paper's); `reversed`: the highest; `union`: the lowest of each of
+    several scores; `threshold`: all below one; `random` and `magnitude` (largest change) as
+    controls; `gradient`, `activation`, `probe`: the highest of those scores."""
     percent: float | None = Field(default=None, gt=0, le=100)
-    """Budget: share of all the model's parameters, in percent."""
+    """Budget: share of all the model's parameters, in percent; of `union` for each."""
     neurons: int | None = Field(default=None, ge=1)
     """Budget: number of neurons."""
     share: float | None = Field(default=None, gt=0, le=1)
     """Budget: share of the candidates."""
+    below: float | None = Field(default=None, ge=-1, le=2)
+    """Of `threshold`, in place of a budget: neurons with a similarity under this are selected."""
+    below_scaled: float | None = Field(default=None, ge=0, le=2)
+    """Of `threshold`: the same after the similarities of all candidates are scaled to [0, 1]."""
+    any_size: Literal[True] | None = None
+    """Of `threshold`: selecting nothing or everything is an answer, not a mistake."""
+    scores: str | list[str] | None = None
+    """Whose scores: a task or a warm-up of `warmups`, or an entry of `scores` or `activations`;
+    null: the run's task. Of `union`: two or more."""
     seed: int = Field(default=1, ge=0)
     """Seed of policy `random`."""
 
     @model_validator(mode="after")
-    def _one_budget(self) -> "Neft":
-        given = [k for k in ("percent", "neurons", "share") if getattr(self, k) is not None]
-        if len(given) != 1:
+    def _one_budget(self) -> "Selection":
+        if isinstance(self, Neft) and self.parts is not None:
+            return self
+        kinds = ("below", "below_scaled") if self.policy == "threshold" else BUDGETS
+        given = [k for k in (*BUDGETS, "below", "below_scaled") if getattr(self, k) is not None]
+        if len(given) != 1 or given[0] not in kinds:
             found = " and ".join(given) or "none"
-            raise _refuse(f"budget: got {found}; give exactly one of percent, neurons, share")
+            other = " with policy threshold" if self.policy == "threshold" else ""
+            raise _refuse(f"budget: got {found}{other}; give exactly one of {', '.join(kinds)}")
+        if self.any_size and self.policy != "threshold":
+            raise _refuse(f"any_size: got true with policy {self.policy}; it is of threshold")
+        several = self.scores if isinstance(self.scores, list) else []
+        if self.policy == "union" and len(set(several)) < 2:
+            raise _refuse("scores: policy union needs two different ones at least, in a list")
+        if self.policy != "union" and isinstance(self.scores, list):
+            raise _refuse(f"scores: got a list with policy {self.policy}; give one, or use union")
+        if self.policy in KINDS and self.scores is None:
+            raise _refuse(
+                f"scores: missing; policy {self.policy} needs an entry of {KINDS[self.policy]}"
+            )
         return self
+
+    def read(self, task: str) -> list[str]:
+        """Names of the scores that it selects from."""
+        if isinstance(self.scores, list):
+            return list(dict.fromkeys(self.scores))
+        return [self.scores or task]
+
+    def words(self) -> str:
+        """As tables say it: `lowest 9 %`, `union of a, b 6 %`."""
+        amount = {
+            "percent": "{:g} %",
+            "neurons": "{} neurons",
+            "share": "{:g} of candidates",
+            "below": "below {:g}",
+            "below_scaled": "below {:g} scaled",
+        }
+        budget = next(
+            text.format(value)
+            for key, text in amount.items()
+            if (value := getattr(self, key)) is not None
+        )
+        if isinstance(self.scores, list):
+            return f"{self.policy} of {', '.join(self.scores)}, {budget}"
+        return f"{self.policy} {budget}" + (f" by {self.scores}" if self.scores else "")
+
+
+class Neft(Selection):
+    """The selected neurons train."""
+
+    name: Literal["neft"]
+    """Name of the method."""
+    parts: list[Selection] | None = Field(default=None, min_length=1)
+    """Several selections joined, a common neuron once, such as `[{policy: lowest, percent: 3},
+    {policy: reversed, percent: 4}]`; in place of a policy and a budget here."""
+
+    @model_validator(mode="after")
+    def _parts_alone(self) -> "Neft":
+        beside = sorted(self.model_fields_set - {"name", "parts"})
+        if self.parts is not None and beside:
+            raise _refuse(f"{beside[0]}: given beside parts; give it within one of them")
+        return self
+
+    @property
+    def selections(self) -> list[Selection]:
+        """The selections that are joined; one where there are no parts."""
+        return [self] if self.parts is None else self.parts
+
+    def words(self) -> str:
+        """As tables say it: `neft, lowest 3 % + reversed 4 %`."""
+        if self.parts is None:
+            return f"neft, {super().words()}"
+        return "neft, " + " + ".join(part.words() for part in self.parts)
+
+
+BUDGETS: Final = ("percent", "neurons", "share")
+"""Keys that say how much a policy selects."""
+
+KINDS: Final = {"gradient": "scores", "probe": "scores", "activation": "activations"}
+"""Policies that take scores of their own, and the section that makes them."""
 
 
 Method = Annotated[Full | InOut | Embed | Lora | Neft, Field(discriminator="name")]
@@ -495,6 +671,14 @@ class Run(Section):
     """Learning rate; null: `training.lr`."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the training rows; null: `training.epochs`."""
+
+    def selections(self, where: str) -> list[tuple[str, Selection]]:
+        """The selections of a method that has some, each with its keys in the file."""
+        if not isinstance(self.method, Neft):
+            return []
+        if self.method.parts is None:
+            return [(where, self.method)]
+        return [(f"{where}.parts.{i}", part) for i, part in enumerate(self.method.parts)]
 
     @field_validator("seeds")
     @classmethod
@@ -535,8 +719,14 @@ class Params(Section):
     """Device and precision."""
     warmup: Warmup
     """The limited-step full fine-tune."""
+    warmups: dict[str, MoreWarmup] = {}
+    """More warm-ups than each task's own, by name: other steps, seeds, rates."""
     scoring: Scoring = Scoring()
     """Candidates."""
+    scores: dict[str, Scores] = {}
+    """Scores that need no warm-up, by name."""
+    activations: dict[str, ActivationScores] = {}
+    """Scores by activations, by name."""
     training: Training
     """Defaults of every run."""
     runs: dict[str, Run] = Field(min_length=1)
@@ -548,18 +738,14 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
-        for section in ("tasks", "runs"):
+        for section in ("tasks", "runs", "warmups", "scores", "activations"):
             for name in getattr(self, section):
                 if not NAME.fullmatch(name):
                     raise _refuse(
                         f"{section}: got the name '{name}'; "
                         "names are lower-case letters, digits, '_', '-'"
                     )
-        for name, run in self.runs.items():
-            if run.task not in self.tasks:
-                near = difflib.get_close_matches(run.task, self.tasks, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(self.tasks)}"
-                raise _refuse(f"runs.{name}.task: got '{run.task}'; {hint}")
+        self._names_known()
         self._autocast_where_types_differ()
         self._warmup_fits()
         if isinstance(self.model, BuiltModel):
@@ -575,6 +761,57 @@ class Params(Section):
                     "set source.pretrain or splits.pretrain of one task"
                 )
         return self
+
+    def _names_known(self) -> None:
+        """Tasks, warm-ups and scores that sections name exist, each name once."""
+        for section in ("runs", "warmups", "scores", "activations"):
+            for name, entry in getattr(self, section).items():
+                _known(f"{section}.{name}.task", entry.task, list(self.tasks))
+        for name, activation in self.activations.items():
+            where = f"activations.{name}.warmup"
+            _known(where, activation.warmup, [*self.tasks, *self.warmups])
+        makers = {"tasks": "similarity", "warmups": "similarity", "activations": "activation"}
+        criteria: dict[str, str] = {}
+        for section in ("tasks", "warmups", "scores", "activations"):
+            for name, entry in getattr(self, section).items():
+                if name in criteria:
+                    raise _refuse(
+                        f"{section}.{name}: the name is taken; tasks, warmups, scores and "
+                        "activations share theirs"
+                    )
+                criteria[name] = makers.get(section) or entry.criterion
+        for name, run in self.runs.items():
+            for where, part in run.selections(f"runs.{name}.method"):
+                for scores in part.read(run.task):
+                    _known(f"{where}.scores", scores, list(criteria))
+                    wanted = part.policy if part.policy in KINDS else "similarity"
+                    if part.policy != "random" and criteria[scores] != wanted:
+                        raise _refuse(
+                            f"{where}.scores: got '{scores}', scores by {criteria[scores]}; policy "
+                            f"{part.policy} takes scores by {wanted}"
+                        )
+
+    def scored(self, run: str) -> list[str]:
+        """Names of the scores that a run selects from; none for a method without a mask."""
+        entry = self.runs[run]
+        names = [n for _, part in entry.selections("") for n in part.read(entry.task)]
+        return list(dict.fromkeys(names))
+
+    def scorer(self, scores: str) -> str:
+        """The stage that makes scores of a name, as DVC calls it."""
+        families = {"tasks": "score", "warmups": "similarity"}
+        for section in ("tasks", "warmups", "scores", "activations"):
+            if scores in getattr(self, section):
+                return f"{families.get(section, section)}@{scores}"
+        raise KeyError(scores)
+
+    def warmed(self, name: str) -> tuple[str, Warmup]:
+        """Task and section of a warm-up: a task's own, or one of `warmups`."""
+        if name in self.tasks:
+            return name, self.warmup
+        more = self.warmups[name]
+        changes = more.model_dump(exclude_none=True, exclude={"task"})
+        return more.task, self.warmup.model_copy(update=changes)
 
     def _warmup_fits(self) -> None:
         """What the warm-up trains is scored; an update in the backward has no loss to unscale."""
@@ -610,6 +847,14 @@ class Params(Section):
                         f"method {run.method.name} of run {name}; set dtype: float32, or "
                         "mixed_precision: auto"
                     )
+
+
+def _known(where: str, name: str, names: list[str]) -> None:
+    """Refuse a name that isn't one of those, with the nearest."""
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
+        raise _refuse(f"{where}: got '{name}'; {hint}")
 
 
 def has_pretraining(source: Section) -> bool:

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -71,12 +71,17 @@ class Subject:
         """Weights that any layout may score, which the tuned model keeps in fp32."""
         return sum(prod(self.shapes[name]) for name in scorable(self.shapes))
 
-    def mask(self, layout: str | Patterns, policy: Mapping[str, Any]) -> NeuronMask:
-        """As many neurons as a budget buys; which ones isn't known yet, so any."""
+    def mask(self, layout: str | Patterns, budgets: Sequence[Mapping[str, Any]]) -> NeuronMask:
+        """As many neurons as budgets buy together; which ones isn't known yet, so any."""
         groups = {g.module: g for g in candidates(self.shapes, self.model_type, layout)}
         flat = {name: torch.zeros(g.count, dtype=torch.float64) for name, g in groups.items()}
         scores = NeuronScores(flat, groups, self.parameters, {"layout": str(layout)})
-        return select_neurons(scores, "random", **policy)
+        masks = [select_neurons(scores, "random", **budget) for budget in budgets]
+        if len(masks) == 1:
+            return masks[0]
+        every = sum(group.count for group in groups.values())
+        together = min(every, sum(mask.neurons for mask in masks))
+        return select_neurons(scores, "random", neurons=together)
 
 
 @dataclass(frozen=True)
@@ -144,8 +149,7 @@ def prepared(subject: Subject, training: Training) -> tuple[Any, NeuronMask | No
     """
     mask = None
     if training.method == "neft":
-        budget = {key: training.options.get(key) for key in ("percent", "neurons", "share")}
-        mask = subject.mask(training.layout, budget)
+        mask = subject.mask(training.layout, training.options.get("parts") or [training.options])
     method = METHODS[training.method]
     return method.prepare(subject.model(), training.options, mask, subject.model_type), mask
 

@@ -66,8 +66,16 @@ class Graph:
         while above:
             name = next(name for name, names in above.items() if names.isdisjoint(above))
             family, _, item = name.partition("@")
-            stages.append(Stage(name, family, item or None, tuple(sorted(above.pop(name)))))
+            upstream = above.pop(name)
+            if family == "select" and item:
+                upstream = self._scorers(item)
+            stages.append(Stage(name, family, item or None, tuple(sorted(upstream))))
         self.stages = tuple(stages)
+
+    def _scorers(self, run: str) -> set[str]:
+        """The stages that make a run's scores: of all that `assign` has seen, those concern it."""
+        params = self.workspace.params()
+        return {params.scorer(name) for name in params.scored(run)}
 
     def refresh(self) -> None:
         """Read dvc.yaml, dvc.lock and params.yaml again, after another process changed them."""

@@ -88,13 +88,19 @@ def load_base(ws: Workspace) -> Any:
     return load_as_base(ws, base_card(ws)[0], params).to(device(params))
 
 
-def load_as_base(ws: Workspace, card: Any, params: Params, directory: Path | None = None) -> Any:
-    """A model in the type of frozen weights: the base, or another of its architecture."""
+def load_as_base(
+    ws: Workspace,
+    card: Any,
+    params: Params,
+    directory: Path | None = None,
+    dtype: str | None = None,
+) -> Any:
+    """A model in the type of frozen weights or another: the base, or one of its architecture."""
     import torch
 
     from neft_core import models
 
-    name = frozen_type(params.compute, device(params) == "cpu")
+    name = dtype or frozen_type(params.compute, device(params) == "cpu")
     return models.load_model(
         directory or card.directory(ws.root),
         getattr(torch, name),

@@ -22,25 +22,36 @@ from neft_core.groups import Group
 from neft_core.neurons import candidates, in_memory
 
 _OWN_KEYS = ("kind", "groups", "total_parameters")
+_MAGNITUDE = "|magnitude"
 _REMEDY = {"scores": "neft stage score", "mask": "neft stage select"}
 
 
 @dataclass(frozen=True, eq=False)
 class NeuronScores:
-    """How much each candidate neuron changed.
+    """How much each candidate neuron changed, or how much it means to a task.
 
     Attributes:
-        sensitivity: one minus the cosine similarity, per module [N], float64, on the CPU.
+        sensitivity: per module [N], float64, on the CPU; by default one minus the cosine
+            similarity, otherwise what `criterion` says. More is selected first.
         groups: the candidates per module; their order is the order of modules in a ranking.
         total_parameters: number of parameters of the whole model.
         provenance: what made the scores: `base` and `tuned` (hashes), `layout`, `model_type`,
-            steps, data, seed, version.
+            `criterion` where it is another than similarity, steps, data, seed, version.
+        magnitude: size of the displacement, per module [N], float64; empty where nothing was tuned.
+        source: the file that they were read from, for messages.
     """
 
     sensitivity: dict[str, Tensor]
     groups: dict[str, Group]
     total_parameters: int
     provenance: dict[str, str] = field(default_factory=dict)
+    magnitude: dict[str, Tensor] = field(default_factory=dict)
+    source: str = "scores"
+
+    @property
+    def criterion(self) -> str:
+        """What was scored: `similarity`, `gradient`, `activation` or `probe`."""
+        return self.provenance.get("criterion", "similarity")
 
     @property
     def axis(self) -> dict[str, int]:
@@ -49,7 +60,8 @@ class NeuronScores:
 
     def save(self, path: str | Path) -> None:
         """Write the file, all or nothing."""
-        _write(Path(path), "scores", self.sensitivity, self)
+        sizes = {module + _MAGNITUDE: tensor for module, tensor in self.magnitude.items()}
+        _write(Path(path), "scores", self.sensitivity | sizes, self)
 
     @classmethod
     def load(cls, path: str | Path) -> "NeuronScores":
@@ -58,7 +70,15 @@ class NeuronScores:
         Raises:
             NeftError: the file is absent, damaged or of another kind.
         """
-        return cls(*_read(Path(path), "scores"))
+        tensors, groups, total, provenance = _read(Path(path), "scores")
+        return cls(
+            {module: tensors[module] for module in groups},
+            groups,
+            total,
+            provenance,
+            {m: tensors[m + _MAGNITUDE] for m in groups if m + _MAGNITUDE in tensors},
+            source=str(path),
+        )
 
 
 class Count(NamedTuple):
@@ -193,7 +213,9 @@ class NeuronMask:
         Raises:
             NeftError: the file is absent, damaged or of another kind.
         """
-        return cls(*_read(Path(path), "mask"), source=str(path))
+        tensors, groups, total, provenance = _read(Path(path), "mask")
+        in_order = {module: tensors[module] for module in groups if module in tensors}
+        return cls(in_order, groups, total, provenance, source=str(path))
 
     def _combine(
         self, other: "NeuronMask", sign: str, join: Callable[[Tensor, Tensor], Tensor]
@@ -260,6 +282,4 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Group], i
         raise NeftError(f"{path}: holds {found}, {kind} expected; {remedy}")
     groups = [Group(**group) for group in json.loads(metadata.pop("groups"))]
     total = int(metadata.pop("total_parameters"))
-    by_module = {group.module: group for group in groups}
-    in_order = {module: tensors[module] for module in by_module if module in tensors}
-    return in_order, by_module, total, metadata
+    return tensors, {group.module: group for group in groups}, total, metadata

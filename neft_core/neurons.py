@@ -206,6 +206,17 @@ def in_memory(shapes: Shapes, model_type: str, where: str = "model") -> dict[str
     return experts_apart.in_memory(shapes, known.parts if known else (), where)
 
 
+def layer_of(module: str) -> str:
+    """The layer that a module is in, such as `model.layers.0`."""
+    match = re.match(r"(?:.*?\.)??[^.]+\.\d+(?=\.)", module)
+    return match[0] if match else module
+
+
+def role_of(module: str) -> str:
+    """A module's name within its layer, such as `mlp.up_proj`."""
+    return module.removeprefix(layer_of(module) + ".")
+
+
 def count_parameters(shapes: Shapes, tied: bool = False) -> int:
     """Number of parameters of a checkpoint, without buffers and with a tied head counted once."""
     return sum(

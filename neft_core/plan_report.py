@@ -106,8 +106,8 @@ def _stages(planner: Planner, rates: Rates | None) -> Iterator[dict[str, Any]]:
     params, subject = planner.params, planner.subject
     if isinstance(params.model, config.BuiltModel):
         yield _trained(planner, rates, "base", "")
-    for task in params.tasks:
-        yield _trained(planner, rates, "warmup", task)
+    for name in (*params.tasks, *params.warmups):
+        yield _trained(planner, rates, "warmup", name)
     groups = candidates(subject.shapes, subject.model_type, params.scoring.candidates)
     largest = max(group.count * group.length for group in groups)
     scored = sum(group.count * group.length for group in groups)

@@ -173,8 +173,12 @@ class Planner:
             assert isinstance(params.model, config.BuiltModel)
             how = params.model.pretraining
             return Training("full", Batch(how.batch_size, params.model.context))
-        section: config.Optimisation = params.warmup if stage == "warmup" else params.training
-        rows = self.rows(item if stage == "warmup" else params.runs[item].task)
+        section: config.Optimisation = params.training
+        if stage == "warmup":
+            task, section = params.warmed(item)
+        else:
+            task = params.runs[item].task
+        rows = self.rows(task)
         shared: dict[str, Any] = {
             "batch": rows.batch(section.batch_size),
             "checkpointing": section.gradient_checkpointing,
@@ -184,8 +188,10 @@ class Planner:
         if stage == "warmup":
             return Training("full", **shared)
         method = params.runs[item].method
-        # Which neurons, doesn't matter; how many, does.
-        options = method.model_dump(exclude_none=True, exclude={"name", "policy", "seed"})
+        if isinstance(method, config.Neft):
+            options = _budgets(params.runs[item])
+        else:
+            options = method.model_dump(exclude_none=True, exclude={"name"})
         return Training(
             method.name, options=options, dev=rows.batch(2 * section.batch_size), **shared
         )
@@ -232,7 +238,7 @@ class Planner:
         """Optimiser steps of a training stage, over all seeds; None where rows aren't known."""
         params = self.params
         if stage == "warmup":
-            return params.warmup.steps
+            return params.warmed(item)[1].steps
         if stage == "base":
             assert isinstance(params.model, config.BuiltModel)
             counts = [
@@ -278,6 +284,21 @@ class Planner:
         step = self.need(training).step
         share = 1.0 if typical is None else typical / training.batch.tokens
         return step.pass_ * (share * training.accumulation) + step.update
+
+
+def _budgets(run: config.Run) -> dict[str, Any]:
+    """What a run may select: which neurons, doesn't matter; how many, does.
+
+    Of several selections `parts` has the budget of each, as if they had nothing in common; of a
+    threshold, which only scores can tell, all candidates.
+    """
+    found = [
+        {key: value for key in config.BUDGETS if (value := getattr(part, key)) is not None}
+        or {"share": 1.0}
+        for _, part in run.selections("")
+        for _ in part.read(run.task)
+    ]
+    return found[0] if len(found) == 1 else {"parts": found}
 
 
 def size(amount: float) -> str:

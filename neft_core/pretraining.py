@@ -22,7 +22,9 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, longest: int) -> dict[str
         An encoded split (see `steps.Arrays`) with every token trained.
     """
     rows = [
-        [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id][:longest]
+        [t for t in (tokenizer.bos_token_id, *ids, tokenizer.eos_token_id) if t is not None][
+            :longest
+        ]
         for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     ]
     tokens = np.concatenate([np.array(row, np.int32) for row in rows])

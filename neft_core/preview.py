@@ -21,12 +21,19 @@ def describe(preview: Preview) -> str:
         f"warm-up: {params.warmup.steps} steps of {step} rows at lr {params.warmup.lr:g}; "
         f"layout {params.scoring.candidates}"
     )
-    for name, run in params.runs.items():
-        options = run.method.model_dump(exclude_none=True, exclude={"name"})
-        epochs = run.epochs or params.training.epochs
-        words = " ".join(f"{key}={value}" for key, value in options.items())
+    for name, more in params.warmups.items():
+        _, section = params.warmed(name)
+        lines.append(f"warm-up {name} of {more.task}: {section.steps} steps, seed {section.seed}")
+    for name, entry in params.scores.items():
+        lines.append(f"scores {name} by {entry.criterion} of {entry.rows} rows of {entry.task}")
+    for name, act in params.activations.items():
         lines.append(
-            f"run {name}: {' '.join(filter(None, (run.method.name, words)))} on {run.task}, "
+            f"scores {name} by activations of {act.warmup} on {act.rows} rows of {act.task}"
+        )
+    for name, run in params.runs.items():
+        epochs = run.epochs or params.training.epochs
+        lines.append(
+            f"run {name}: {run.method.words()} on {run.task}, "
             f"lr {run.lr or params.training.lr:g}, {epochs:g} epochs, "
             f"seeds {', '.join(map(str, run.seeds))}"
         )

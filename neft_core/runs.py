@@ -20,12 +20,13 @@ from neft_core.loading import (
 from neft_core.workspace import Workspace
 
 
-def warmup(ws: Workspace, task: str) -> None:
+def warmup(ws: Workspace, name: str) -> None:
     """K steps of fine-tuning; the candidates of every layout stay in fp32."""
-    state = ws.state("checkpoints", f"warmup-{task}")
-    _, cost = warm_up(ws, task, ws.params().warmup, ws.path("warmup", task), state)
+    state = ws.state("checkpoints", f"warmup-{name}")
+    task, section = ws.params().warmed(name)
+    _, cost = warm_up(ws, task, section, ws.path("warmup", name), state)
     if ranks.main():
-        write_json(ws.path("cost", f"warmup-{task}.json"), cost)
+        write_json(ws.path("cost", f"warmup-{name}.json"), cost)
         shutil.rmtree(state, ignore_errors=True)
 
 
@@ -79,7 +80,7 @@ def warm_up(
         None,
         pad=tokenizer.pad_token_id,
         folder=state / inputs,
-        label=f"warmup {task}",
+        label=f"warmup {target.name}",
         optimizer=warmups.STATES[choice.states],
         in_backward=choice.update == "in_backward",
         **placement(params),

@@ -3,8 +3,9 @@
 Shapes: N candidates of all modules together, in the order of the scores' modules.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +14,19 @@ from neft_core.errors import NeftError
 from neft_core.masks import NeuronMask, NeuronScores
 
 
+def _most(values: Tensor) -> Tensor:
+    """The largest first; equal ones by module, then by index."""
+    return values.sort(descending=True, stable=True).indices
+
+
 def _lowest(scores: NeuronScores, seed: int) -> Tensor:  # noqa: ARG001
-    """The least similar first; equal ones by module, then by index."""
-    return _all(scores).sort(descending=True, stable=True).indices
+    """The least similar first; of another criterion, the highest score."""
+    return _most(_all(scores))
+
+
+def _reversed(scores: NeuronScores, seed: int) -> Tensor:  # noqa: ARG001
+    """The most similar first; equal ones by module, then by index too."""
+    return _all(scores).sort(stable=True).indices
 
 
 def _random(scores: NeuronScores, seed: int) -> Tensor:
@@ -24,11 +35,29 @@ def _random(scores: NeuronScores, seed: int) -> Tensor:
     return torch.randperm(len(_all(scores)), generator=generator)
 
 
-POLICIES: dict[str, Callable[[NeuronScores, int], Tensor]] = {
-    "lowest": _lowest,
-    "random": _random,
+def _magnitude(scores: NeuronScores, seed: int) -> Tensor:  # noqa: ARG001
+    """The farthest moved first, whatever the direction: a control."""
+    if not scores.magnitude:
+        raise NeftError(
+            f"{scores.source}: holds no magnitudes; use the scores of a warm-up, made by "
+            "'neft stage score'"
+        )
+    return _most(torch.cat([scores.magnitude[module] for module in scores.groups]))
+
+
+Ranking = Callable[[NeuronScores, int], Tensor]
+
+POLICIES: dict[str, tuple[Ranking, str | None]] = {
+    "lowest": (_lowest, "similarity"),
+    "reversed": (_reversed, "similarity"),
+    "random": (_random, None),
+    "magnitude": (_magnitude, "similarity"),
+    "gradient": (_lowest, "gradient"),
+    "activation": (_lowest, "activation"),
+    "probe": (_lowest, "probe"),
 }
-"""How each policy ranks: scores and seed in, a permutation of the N candidates out."""
+"""How each policy ranks: scores and seed in, a permutation of the N candidates out; and which
+criterion's scores it takes (None: any, for their candidates alone)."""
 
 
 def select_neurons(
@@ -56,12 +85,17 @@ def select_neurons(
 
     Raises:
         NeftError: not exactly one budget, a budget that selects nothing or more than there is,
-            an unknown policy, or scores that are not numbers.
+            an unknown policy, scores of another criterion, or scores that are not numbers.
 
     Source: Xu et al. 2024, section 4.2 and Table 2 for what percent means.
     """
     if policy not in POLICIES:
         raise NeftError(f"policy: got {policy!r}; known: {', '.join(POLICIES)}")
+    rank, criterion = POLICIES[policy]
+    if criterion not in (None, scores.criterion):
+        raise NeftError(
+            f"policy: got {policy!r} with scores by {scores.criterion}; give scores by {criterion}"
+        )
     _refuse_nan(scores)
     given = {"percent": percent, "neurons": neurons, "share": share}
     budgets = {name: value for name, value in given.items() if value is not None}
@@ -69,16 +103,78 @@ def select_neurons(
         found = " and ".join(budgets) or "none"
         raise NeftError(f"budget: got {found}; give one of percent, neurons, share")
     ((name, value),) = budgets.items()
-    ranking = POLICIES[policy](scores, seed)
+    ranking = rank(scores, seed)
     chosen = ranking[: _count(scores, ranking, name, value)]
     made = {"policy": policy, name: f"{value:g}" if name != "neurons" else str(value)}
     if policy == "random":
         made["selection_seed"] = str(seed)
+    return _mask(scores, chosen, made)
+
+
+def select_below(
+    scores: NeuronScores, below: float, *, scaled: bool = False, any_size: bool = False
+) -> NeuronMask:
+    """Select every neuron whose similarity is under a threshold.
+
+    Args:
+        scores: what every candidate scored, by similarity.
+        below: the threshold; a neuron that has just this similarity is not selected.
+        scaled: compare similarities after scaling those of all candidates to [0, 1], the lowest
+            to 0 and the highest to 1. As they are, nearly all crowd just under 1.
+        any_size: nothing and everything are answers too, as a study of thresholds wants.
+
+    Returns:
+        The mask; the provenance of the scores with the threshold.
+
+    Raises:
+        NeftError: scores of another criterion, a threshold that selects nothing or everything, or
+            similarities that are all equal and can't be scaled.
+    """
+    if scores.criterion != "similarity":
+        raise NeftError(
+            f"policy: got 'threshold' with scores by {scores.criterion}; give scores by similarity"
+        )
+    _refuse_nan(scores)
+    values = _all(scores)
+    least, most = (float(edge) for edge in values.aminmax())
+    if not scaled:
+        # 1 - below is exact near 1, where 1 - sensitivity would lose what tells neurons apart.
+        chosen = values > 1 - below
+    elif least < most:
+        chosen = (most - values) / (most - least) < below
+    else:
+        raise NeftError(f"below: all {len(values)} similarities are equal; they can't be scaled")
+    count = int(chosen.sum())
+    if not any_size and count in (0, len(values)):
+        what = "no neuron" if count == 0 else f"all {count} neurons"
+        low, high = ("0", "1") if scaled else (f"{1 - most:.12g}", f"{1 - least:.12g}")
+        raise NeftError(
+            f"below: got {below:g}, which selects {what}; the similarities go from {low} to "
+            f"{high}{' when scaled' if scaled else ''}"
+        )
+    made = {"policy": "threshold", "below": f"{below:.17g}", "scaled": str(scaled).lower()}
+    return _mask(scores, chosen.nonzero().flatten(), made)
+
+
+def union(masks: Sequence[NeuronMask]) -> NeuronMask:
+    """The neurons of any of the masks, a common one once.
+
+    Raises:
+        NeftError: they are of different models or layouts; names both files.
+
+    Source: Xu et al. 2024, section 5.2.
+    """
+    return functools.reduce(NeuronMask.__or__, masks)
+
+
+def _mask(scores: NeuronScores, chosen: Tensor, made: dict[str, str]) -> NeuronMask:
+    """A mask of positions among all candidates."""
     return NeuronMask(
         _by_module(scores, chosen),
         scores.groups,
         scores.total_parameters,
         {**scores.provenance, **made},
+        scores.source,
     )
 
 

@@ -53,7 +53,7 @@ def sensitivity(base: Tensor, tuned: Tensor) -> Tensor:
             f"sensitivity: got shapes {tuple(base.shape)} and {tuple(tuned.shape)}; "
             "two of the same [N, D] are needed"
         )
-    result = _sensitivity(base, tuned)
+    result: Tensor = _compared(base, tuned)[0]
     if result.isnan().any():
         neuron = int(result.isnan().nonzero()[0])
         raise NeftError(f"sensitivity: neuron {neuron} has a value that is not finite")
@@ -116,9 +116,12 @@ def score_neurons(
         compiled() if on_cpu and large else None,
     )
     sensitivities: dict[str, Tensor] = {}
+    magnitudes: dict[str, Tensor] = {}
     with ThreadPoolExecutor((threads or torch.get_num_threads()) if on_cpu else 1) as pool:
         for done, group in enumerate(groups, start=1):
-            sensitivities[group.module] = scorer.score(group, pairs[group.module], pool)
+            sensitivities[group.module], magnitudes[group.module] = scorer.score(
+                group, pairs[group.module], pool
+            )
             if progress is not None:
                 progress(done, len(groups))
     return NeuronScores(
@@ -126,11 +129,12 @@ def score_neurons(
         {group.module: group for group in groups},
         count_parameters(here.shapes, is_tied(known)),
         {**(provenance or {}), "model_type": kind, "layout": str(layout)},
+        magnitudes,
     )
 
 
-def _sensitivity(base: Tensor, tuned: Tensor, kernel: Kernel | None = None) -> Tensor:
-    """As `sensitivity`, with NaN for a neuron that has a value that is not finite."""
+def _compared(base: Tensor, tuned: Tensor, kernel: Kernel | None = None) -> Tensor:
+    """Sensitivity and size of the displacement, [2, N]; NaN in both for values not finite."""
     ww, dw, dd = sums(base, tuned, kernel)
     # d = along * w + a part perpendicular to w; the cosine is parallel / size.
     along = dw / torch.where(ww == 0, 1.0, ww)
@@ -138,6 +142,17 @@ def _sensitivity(base: Tensor, tuned: Tensor, kernel: Kernel | None = None) -> T
     cancels = perpendicular * _LOSS < dd
     if cancels.any():
         perpendicular[cancels] = across(base[cancels], tuned[cancels], along[cancels])
+    return torch.stack((one_minus_cosine(ww, along, perpendicular), dd.sqrt()))
+
+
+def one_minus_cosine(ww: Tensor, along: Tensor, perpendicular: Tensor) -> Tensor:
+    """One minus the cosine of w and w + d, without a difference of near numbers.
+
+    Args:
+        ww: w.w, float64, [N].
+        along: d.w / w.w, [N].
+        perpendicular: squared size of d - along w, [N].
+    """
     parallel = ww.sqrt() * (1 + along)
     size = (parallel * parallel + perpendicular).sqrt()
     # size - parallel cancels where both are near; perpendicular is their product with the sum.
@@ -160,7 +175,7 @@ class _Scorer:
     def score(
         self, group: Group, pairs: list[tuple[Source, Source]], pool: ThreadPoolExecutor
     ) -> Tensor:
-        """Sensitivity of one module's candidates, [count]."""
+        """Sensitivity and magnitude of one module's candidates, [2, count]."""
         step = max(1, self.piece // max(1, group.length))
         with (
             self.base.opened({base.parameter for base, _ in pairs}) as before,
@@ -171,12 +186,12 @@ class _Scorer:
                 base, tuned = cuts
                 w = base.read(before[base.parameter]).to(self.device)
                 v = tuned.read(after[tuned.parameter]).to(self.device)
-                values = _sensitivity(w, v, self.kernel)
+                values = _compared(w, v, self.kernel)
                 if values.isnan().any():
                     _refuse((self.base, base, w), (self.tuned, tuned, v))
                 return values.cpu()
 
-            return torch.cat(list(pool.map(one, _cut(pairs, step))))
+            return torch.cat(list(pool.map(one, _cut(pairs, step))), dim=1)
 
 
 def _cut(pairs: list[tuple[Source, Source]], step: int) -> Iterator[tuple[Source, Source]]:

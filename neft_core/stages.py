@@ -4,15 +4,14 @@ Each is one function of a workspace and an item (a task, or a run). Nothing else
 knows about files and params together; what a stage reads and writes stands in dvc.yaml.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from neft_core import __version__, config, loading, runs
+from neft_core import config, loading, runs, scoring
 from neft_core.config import Params
 from neft_core.errors import NeftError
-from neft_core.files import read_json, replacing, write_json
+from neft_core.files import replacing, write_json
 from neft_core.report import report
 from neft_core.summary import summarise
 from neft_core.workspace import Workspace
@@ -192,85 +191,18 @@ def prepare(ws: Workspace, task: str) -> None:
         print(f"prepare {task}: {name}: {_counted(counts)}")
 
 
-def score(ws: Workspace, task: str) -> None:
-    """Sensitivity of every candidate neuron between base and tuned model."""
-    import torch
-
-    from neft_core import models
-    from neft_core.similarity import score_neurons
-
-    params = ws.params()
-    loading.device(params)
-    card = models.Base.load(ws.path("base"))
-    tuned = ws.path("warmup", task)
-    origin = read_json(tuned / "provenance.json")
-    began = time.perf_counter()
-    if origin["base"] != card.hash:
-        raise NeftError(f"{tuned}: made from another base model; run 'neft run'")
-    scores = score_neurons(
-        card.directory(ws.root),
-        tuned,
-        params.scoring.candidates,
-        provenance={
-            "base": card.hash,
-            "steps": str(origin["steps"]),
-            "data": origin["data"],
-            "seed": str(params.warmup.seed),
-            "task": task,
-            "version": __version__,
-            **({"warmup": origin["warmup"]} if "warmup" in origin else {}),
-        },
-    )
-    scores.save(ws.path("scores", f"{task}.safetensors"))
-    seconds = round(time.perf_counter() - began, 3)
-    write_json(ws.path("cost", f"score-{task}.json"), {"seconds": seconds})
-    every = torch.cat(list(scores.sensitivity.values()))
-    marks = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.91, 1.0], dtype=torch.float64)
-    quantiles = dict(zip(marks.tolist(), torch.quantile(every, marks).tolist(), strict=True))
-    write_json(
-        ws.path("scores", f"{task}.json"),
-        {
-            "neurons": len(every),
-            "sensitivity_quantiles": {f"{mark:g}": value for mark, value in quantiles.items()},
-        },
-    )
-    print(f"score {task}: {len(every):,} neurons, median sensitivity {quantiles[0.5]:.3e}")
-
-
-def select(ws: Workspace, run: str) -> None:
-    """The neurons that a run trains; a method without a mask gets an empty one."""
-    from neft_core.masks import NeuronMask, NeuronScores
-    from neft_core.selection import select_neurons
-
-    entry = ws.params().runs[run]
-    source = ws.path("scores", f"{entry.task}.safetensors")
-    target = ws.path("masks", f"{run}.safetensors")
-    method = entry.method
-    if not isinstance(method, config.Neft):
-        empty = NeuronMask({}, {}, 0, {"method": method.name})
-        empty.save(target)
-        print(f"select {run}: method {method.name} has no mask")
-        return
-    scores = NeuronScores.load(source)
-    budget = {key: getattr(method, key) for key in ("percent", "neurons", "share")}
-    try:
-        mask = select_neurons(scores, method.policy, seed=method.seed, **budget)
-    except NeftError as fault:
-        raise NeftError(f"params.yaml: runs.{run}.method.{fault}") from None
-    mask.save(target)
-    print(
-        f"select {run}: {mask.neurons:,} neurons, {mask.parameters:,} parameters, "
-        f"{mask.percent:.2f} % of the model"
-    )
-
-
 STAGES: dict[str, Callable[..., None]] = {
     "corpus": corpus,
     "base": base,
     "prepare": prepare,
     "warmup": runs.warmup,
-    "score": score,
-    "select": select,
+    "score": scoring.score,
+    "warmups": runs.warmup,
+    "similarity": scoring.score,
+    "scores": scoring.scores,
+    "activations": scoring.activations,
+    "assign": scoring.assign,
+    "select": scoring.select,
     "train": runs.train,
     "baseline": runs.baseline,
     "evaluate": runs.evaluate,

@@ -81,7 +81,7 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[dict[str
         row: dict[str, Any] = {
             "task": task,
             "name": name,
-            "method": _method(run.method),
+            "method": run.method.words(),
             "parameters": trained[0]["trainable_parameters"],
             "percent": trained[0]["trainable_percent"],
             "seeds": len(run.seeds),
@@ -143,23 +143,6 @@ def _mean(found: list[dict[str, Any]]) -> dict[str, Any]:
         result[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
         result[f"{key}_signature"] = found[0][f"{key}_signature"]
     return result
-
-
-def _method(method: Any) -> str:
-    if isinstance(method, config.Lora):
-        return f"lora, rank {method.rank}"
-    if isinstance(method, config.Neft):
-        budget = next(
-            text
-            for value, text in (
-                (method.percent, f"{method.percent:g} %" if method.percent else ""),
-                (method.neurons, f"{method.neurons} neurons"),
-                (method.share, f"{method.share} of candidates"),
-            )
-            if value is not None
-        )
-        return f"neft, {method.policy} {budget}"
-    return str(method.name)
 
 
 def _cell(key: str, row: dict[str, Any]) -> str:

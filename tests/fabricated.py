@@ -109,6 +109,9 @@ def stage(name: str, item: str) -> None:
         _put(work / f"scores/{item}.safetensors", "scores")
         _put(work / f"scores/{item}.json", "{}")
         _put(work / f"cost/score-{item}.json", "{}")
+    elif name == "assign":
+        runs = re.findall(r"^  (\w+): {task", Path("params.yaml").read_text(), re.MULTILINE)
+        _put(work / "assigned.json", json.dumps(dict.fromkeys(runs, "scores")))
     elif name == "select":
         _tensors(work / f"masks/{item}.safetensors", {"up": 3, "down": 2} if item == "neft" else {})
     elif name == "train":

@@ -1,5 +1,6 @@
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from neft_core.errors import NeftError
 from neft_core.groups import Group
 from neft_core.masks import NeuronMask, NeuronScores
-from neft_core.selection import POLICIES, select_neurons
+from neft_core.selection import POLICIES, select_below, select_neurons, union
 
 
 def scored(modules: dict[str, tuple[list[float], int]], total=1000, start=0) -> NeuronScores:
@@ -36,6 +37,12 @@ def random_scores(seed=0, sizes=(50, 30, 20), length=10, total=4000) -> NeuronSc
         },
         total,
     )
+
+
+def by(scores: NeuronScores, criterion: str) -> NeuronScores:
+    """The same numbers as if another criterion had given them, with magnitudes of their own."""
+    sizes = {module: (7 * values) % 1 for module, values in scores.sensitivity.items()}
+    return replace(scores, provenance=scores.provenance | {"criterion": criterion}, magnitude=sizes)
 
 
 def test_one_ranking_over_all_modules():
@@ -119,8 +126,9 @@ def test_the_paper_s_nine_percent():
 
 def test_larger_budgets_keep_what_smaller_ones_chose():
     scores = random_scores()
-    for policy in POLICIES:
-        masks = [select_neurons(scores, policy, neurons=k, seed=3) for k in (5, 20, 60)]
+    for policy, (_, criterion) in POLICIES.items():
+        given = by(scores, criterion or "similarity")
+        masks = [select_neurons(given, policy, neurons=k, seed=3) for k in (5, 20, 60)]
         assert masks[0].overlap(masks[1]) == masks[1].overlap(masks[2]) == 1.0
 
 
@@ -155,7 +163,7 @@ def test_provenance_says_how():
         ({"share": 0.001}, "share: got 0.001, no neuron; at least 0.01 for one"),
         ({}, "budget: got none; give one of percent, neurons, share"),
         ({"share": 0.1, "percent": 3}, "budget: got percent and share; give one of"),
-        ({"neurons": 1, "policy": "best"}, "policy: got 'best'; known: lowest, random"),
+        ({"neurons": 1, "policy": "best"}, "policy: got 'best'; known: lowest, reversed, random"),
     ],
 )
 def test_budgets_out_of_range_are_named(budget, text):
@@ -175,3 +183,143 @@ def test_scores_that_are_not_numbers_are_refused():
     scores = scored({"a": ([0.1], 10), "b": ([0.1, float("nan")], 10)}, start=4)
     with pytest.raises(NeftError, match="scores: b neuron 5 is not a number; run 'neft stage sc"):
         select_neurons(scores, neurons=1)
+
+
+def ranked_by_loops(scores: NeuronScores, better) -> list[tuple[str, int]]:
+    """All candidates by repeatedly looking for the best that is left; the first of equal ones."""
+    left = [
+        (module, i, value)
+        for module in scores.groups
+        for i, value in enumerate(scores.sensitivity[module].tolist())
+    ]
+    order = []
+    while left:
+        best = 0
+        for at, entry in enumerate(left):
+            if better(entry[2], left[best][2]):
+                best = at
+        module, i, _ = left.pop(best)
+        order.append((module, i))
+    return order
+
+
+@pytest.mark.parametrize(
+    ("policy", "better"),
+    [
+        ("lowest", lambda a, b: a > b),
+        ("reversed", lambda a, b: a < b),
+        ("magnitude", lambda a, b: (7 * a) % 1 > (7 * b) % 1),
+        ("gradient", lambda a, b: a > b),
+        ("activation", lambda a, b: a > b),
+        ("probe", lambda a, b: a > b),
+    ],
+)
+def test_every_policy_ranks_as_plain_loops_do(policy, better):
+    scores = by(random_scores(sizes=(9, 7, 8)), POLICIES[policy][1])
+    # ties of three, within and between modules
+    for module, place in (("layer0", 2), ("layer0", 7), ("layer2", 1)):
+        scores.sensitivity[module][place] = 0.5
+        scores.magnitude[module][place] = (7 * 0.5) % 1
+    order = ranked_by_loops(scores, better)
+    for k in range(1, 25):
+        want: dict[str, list[int]] = {}
+        for module, i in order[:k]:
+            want.setdefault(module, []).append(i)
+        got = content(select_neurons(scores, policy, neurons=k))
+        assert got == {module: sorted(rows) for module, rows in want.items()}
+
+
+def test_lowest_and_reversed_share_the_candidates_between_them():
+    scores = random_scores()
+    low, high = (select_neurons(scores, p, neurons=50) for p in ("lowest", "reversed"))
+    assert low.overlap(high) == 0
+    assert (low | high).neurons == 100
+
+
+@pytest.mark.parametrize("below", [-1, 0.1, 0.5, 0.999, 1, 2])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_thresholds_select_what_loops_select(below, scaled):
+    scores = scored({"a": ([0.0, 0.85, 0.5, 2.0, 0.001], 10), "b": ([0.5, 1.0, 0.1], 10)})
+    similarity = {m: [1 - v for v in values.tolist()] for m, values in scores.sensitivity.items()}
+    everything = [v for values in similarity.values() for v in values]
+    least, most = min(everything), max(everything)
+    want = {}
+    for module, values in similarity.items():
+        mine = [(v - least) / (most - least) if scaled else v for v in values]
+        if rows := [i for i, v in enumerate(mine) if v < below]:
+            want[module] = rows
+    mask = select_below(scores, below, scaled=scaled, any_size=True)
+    assert content(mask) == want
+    assert mask.provenance["policy"] == "threshold"
+    assert mask.provenance["scaled"] == str(scaled).lower()
+
+
+def test_a_threshold_tells_similarities_near_one_apart():
+    tiny = [1e-9, 2e-9, 3e-9]
+    scores = scored({"a": (tiny, 10)})
+    assert content(select_below(scores, 1 - 1.5e-9)) == {"a": [1, 2]}
+    assert content(select_below(scores, 0.5, scaled=True)) == {"a": [2]}
+    # float64 has no similarity between 1 - 1e-17 and 1; scaling still sees the sensitivities
+    scores = scored({"a": ([1e-18, 2e-18, 4e-18], 10)})
+    assert content(select_below(scores, 0.9, scaled=True)) == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("below", "scaled", "text"),
+    [
+        (
+            0.1,
+            False,
+            "below: got 0.1, which selects no neuron; the similarities go from 0.2 to 0.9",
+        ),
+        (1, False, "below: got 1, which selects all 3 neurons; the similarities go from 0.2 to"),
+        (0, True, "below: got 0, which selects no neuron; the similarities go from 0 to 1 when"),
+        (1.5, True, "below: got 1.5, which selects all 3 neurons; the"),
+    ],
+)
+def test_a_threshold_for_nothing_or_everything_is_refused(below, scaled, text):
+    scores = scored({"a": ([0.1, 0.5, 0.8], 10)})
+    with pytest.raises(NeftError, match=re.escape(text)):
+        select_below(scores, below, scaled=scaled)
+    assert select_below(scores, below, scaled=scaled, any_size=True).neurons in (0, 3)
+
+
+def test_equal_similarities_cannot_be_scaled():
+    with pytest.raises(NeftError, match="below: all 2 similarities are equal; they can't be sca"):
+        select_below(scored({"a": ([0.5, 0.5], 10)}), 0.5, scaled=True, any_size=True)
+
+
+def test_a_union_has_common_neurons_once():
+    one, two = random_scores(seed=1), random_scores(seed=2)
+    masks = [select_neurons(scores, percent=6) for scores in (one, two)]
+    sets = [{(m, i) for m, rows in content(mask).items() for i in rows} for mask in masks]
+    joined = union(masks)
+    assert {(m, i) for m, rows in content(joined).items() for i in rows} == sets[0] | sets[1]
+    assert joined.neurons == len(sets[0] | sets[1]) < 2 * masks[0].neurons
+    assert joined.percent == 100 * 10 * joined.neurons / 4000
+    assert content(union([masks[0]])) == content(masks[0])
+    assert content(union([*masks, masks[0]])) == content(joined)
+
+
+def test_a_union_of_other_models_or_layouts_is_refused():
+    one = replace(random_scores(), source="one.safetensors")
+    two = replace(one, provenance={"layout": "all", "base": "abc"}, source="two.safetensors")
+    masks = [select_neurons(scores, percent=6) for scores in (one, two)]
+    with pytest.raises(NeftError, match=r"one\.safetensors: layout is mlp, that of two\.safetenso"):
+        union(masks)
+    other = replace(one, provenance={"layout": "mlp", "base": "abd"})
+    with pytest.raises(NeftError, match="base is abc, that of"):
+        union([masks[0], select_neurons(other, percent=6)])
+
+
+def test_scores_of_another_criterion_are_refused():
+    scores = random_scores()
+    with pytest.raises(NeftError, match="policy: got 'probe' with scores by similarity; give scor"):
+        select_neurons(scores, "probe", percent=6)
+    with pytest.raises(NeftError, match="policy: got 'lowest' with scores by gradient; give"):
+        select_neurons(by(scores, "gradient"), percent=6)
+    with pytest.raises(NeftError, match="policy: got 'threshold' with scores by gradient; give"):
+        select_below(by(scores, "gradient"), 0.5)
+    with pytest.raises(NeftError, match="scores: holds no magnitudes; use the scores of a warm-up"):
+        select_neurons(scores, "magnitude", percent=6)
+    select_neurons(by(scores, "gradient"), "random", percent=6)

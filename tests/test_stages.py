@@ -40,7 +40,7 @@ def gpt2(finished, tmp_path_factory):
     entries = "".join(f"  {n}: {{task: en-fr, method: {m}}}\n" for n, m in METHODS.items())
     text = text[: text.index("runs:")] + f"runs:\n{entries}" + text[text.index("evaluation:") :]
     ws.params_file.write_text(text.replace("max_tokens: 160", "max_tokens: 64"))
-    run_stages(ws, "base", "prepare", "warmup", "score", "select", "train", "evaluate")
+    run_stages(ws, "base", "prepare", "warmup", "score", "assign", "select", "train", "evaluate")
     return ws
 
 
@@ -132,8 +132,7 @@ def test_a_dry_run_says_what_would_run(copied, neft, capsys):
     lines = describe(preview(copied.params_file, [])).splitlines()
     assert lines[0] == "model: built, 2 layers, hidden 16, intermediate 24, vocabulary 300"
     assert "task en-fr: translation from data/pairs, all training rows" in lines
-    assert "run neft: neft policy=lowest percent=9.0 seed=1 on en-fr, lr 0.002, 2 epochs, " \
-        "seeds 1, 2" in lines  # fmt: skip
+    assert "run neft: neft, lowest 9 % on en-fr, lr 0.002, 2 epochs, seeds 1, 2" in lines
     stages = [line for line in lines if line.startswith("  ")]
     assert f"params are valid; {len(stages)} stages" in lines
     assert "  corpus@en-fr: made for the first time" in stages
