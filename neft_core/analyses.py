@@ -140,7 +140,7 @@ def utilisation(
     for name in others:
         change = core.rank_change(ranks[anchor], ranks[name])
         trained = _trained(ws, anchor, groups) | _trained(ws, name, groups)
-        found = {
+        found: dict[str, Any] = {
             "average": core.average(change),
             "buckets": core.by_bucket(change, ranks[anchor]),
             "types": core.neuron_types(change, trained, groups),

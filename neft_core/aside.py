@@ -25,7 +25,7 @@ def put_aside(tensor: Tensor) -> Tensor:
         return tensor
     try:
         with tempfile.TemporaryFile() as file:
-            file.write(memoryview(tensor.detach().contiguous().view(torch.uint8).numpy()))
+            tensor.detach().contiguous().view(torch.uint8).numpy().tofile(file)
             file.flush()
             place = f"/dev/fd/{file.fileno()}"
             mapped = torch.from_file(place, False, tensor.numel(), dtype=tensor.dtype)
