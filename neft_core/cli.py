@@ -183,7 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(command=_generate)
 
-    export = commands.add_parser("export", help="a trained run as a plain checkpoint")
+    export = command(
+        "export", "a trained run as a plain checkpoint", "Tells what its precision loses."
+    )
     export.add_argument("run", metavar="RUN", help="a run of params.yaml")
     export.add_argument("--seed", type=int, help="which seed of it (default: its first)")
     export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new directory")

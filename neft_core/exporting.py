@@ -72,7 +72,9 @@ def export(
 
 def _provenance(ws: Workspace, run: str, seed: int) -> dict[str, Any]:
     params = ws.params()
-    card, _ = loading.base_card(ws)
+    base = asdict(loading.base_card(ws)[0])
+    if base["kind"] != "hub":
+        base["location"] = Path(base["location"]).name  # where it was here is nobody's business
     entry = params.runs[run]
     return {
         "run": run,
@@ -80,7 +82,7 @@ def _provenance(ws: Workspace, run: str, seed: int) -> dict[str, Any]:
         "task": entry.task,
         "method": entry.method.model_dump(mode="json"),
         "training": read_json(ws.path("train", run, f"seed-{seed}", "metrics.json")),
-        "base": asdict(card),
+        "base": base,
         "version": __version__,
     }
 
@@ -115,13 +117,12 @@ def _write_merged(
     method = ws.params().runs[run].method
     card, _ = loading.base_card(ws)
     directory = card.directory(ws.root)
-    model = models.load_model(
-        directory,
-        getattr(torch, DTYPES[dtype]) if dtype else "auto",
-        trust_remote_code=card.trust_remote_code,
-    )
-    stored = str(model.dtype).removeprefix("torch.")
-    tally = Tally()
+    model = models.load_model(directory, "auto", trust_remote_code=card.trust_remote_code)
+    target = getattr(torch, DTYPES[dtype]) if dtype else model.dtype
+    # Merged where both fit, so that each weight is rounded once.
+    merging = torch.promote_types(model.dtype, target)
+    model.to(merging)
+    tally = Tally(target)
     model = METHODS[method.name].merge(
         model,
         method.model_dump(),
@@ -130,7 +131,10 @@ def _write_merged(
         card.hash,
         tally,
     )
+    stored = str(target).removeprefix("torch.")
     for name, parameter in model.named_parameters():
+        if merging != target:
+            parameter.data = parameter.data.to(target)
         if not bool(torch.isfinite(parameter).all()):
             raise NeftError(
                 f"--dtype {dtype or stored}: {name} has a value that is not finite in {stored}; "

@@ -62,13 +62,14 @@ class Tally:
         dtype = self.dtype or base.dtype
         stored = trained.to(dtype)
         changed = trained != base.to(trained.dtype)
-        error = (stored.to(trained.dtype) - trained).abs().double()
+        error = (stored.to(trained.dtype) - trained).abs()
+        change = (trained - base.to(trained.dtype)).abs()
         self._weights += trained.numel()
         self._changed += int(changed.sum())
         self._lost += int((changed & (stored == base.to(dtype))).sum())
         self._overflown += int((trained.isfinite() & error.isinf()).sum())
-        self._change += (trained.double() - base.double()).abs().sum().item()
-        self._error += error.sum().item()
+        self._change += change.sum(dtype=torch.float64).item()
+        self._error += error.sum(dtype=torch.float64).item()
         self._largest = max(self._largest, error.max().item())
         name = str(dtype).removeprefix("torch.")
         if name not in self._dtypes:

@@ -48,6 +48,7 @@ HEAVY = {"torch", "transformers", "mlflow", "prefect", "datasets", "accelerate",
          "sqlalchemy"}  # fmt: skip
 
 LONG = {
+    "cli": "all commands with their arguments, and what each calls",
     "config": "one class a section; its docstrings are the reference of params.yaml",
     "layer": "what PEFT asks of a layer is one class",
     "models": "all that knows transformers",

@@ -127,17 +127,15 @@ def test_the_files_beside_the_weights(trained, exported):
     assert str(trained.root) not in card + (folder / FACTS).read_text()
 
 
-@pytest.mark.parametrize("run", METHODS_OF_RUNS)
-def test_losses_are_those_of_counting(trained, exported, run):
-    facts = json.loads((exported[run, None][0] / FACTS).read_text())["rounding"]
-    base = load_file(trained.root / "model" / "model.safetensors")
-    exact = dict(plain(trained, run).named_parameters())
+def check_losses(ws: Workspace, run: str, folder: Path) -> None:
+    """Compare what an export in bf16 tells with counts over the base's files."""
+    facts = json.loads((folder / FACTS).read_text())["rounding"]
+    base = load_file(models.Base.load(ws.path("base")).directory(ws.root) / "model.safetensors")
+    exact = dict(plain(ws, run).named_parameters())
     names = {key for key in base if not torch.equal(exact[key], base[key].float())}
     pairs = [(base[key], exact[key].detach()) for key in names]
     changed = [new != old.float() for old, new in pairs]
-    lost = [
-        (new.bfloat16() == old) & moved for (old, new), moved in zip(pairs, changed, strict=True)
-    ]
+    lost = [(new != old.float()) & (new.bfloat16() == old.bfloat16()) for old, new in pairs]
     assert facts["dtype"] == "bfloat16"
     assert facts["changed"] == sum(int(x.sum()) for x in changed)
     assert facts["lost"] == sum(int(x.sum()) for x in lost)
@@ -147,6 +145,13 @@ def test_losses_are_those_of_counting(trained, exported, run):
     assert facts["largest_error"] == errors.max().item()
     assert facts["mean_error"] * facts["weights"] == pytest.approx(errors.sum().item())
     assert 0 < facts["changed"] <= facts["weights"]
+    moved = sum((new - old.float()).abs().double().sum().item() for old, new in pairs)
+    assert facts["mean_change"] * facts["weights"] == pytest.approx(moved)
+
+
+@pytest.mark.parametrize("run", METHODS_OF_RUNS)
+def test_losses_are_those_of_counting(trained, exported, run):
+    check_losses(trained, run, exported[run, None][0])
     effect = json.loads((exported[run, None][0] / FACTS).read_text())["effect"]
     whole = json.loads((exported[run, "fp32"][0] / FACTS).read_text())
     assert whole["effect"]["loss_trained"] == pytest.approx(effect["loss_trained"])
@@ -154,6 +159,16 @@ def test_losses_are_those_of_counting(trained, exported, run):
     assert effect["loss_exported"] != effect["loss_trained"]
     assert whole["effect"]["largest_logit_difference"] < 1e-4 < effect["largest_logit_difference"]
     assert whole["rounding"]["largest_error"] == whole["rounding"]["lost"] == 0
+
+
+@pytest.mark.parametrize("run", ["full", "lora", "neft"])
+def test_a_base_in_fp32_is_rounded_once(copied, run):
+    folder = copied.root / run
+    export(copied, run, None, folder, "bf16", adapter=False)
+    check_losses(copied, run, folder)
+    merged = dict(plain(copied, run).named_parameters())
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(tensor, merged[name].bfloat16())
 
 
 def test_a_tally_by_hand():
