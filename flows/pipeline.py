@@ -140,6 +140,7 @@ def _walk(workspace: Workspace, force: bool) -> Result:
         description="Served by MLflow's server, or by 'neft ui' in the workspace",
     )
     result.seconds = time.monotonic() - began
+    server.settle(str(flow_run.id), len(result.outcomes))
     if reasons:
         kind = StageFailed if any(isinstance(r, StageFailed) for r in reasons) else NeftError
         raise kind("\n".join(dict.fromkeys(map(str, reasons))))

@@ -1,8 +1,10 @@
 """Prefect's API for a flow run: the server that is configured, or one for this run alone."""
 
 import contextlib
+import contextvars
 import fcntl
 import http.client
+import json
 import os
 import socket
 import subprocess
@@ -24,6 +26,12 @@ from neft_core.mlflow_store import public
 
 STARTUP = 120.0
 """Seconds that a server of our own may take to start; the first start makes its database."""
+
+
+RECORDING = 30.0
+"""Seconds that a server of our own may take to record how the last tasks ended."""
+
+_OWN: contextvars.ContextVar[str | None] = contextvars.ContextVar("own server", default=None)
 
 
 @contextlib.contextmanager
@@ -57,12 +65,34 @@ def api() -> Iterator[bool]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             url = stack.enter_context(_server())
         stack.enter_context(temporary_settings({PREFECT_API_URL: url}))
+        token = _OWN.set(url)
         try:
             yield False
         finally:
+            _OWN.reset(token)
             # Prefect sends logs and states from threads, which would try for a minute in vain.
             for worker in (EventsWorker, APILogWorker):
                 worker.drain_all(timeout=10)
+
+
+def settle(flow_run: str, tasks: int) -> None:
+    """Wait until a server of our own, which soon stops, has recorded the end of so many tasks.
+
+    Prefect tells it of tasks by events, which it works off behind the back of who sent them.
+    """
+    url, end = _OWN.get(), time.monotonic() + RECORDING
+    ended = {"type": {"any_": ["COMPLETED", "FAILED", "CANCELLED", "CRASHED"]}}
+    asked = {"flow_runs": {"id": {"any_": [flow_run]}}, "task_runs": {"state": ended}}
+    while url and time.monotonic() < end:
+        request = urllib.request.Request(
+            f"{url}/task_runs/count",
+            json.dumps(asked).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as reply:
+            if json.load(reply) >= tasks:
+                return
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,6 +227,11 @@ def _translated(root: Path) -> Iterator[None]:
     except DvcException as fault:
         text = " ".join(str(fault).split())
         raise NeftError(f"{root / 'dvc.yaml'}: {text}; mend dvc.yaml or params.yaml") from fault
+    except sqlite3.OperationalError as fault:
+        # DVC keeps what it knows of files in SQLite.
+        if "full" not in str(fault):
+            raise
+        raise NeftError(f"{root}: no space left for DVC; free some and run again") from fault
 
 
 def _mend(root: Path) -> list[str]:

@@ -121,6 +121,7 @@ _CHATTER = re.compile(
     r"> |Stage '.*' didn't change, skipping|(Generating|Updating) lock file 'dvc\.lock'|"
     r"Use `dvc push` to|To track the changes with git|\tgit add|To enable auto staging|"
     r"\tdvc config core\.autostage|WARNING: '.*' is empty\.|WARNING: Process '.*' with \(Pid|"
+    r"Having any troubles\? Hit us up|"
     r"Data and pipelines are up to date|If there are no processes with such PIDs"
 )
 """What `dvc repro` says around a stage."""
@@ -140,7 +141,7 @@ def _failure(workspace: Workspace, name: str, error: str, told: str, status: int
         status: DVC's exit status.
     """
     ended = re.search(r"failed to run: .*, exited with (-?\d+)$", error)
-    if "No space left on device" in error + told or "not enough space" in error.lower():
+    if re.search("no space left on device|not enough space|disk is full", error + told, re.I):
         return NeftError(
             f"{workspace.root}: no space left on device in stage '{name}'; free some and run again"
         )

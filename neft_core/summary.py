@@ -165,7 +165,8 @@ def _cell(key: str, row: dict[str, Any]) -> str:
 def _markdown(rows: list[dict[str, Any]]) -> str:
     """The table with its columns aligned, and the signatures below it."""
     cells = [list(COLUMNS.values())] + [[_cell(key, row) for key in COLUMNS] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    # Of a column of numbers the rule is at least `-:`.
+    widths = [max(2, *(len(line[i]) for line in cells)) for i in range(len(COLUMNS))]
     words = ("task", "name", "method")
     lines = []
     for number, line in enumerate(cells):

@@ -1,6 +1,8 @@
+import contextlib
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from neft_core.errors import NeftError
-from neft_core.graph import Graph, entry_key, locked
+from neft_core.graph import Graph, _translated, entry_key, locked
 from neft_core.preview import outdated
 from neft_core.repro import StageFailed, reproduce
 from neft_core.workspace import Workspace, init_dvc
@@ -214,6 +216,8 @@ def test_a_half_written_lock_file_loses_nothing(made: Workspace, end: int) -> No
         ("true", StageFailed, "stage 'last': output 'work/last' does not exist"),
         ("echo 'OSError: [Errno 28] No space left on device' >&2; exit 1",
          NeftError, "no space left on device in stage 'last'; free some and run again"),
+        ("echo 'sqlite3.OperationalError: database or disk is full' >&2; exit 1",
+         NeftError, "no space left on device in stage 'last'; free some and run again"),
     ],
 )  # fmt: skip
 def test_the_reason_of_a_failure(
@@ -224,6 +228,16 @@ def test_the_reason_of_a_failure(
         make(made, "last")
     assert str(fault.value).endswith(text)
     assert "\n" not in str(fault.value)
+
+
+def test_a_disk_too_full_for_dvcs_own_database(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        database.execute("PRAGMA max_page_count = 1")
+        with (
+            pytest.raises(NeftError, match="no space left for DVC; free some and run again"),
+            _translated(tmp_path),
+        ):
+            database.execute("CREATE TABLE more (x)")
 
 
 def test_a_stage_that_another_dvc_process_works_on(made: Workspace) -> None:
