@@ -259,6 +259,8 @@ def test_a_threshold_tells_similarities_near_one_apart():
     scores = scored({"a": (tiny, 10)})
     assert content(select_below(scores, 1 - 1.5e-9)) == {"a": [1, 2]}
     assert content(select_below(scores, 0.5, scaled=True)) == {"a": [2]}
+    scores = scored({"a": ([0.0, 1e-17, 3e-17], 10)})
+    assert content(select_below(scores, 1)) == {"a": [1, 2]}
     # float64 has no similarity between 1 - 1e-17 and 1; scaling still sees the sensitivities
     scores = scored({"a": ([1e-18, 2e-18, 4e-18], 10)})
     assert content(select_below(scores, 0.9, scaled=True)) == {"a": [1, 2]}
