@@ -53,10 +53,16 @@ class Findings:
     @cached_property
     def families(self) -> dict[str, str]:
         """For each run the method, of `neft` with its policy: runs that differ in size alone."""
-        return {
-            name: " ".join(filter(None, (run.method.name, getattr(run.method, "policy", ""))))
-            for name, run in self.params.runs.items()
-        }
+        return {name: _family(run.method) for name, run in self.params.runs.items()}
+
+    def before(self, run: str) -> list[str]:
+        """The stages that a run's mask took, as `costs` names them; of a random one none."""
+        found = []
+        for _, part in self.params.runs[run].selections(""):
+            for name in part.read(self.params.runs[run].task) if part.policy != "random" else []:
+                activations = self.params.activations.get(name)
+                found += [f"warmup-{activations.warmup if activations else name}", f"score-{name}"]
+        return list(dict.fromkeys(found))
 
     @cached_property
     def table(self) -> list[Row]:
@@ -170,6 +176,13 @@ class Findings:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _family(method: config.Method) -> str:
+    if not isinstance(method, config.Neft):
+        return method.name
+    parts = (f"{s.policy} by {s.scores}" if s.scores else s.policy for s in method.selections)
+    return f"neft {' + '.join(parts)}"
+
+
 def number(text: str | float | None) -> float | None:
     """A finite number, where there is one."""
     try:
@@ -211,9 +224,11 @@ def shares(mask: "NeuronMask") -> tuple[list[str], list[str], list[list[float | 
 
 
 def lowest_selected(mask: "NeuronMask", scores: "NeuronScores") -> float | None:
-    """The sensitivity at which a mask cuts: the lowest that it holds; None for another model's."""
+    """The lowest sensitivity that a mask holds; None for a mask made of other scores."""
     import torch
 
+    if not scores.provenance.items() <= mask.provenance.items():
+        return None
     found = []
     for module, chosen in mask.indices.items():
         values, group = scores.sensitivity.get(module), scores.groups.get(module)

@@ -101,11 +101,8 @@ def _cost_figures(
     trained = [mean([entry["seconds"] for entry in own[name]]) for name in names]
     before: list[figures.Value] = []
     for name in names:
-        task = found.params.runs[name].task
-        stages = [e for n, es in shared.items() for e in es if n.endswith(f"-{task}")]
-        policy = found.masks[name].provenance.get("policy") if name in found.masks else "random"
-        needs = policy != "random"
-        before.append((sum(e["seconds"] for e in stages) if needs else 0.0, None))
+        stages = [entry for stage in found.before(name) for entry in shared.get(stage, [])]
+        before.append((sum(entry["seconds"] for entry in stages), None))
     series = {"training": trained}
     if any(value for value, _ in before):
         series["warm-up and scoring"] = before

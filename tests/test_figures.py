@@ -129,7 +129,7 @@ def test_the_same_numbers_give_the_same_bytes_whatever_the_users_style(monkeypat
     one = trade_off()
     drawn = drawing.svg(one), drawing.png(one)
     assert (drawing.svg(one), drawing.png(one)) == drawn, "written again"
-    monkeypatch.setitem(matplotlib.rcParams, "lines.linewidth", 9)
+    monkeypatch.setitem(matplotlib.rcParams, "xtick.direction", "in")
     monkeypatch.setitem(matplotlib.rcParams, "text.color", "red")
     other = trade_off()
     assert (drawing.svg(other), drawing.png(other)) == drawn

@@ -252,6 +252,9 @@ def test_the_cut_is_the_lowest_that_a_mask_holds():
     scores = NeuronScores(values, GROUPS, 100)
     assert findings.lowest_selected(mask([0, 3], [18, 20]), scores) == 0.3
     assert findings.lowest_selected(mask([], [12]), scores) == 0.1
+    early = NeuronScores(values, GROUPS, 100, {"steps": "5"})
+    assert findings.lowest_selected(mask([0], [12]), early) is None, "a cut in other scores"
+    assert findings.lowest_selected(mask([0], [12], steps="5"), early) == 0.1
     other = NeuronScores(scores.sensitivity, {UP.module: UP, DOWN.module: UP}, 100)
     assert findings.lowest_selected(mask([0], [12]), other) is None
 
@@ -288,7 +291,29 @@ def test_costs_of_every_stage_that_is_measured(tiny):
     assert table["neft"][0] == "816"
     assert "±" in table["neft"][2]
     assert "±" not in table["full"][2]
-    assert table["score-en-fr"][4] == "–"
+    assert table["score-en-fr"][0] == table["score-en-fr"][5] == "–"
+
+
+def test_a_mask_costs_the_stages_that_it_was_made_of(written):
+    text = written.ws.params_file.read_text()
+    runs = """\
+  several:
+    task: en-fr
+    method:
+      name: neft
+      parts:
+        - {policy: lowest, percent: 3}
+        - {policy: random, percent: 1}
+        - {policy: activation, scores: acts, share: 0.1}
+  control: {task: en-fr, method: {name: neft, policy: random, percent: 3}}
+evaluation:"""
+    more = "warmups: {early: {task: en-fr, steps: 3}}\n"
+    more += "activations: {acts: {task: en-fr, warmup: early}}\n"
+    written.ws.params_file.write_text(text.replace("evaluation:", runs, 1) + more)
+    found = Findings.read(written.ws)
+    assert found.before("several") == ["warmup-en-fr", "score-en-fr", "warmup-early", "score-acts"]
+    assert found.before("control") == found.before("lora") == []
+    assert found.families["several"] == "neft lowest + random + activation by acts"
 
 
 # The page
