@@ -109,5 +109,5 @@ def _stages(params: Params) -> list[str]:
     for name, stage in config.read_yaml(PIPELINE)["stages"].items():
         section = stage.get("foreach", "").removeprefix("${").removesuffix("}")
         items = list(getattr(params, section)) if section else []
-        names += [f"{name}@{item}" for item in items] or [name]
+        names += [f"{name}@{item}" for item in items] if section else [name]
     return names
