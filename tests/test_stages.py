@@ -125,8 +125,8 @@ def test_base_and_run_side_by_side(finished, neft, capsys):
 
 
 def test_a_dry_run_says_what_would_run(copied, neft, capsys):
-    from neft_core.overrides import preview
     from neft_core.graph import Graph
+    from neft_core.overrides import preview
     from neft_core.preview import describe
 
     edit(copied, ("seeds: [1, 2]", "seeds: [1, 2]\n    lr: 2e-3"))
