@@ -108,6 +108,6 @@ def _stages(params: Params) -> list[str]:
     names = []
     for name, stage in config.read_yaml(PIPELINE)["stages"].items():
         section = stage.get("foreach", "").removeprefix("${").removesuffix("}")
-        items = list(getattr(params, section)) if section else [None]
-        names += [f"{name}@{item}" if item else name for item in items]
+        items = list(getattr(params, section)) if section else []
+        names += [f"{name}@{item}" for item in items] if section else [name]
     return names

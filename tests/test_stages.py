@@ -125,6 +125,7 @@ def test_base_and_run_side_by_side(finished, neft, capsys):
 
 
 def test_a_dry_run_says_what_would_run(copied, neft, capsys):
+    from neft_core.graph import Graph
     from neft_core.overrides import preview
     from neft_core.preview import describe
 
@@ -136,6 +137,8 @@ def test_a_dry_run_says_what_would_run(copied, neft, capsys):
     stages = [line for line in lines if line.startswith("  ")]
     assert f"params are valid; {len(stages)} stages" in lines
     assert "  corpus@en-fr: made for the first time" in stages
+    named = {line.split(": ")[0].strip() for line in stages}
+    assert named == {stage.name for stage in Graph(copied).stages}, "as DVC expands them"
     other = Path(shutil.copy(copied.params_file, copied.root / "other.yaml"))
     assert "  corpus@en-fr" in describe(preview(other, [])).splitlines(), "of no workspace yet"
 
