@@ -139,9 +139,10 @@ def check_losses(ws: Workspace, run: str, folder: Path) -> None:
     assert facts["dtype"] == "bfloat16"
     assert facts["changed"] == sum(int(x.sum()) for x in changed)
     assert facts["lost"] == sum(int(x.sum()) for x in lost)
-    errors = torch.cat(
-        [(new.bfloat16().float() - new).abs().flatten() for _, new in pairs]
-    ).double()
+    # Of neurons: the rows, or columns, that hold a change.
+    inside = [(x.any(0, keepdim=True) & x.any(-1, keepdim=True)).expand_as(x) for x in changed]
+    errors = [(new.bfloat16().float() - new)[x] for (_, new), x in zip(pairs, inside, strict=True)]
+    errors = torch.cat(errors).abs().double()
     assert facts["largest_error"] == errors.max().item()
     assert facts["mean_error"] * facts["weights"] == pytest.approx(errors.sum().item())
     assert 0 < facts["changed"] <= facts["weights"]
