@@ -1,4 +1,6 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and how it is told."""
+
+import sys
 
 
 class NeftError(Exception):
@@ -8,3 +10,11 @@ class NeftError(Exception):
     prints it alone and exits with 2; any other exception is a defect of this package and exits
     with 1.
     """
+
+
+def say(message: str, code: int) -> int:
+    """Tell a user what went wrong, on stderr; the exit status, for the caller to return."""
+    for line in message.splitlines():
+        # What a stage said in a process of its own has the prefix already.
+        print(f"neft: {line.removeprefix('neft: ')}", file=sys.stderr)
+    return code

@@ -309,8 +309,7 @@ def evaluate(ws: Workspace, run: str) -> None:
         folder.mkdir()
         for seed in entry.seeds:
             model, tokenizer = load_trained(ws, run, seed)
-            label = f"evaluate {run}, seed {seed}"
-            target = folder / f"seed-{seed}.jsonl"
+            target, label = folder / f"seed-{seed}.jsonl", f"evaluate {run}, seed {seed}"
             metrics[str(seed)] = _evaluate(ws, entry.task, model, tokenizer, target, label)
         write_json(folder / "metrics.json", {"seeds": metrics})
 

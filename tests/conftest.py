@@ -130,7 +130,7 @@ def tiny_workspace(folder: Path):
 
 def run_stages(ws, *names: str) -> None:
     """Every stage of the pipeline in this process, or those named, in order."""
-    from neft_core.cli import ITEMS
+    from neft_core.commands import ITEMS
     from neft_core.stages import STAGES
 
     params = ws.params()

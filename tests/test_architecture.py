@@ -48,7 +48,6 @@ HEAVY = {"torch", "transformers", "mlflow", "prefect", "datasets", "accelerate",
          "sqlalchemy"}  # fmt: skip
 
 LONG = {
-    "cli": "all commands with their arguments, and what each calls",
     "config": "one class a section; its docstrings are the reference of params.yaml",
     "layer": "what PEFT asks of a layer is one class",
     "models": "all that knows transformers",
@@ -123,7 +122,7 @@ def test_imports_make_no_circle():
 
 def test_stages_are_at_the_top():
     users = {name for name, path in MODULES.items() if "stages" in ours(path)}
-    assert users == {"cli"}
+    assert users == {"commands"}
     assert {name for name, path in MODULES.items() if "cli" in ours(path)} == set()
 
 
@@ -159,7 +158,7 @@ def test_the_command_line_starts_without_anything_heavy(command):
 
 
 def test_dvc_yaml_params_and_stages_agree():
-    from neft_core.cli import ITEMS
+    from neft_core.commands import ITEMS
     from neft_core.config import Params
     from neft_core.stages import STAGES
 
