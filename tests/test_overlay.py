@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from peft import get_peft_model
+from test_aside import mapped
 from test_methods import mask_for
 from test_tuner_peft import IDS, out, perturbed
 from torch import nn
@@ -149,6 +150,7 @@ def test_originals_are_put_aside_while_training_and_only_then():
     assert not layer.overlay.aside
     descend(layer, 2)
     assert layer.overlay.aside
+    assert mapped(layer.overlay.originals).endswith("(deleted)")
     layer.settle()
     assert not layer.overlay.aside
     frozen = layer_of(ROWS, inference_mode=True)
@@ -221,8 +223,10 @@ def test_whatever_comes_in_whatever_order(seed, share):
             twin = copy.deepcopy(layer)
             descend(twin, 3)
             layer = copy.deepcopy(layer)
+            assert layer.overlay.pack is None
         elif event == "pickle":
             layer = pickle.loads(pickle.dumps(layer))
+            assert layer.overlay.pack is None
         elif event == "merge":
             layer.merge()
             torch.testing.assert_close(layer(inputs()), layer.base_layer(inputs()))
