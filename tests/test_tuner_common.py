@@ -406,7 +406,7 @@ def test_resized_embeddings(tmp_path):
 
 def test_the_readme_s_own_code(tmp_path, monkeypatch):
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"## In your own code\n\n```python\n(.*?)```", readme, re.DOTALL)
+    (code,) = re.findall(r"## In your own code\n+```python\n(.*?)```", readme, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     told = {"base": tiny_llama(), "tuned": tiny_llama(seed=1), "model": tiny_llama()}
     exec(code, told)
