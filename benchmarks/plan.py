@@ -34,6 +34,17 @@ class Spec:
 
 METHODS = ("full", "in_out", "embed", "lora", "neft")
 
+WARMUPS: dict[str, dict[str, Any]] = {
+    "warm-up 8bit": {"states": "8bit"},
+    "warm-up in_backward": {"update": "in_backward"},
+    "warm-up factored in_backward": {"states": "factored", "update": "in_backward"},
+    "warm-up candidates 8bit in_backward": {
+        "modules": "candidates", "layout": "mlp", "states": "8bit", "update": "in_backward",
+    },
+    "warm-up lora": {"modules": "lora", "rank": 64},
+}  # fmt: skip
+"""Beside `full`, which is the exact warm-up."""
+
 
 def build(spec: Spec) -> Callable[[str], Any]:
     """Forecast and measurement of one configuration, in its process."""
@@ -47,8 +58,9 @@ def measure(spec: Spec) -> dict[str, Any]:
     from transformers import LlamaConfig
 
     from benchmarks import memory
-    from neft_core import forecast, models, steps
+    from neft_core import forecast, models, steps, warmups
     from neft_core.methods import METHODS as OURS
+    from neft_core.optimizers import InBackward, per_parameter
     from neft_core.simulation import Batch
 
     warnings.filterwarnings("ignore", module="transformers|peft")
@@ -69,21 +81,29 @@ def measure(spec: Spec) -> dict[str, Any]:
     subject = forecast.Subject(config, dtype, half)
     budget = {"percent": spec.percent}
     options: dict[str, dict[str, Any]] = {"lora": {"rank": spec.rank}, "neft": budget}
+    way = warmups.Warmup(**WARMUPS[spec.method]) if spec.method in WARMUPS else None
     planned = forecast.Training(
         spec.method,
         Batch(spec.rows, spec.tokens),
         options.get(spec.method, {}),
         checkpointing=spec.checkpointing,
+        warmup=way,
     )
     need = forecast.forecast(subject, planned)
 
     model = models.skeleton(config, dtype, device="cpu")
-    mask = subject.mask("mlp", [budget]) if spec.method == "neft" else None
-    model = OURS[spec.method].prepare(model, planned.options, mask, "llama")
+    if way is None:
+        mask = subject.mask("mlp", [budget]) if spec.method == "neft" else None
+        model = OURS[spec.method].prepare(model, planned.options, mask, "llama")
+    else:
+        model = warmups.MODULES[way.modules].prepare(model, way, "llama")
     if spec.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    inside = way is not None and way.update == "in_backward"
+    make = warmups.STATES[way.states if way else "fp32"]
+    optimizer = make(per_parameter(trained) if inside else trained, lr=1e-4)
+    updates = InBackward(optimizer, planned.max_grad_norm) if inside else None
     random = np.random.default_rng(0)
     lengths = [spec.tokens, *[spec.tokens - 1] * (spec.rows - 1)]
     arrays: dict[str, np.ndarray] = {
@@ -97,13 +117,23 @@ def measure(spec: Spec) -> dict[str, Any]:
         with torch.autocast("cpu", dtype=half, enabled=half is not None):
             return steps.loss_sum(model, batch)[0]
 
-    def step() -> None:
+    def backward() -> float:
         forward().backward()
+        return 0.0
+
+    def step() -> None:
+        if updates is not None:
+            updates.step(backward)
+            return
+        backward()
+        torch.nn.utils.clip_grad_norm_(trained, planned.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
     step()
     parts = memory.resident(model, optimizer)
+    if inside:  # one is alive at a time
+        parts["gradients"] = max(p.nbytes for p in trained)
     with memory.kept_for_backward(model) as kept:
         loss = forward()
         parts["kept"] = kept()
@@ -123,8 +153,9 @@ def measure(spec: Spec) -> dict[str, Any]:
 
 def row(spec: Spec, found: dict[str, Any]) -> dict[str, str]:
     """A line of the table, in MB."""
+    budget = {"neft": f" {spec.percent:g} %", "lora": f" {spec.rank}"}.get(spec.method, "")
     cells = {
-        "method": spec.method,
+        "method": spec.method + budget,
         "shape": spec.shape,
         "batch": f"{spec.rows}x{spec.tokens}",
         "type": spec.dtype + (", checkpointing" if spec.checkpointing else ""),
@@ -140,22 +171,24 @@ def main() -> None:
     """Forecast and measure every method of some shapes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="+", default=["29m"], choices=list(SHAPES))
-    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS)
+    everything = [*METHODS, *WARMUPS]
+    parser.add_argument("--method", nargs="+", default=everything, choices=everything)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batch", nargs="+", default=["4x128"], metavar="ROWSxTOKENS")
     parser.add_argument("--checkpointing", nargs="+", type=int, default=[0, 1], choices=[0, 1])
-    parser.add_argument("--percent", type=float, default=9.0, help="budget of neft")
+    parser.add_argument("--percent", nargs="+", type=float, default=[9.0], help="budgets of neft")
     parser.add_argument("--rank", type=int, default=16, help="of lora")
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     options = parser.parse_args()
     batches = [tuple(map(int, batch.split("x"))) for batch in options.batch]
     specs = [
-        Spec(shape, method, dtype, rows, tokens, bool(again), options.percent, options.rank)
+        Spec(shape, method, dtype, rows, tokens, bool(again), percent, options.rank)
         for shape in options.shape
         for dtype in options.dtype
         for rows, tokens in batches
         for again in options.checkpointing
         for method in options.method
+        for percent in (options.percent if method == "neft" else options.percent[:1])
     ]
     rows, records = [], []
     for spec in specs:

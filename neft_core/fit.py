@@ -1,18 +1,22 @@
 """Whether a training can start here: memory and disk against its forecast, and what would fit."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from neft_core.capacity import copies_share_blocks, free_disk, free_gpu_memory, free_memory
 from neft_core.config import Params
 from neft_core.errors import NeftError
 from neft_core.forecast import Need, Training
-from neft_core.planner import MARGIN, SHORT, WHAT_IF, Planner, size
+from neft_core.planner import MARGIN, SHORT, WHAT_IF, Planner, other_warmups, size
 from neft_core.workspace import Workspace
 
 SKIP = "NEFT_CHECK_FIT"
 """Set to 0 to start whatever the forecast says."""
+
+LISTED = 4
+"""Changes that a refusal of a warm-up names, at most."""
 
 
 def check(ws: Workspace, stages: Iterable[tuple[str, str]], *, before: bool = False) -> None:
@@ -94,44 +98,66 @@ def _rooms(planner: Planner) -> list[tuple[str, int | None, Callable[[Need], int
 def _remedy(
     planner: Planner, stage: str, training: Training, room: int, wanted: Callable[[Need], int]
 ) -> str:
-    """The first change that fits, or the one that needs least."""
-    tried = []
-    for change, other in changes(stage, training):
-        try:
-            asked = wanted(planner.need(other)) * MARGIN
-        except NeftError:
-            continue
-        if asked <= room:
-            return f"{change} needs {size(asked)}"
-        tried.append((asked, change))
+    """What would fit, or what of all that was tried needs least."""
+    tried: list[tuple[float, str]] = []
+
+    def first(options: Iterable[tuple[str, Training]]) -> list[str]:
+        for words, other in options:
+            try:
+                asked = wanted(planner.need(other)) * MARGIN
+            except NeftError:
+                continue
+            tried.append((asked, words))
+            if asked <= room:
+                return [f"{words} ({size(asked)})"]
+        return []
+
+    section = "warmup" if stage == "warmup" else "training"
+    found = first((said(section, keys), other) for keys, other in exact(training))
+    for options in cheaper(training):
+        if len(found) < (LISTED if stage == "warmup" else 1):
+            found += first(options)
+    if found:
+        return f"would fit: {', or '.join(found)}"
     if not tried:
         return "a smaller model is needed"
-    asked, change = min(tried)
-    return f"the least that was tried, {change}, needs {size(asked)}"
+    asked, words = min(tried)
+    return f"the least that was tried, {words}, needs {size(asked)}"
 
 
-def changes(stage: str, training: Training) -> Iterator[tuple[str, Training]]:
-    """Other ways to do a training, the mildest first, as params.yaml would say them."""
-    section = "warmup" if stage == "warmup" else "training"
-    gentle: list[tuple[str, Training]] = []
+def exact(training: Training) -> list[tuple[dict[str, Any], Training]]:
+    """Changes that leave a training's steps as they are, the mildest first."""
+    gentle: list[tuple[dict[str, Any], Training]] = [({}, training)]
     if not training.checkpointing:
-        change = f"{section}.gradient_checkpointing: true"
-        gentle.append((change, replace(training, checkpointing=True)))
-    if training.batch.rows > 1:
+        gentle.append(({"gradient_checkpointing": True}, replace(training, checkpointing=True)))
+    # An update in the backward pass keeps no gradient that another micro-batch could add to.
+    whole = training.warmup is not None and training.warmup.update == "in_backward"
+    if training.batch.rows > 1 and not whole:
         few = training.smaller()
-        change = f"{section}.batch_size: 1 with accumulation: {few.accumulation}"
-        gentle.append((change, few))
-        if not training.checkpointing:
-            both = f"{change} and gradient_checkpointing: true"
-            gentle.append((both, replace(few, checkpointing=True)))
-    yield from gentle
-    if stage == "train":
-        least = gentle[-1][1] if gentle else training
-        tail = f" with {gentle[-1][0]}" if gentle else ""
-        if training.method != "neft":
-            for rest, name in (("", training), (tail, least)):
-                options = WHAT_IF["neft"]
-                yield (
-                    f"method neft at {options['percent']:g} %{rest}",
-                    replace(name, method="neft", options=options),
-                )
+        keys = {"batch_size": 1, "accumulation": few.accumulation}
+        gentle += [(keys | more, replace(few, checkpointing=t.checkpointing)) for more, t in gentle]
+    return gentle[1:]
+
+
+def cheaper(training: Training) -> Iterator[list[tuple[str, Training]]]:
+    """Other ways to the same end: each as it is, then with all exact changes."""
+    if training.warmup is not None:
+        for keys, other in other_warmups(training):
+            options = [(said("warmup", keys), other)]
+            yield options + [(said("warmup", keys | more), t) for more, t in exact(other)[-1:]]
+    elif training.method != "neft":
+        neft = replace(training, method="neft", options=WHAT_IF["neft"])
+        words = f"method neft at {neft.options['percent']:g} %"
+        options = [(words, neft)]
+        yield options + [(f"{words} with {said('training', m)}", t) for m, t in exact(neft)[-1:]]
+
+
+def said(section: str, keys: Mapping[str, Any]) -> str:
+    """Changes as params.yaml has them."""
+    pairs = [f"{key}: {_yaml(value)}" for key, value in keys.items()]
+    return f"{section}.{pairs[0]}" if len(pairs) == 1 else f"{section}: {{{', '.join(pairs)}}}"
+
+
+def _yaml(value: Any) -> str:
+    words = {True: "true", False: "false", None: "null"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)

@@ -4,8 +4,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from math import prod
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from neft_core.neurons import candidates
 from neft_core.patterns import Patterns, scorable
 from neft_core.selection import select_neurons
 from neft_core.simulation import Batch, Step
-from neft_core.tracker import Work
+from neft_core.tracker import Tracker, Work
+from neft_core.warmups import MODULES, STATES, Warmup
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,6 @@ class Subject:
             small.layer_types = small.layer_types[:1]
         return replace(self, config=small)
 
-    def scored(self) -> int:
-        """Weights that any layout may score, which the tuned model keeps in fp32."""
-        return sum(prod(self.shapes[name]) for name in scorable(self.shapes))
-
     def mask(self, layout: str | Patterns, budgets: Sequence[Mapping[str, Any]]) -> NeuronMask:
         """As many neurons as budgets buy together; which ones isn't known yet, so any."""
         groups = {g.module: g for g in candidates(self.shapes, self.model_type, layout)}
@@ -89,13 +85,15 @@ class Training:
     """A training that is to be forecast.
 
     Attributes:
-        method: a key of `METHODS`.
+        method: a key of `METHODS`; of a warm-up `full`.
         batch: its micro-batch.
         options: the method's keys in params.yaml.
         layout: whose neurons are candidates.
         checkpointing: activations are computed twice.
         accumulation: micro-batches in a step.
         dev: the batch of a dev loss, where it has one.
+        warmup: the way to warm up, where it is one.
+        max_grad_norm: what the gradient's norm is clipped to.
     """
 
     method: str
@@ -105,6 +103,8 @@ class Training:
     checkpointing: bool = False
     accumulation: int = 1
     dev: Batch | None = None
+    warmup: Warmup | None = None
+    max_grad_norm: float = 1.0
 
     def smaller(self) -> "Training":
         """The same steps, one row at a time."""
@@ -124,30 +124,30 @@ class Need:
     Attributes:
         step: its bytes and work by part.
         peak: the most that the device holds, of a step or a dev loss.
-        host: the most that main memory holds while the model is made.
-        adapter: bytes of what it leaves behind, for each seed.
+        host: the most that main memory holds, before and after it.
+        kept: bytes of what it leaves behind, for each seed: an adapter, or a tuned model.
+        checkpoint: bytes on disk while it trains: the new checkpoint, and the best values, beside
+            the old.
         selected: neurons, with method `neft`.
     """
 
     step: Step
     peak: int
     host: int
-    adapter: int
+    kept: int
+    checkpoint: int
     selected: int = 0
-
-    @property
-    def checkpoint(self) -> int:
-        """Bytes on disk while it trains: the new checkpoint and best values beside the old."""
-        return 2 * (2 * self.step.trained + self.step.states)
 
 
 def prepared(subject: Subject, training: Training) -> tuple[Any, NeuronMask | None]:
     """A skeleton with only what trains requiring a gradient, and the mask that it has.
 
     Raises:
-        NeftError: the budget doesn't fit the model.
+        NeftError: the budget doesn't fit the model, or the warm-up doesn't.
     """
-    mask = None
+    way, mask = training.warmup, None
+    if way is not None:
+        return MODULES[way.modules].prepare(subject.model(), way, subject.model_type), None
     if training.method == "neft":
         mask = subject.mask(training.layout, training.options.get("parts") or [training.options])
     method = METHODS[training.method]
@@ -158,27 +158,54 @@ def forecast(subject: Subject, training: Training) -> Need:
     """What a training needs.
 
     Raises:
-        NeftError: the budget doesn't fit the model.
+        NeftError: the budget doesn't fit the model, or the warm-up doesn't.
     """
     model, mask = prepared(subject, training)
+    way = training.warmup or Warmup()
+    optimizer: Any = STATES[way.states]
+    if way.states == "fp32":
+        # On a GPU AdamW handles all parameters in one go, which needs more memory.
+        optimizer = partial(optimizer, foreach=subject.gpu)
     step = simulation.simulate_step(
         model,
         training.batch,
         autocast=subject.autocast,
         checkpointing=training.checkpointing,
-        optimizer=simulation.adamw(foreach=subject.gpu),
+        optimizer=partial(optimizer, lr=1e-4),
         accumulating=training.accumulation > 1,
+        in_backward=training.max_grad_norm if way.update == "in_backward" else None,
         dev=training.dev,
     )
     selected = mask.neurons if mask else 0
-    peak = step.peak
+    kept = step.trained + 8 * selected  # and where each neuron is
+    finish = 0
+    if training.warmup is not None:
+        kept, finish = finished(subject, training)
+    best = step.trained if training.dev else 0
+    peak, host = step.peak, max(step.frozen + step.trained, finish)
+    if not subject.gpu:
+        peak = host = max(peak, finish + step.states)
     return Need(
         step=step,
         peak=peak,
-        host=step.frozen + step.trained if subject.gpu else peak,
-        adapter=step.trained + 8 * selected,  # and where each neuron is
+        host=host,
+        kept=kept,
+        checkpoint=2 * (step.trained + best + step.states),
         selected=selected,
     )
+
+
+def finished(subject: Subject, training: Training) -> tuple[int, int]:
+    """Bytes of a warm-up's tuned model on disk, and the most that memory holds to write it."""
+    assert training.warmup is not None
+    model, scored = prepared(subject, training)[0], set(scorable(subject.shapes))
+    with Tracker() as tracker:
+        tracker.hold([*model.parameters(), *model.buffers()])
+        tuned = MODULES[training.warmup.modules].finish(model, scored).state_dict()
+        # As `models.save_checkpoint` writes it.
+        written = {n: t if n in scored else t.to(subject.dtype) for n, t in tuned.items()}
+    once = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in written.values()}
+    return sum(once.values()), tracker.peak
 
 
 def measure(subject: Subject, training: Training, device: str) -> float:
@@ -204,7 +231,7 @@ def measure(subject: Subject, training: Training, device: str) -> float:
 
 def generation(
     subject: Subject, training: Training | None, rows: int, tokens: int
-) -> tuple[int, Work]:
-    """Peak bytes of generating with a trained (or the plain) model, and the work of one pass."""
+) -> tuple[int, int, Work]:
+    """Of generating with a trained (or the plain) model: weights, peak bytes, work of one pass."""
     model = prepared(subject, training)[0] if training else subject.model()
     return simulation.simulate_generation(model, rows, tokens, autocast=subject.autocast)

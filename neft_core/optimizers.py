@@ -21,6 +21,8 @@ BLOCK = 256
 as for a token that no longer comes, its moments beside large ones would stick instead of fading."""
 SMALL = 4096
 """Tensors with fewer values keep fp32 moments: norms and biases, which weigh nothing."""
+ZERO = 127
+"""Position of zero among the signed values of `codebook`."""
 _PIECE = 1 << 20
 """Values whose moments are fp32 at once, about."""
 
@@ -136,7 +138,7 @@ class Adam8bit(_Plain):
             state["mean"] = torch.zeros_like(values, dtype=grad.dtype if whole else torch.uint8)
             state["root"] = torch.zeros_like(state["mean"])
             if not whole:
-                state["mean"].fill_(int((codebook(True)[0] < 0).sum()))  # the place of zero
+                state["mean"].fill_(ZERO)
                 for name in ("mean", "root"):
                     state[f"{name}_scale"] = grad.new_zeros(rows, math.ceil(n / BLOCK))
         if whole:

@@ -1,15 +1,17 @@
 """`neft plan`: the forecasts of every method and stage as data, and as text."""
 
+import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 from neft_core import capacity, config
 from neft_core.capacity import Rates
-from neft_core.forecast import Training
+from neft_core.errors import NeftError
+from neft_core.forecast import Need, Training
 from neft_core.neurons import candidates
-from neft_core.planner import MARGIN, WHAT_IF, Planner, size
+from neft_core.planner import MARGIN, WHAT_IF, Planner, other_warmups, size
 from neft_core.tracker import Work
 
 SMALL = ("corpus", "prepare", "select", "summary", "report")
@@ -45,6 +47,7 @@ def report(planner: Planner, rates: Rates | None) -> dict[str, Any]:
         "rates": asdict(rates) if rates else None,
         "margin": MARGIN,
         "methods": [_method(planner, rates, room, *entry) for entry in _methods(planner)],
+        "warmups": list(_warmups(planner, rates, room)),
         "stages": stages,
         "disk": {
             "kept": kept,
@@ -70,34 +73,59 @@ def _methods(planner: Planner) -> Iterator[tuple[list[str], Training]]:
 def _method(
     planner: Planner, rates: Rates | None, room: int | None, names: list[str], training: Training
 ) -> dict[str, Any]:
-    need = planner.need(training)
-    step = need.step
-    typical = None
-    if names:
-        typical = planner.rows(planner.params.runs[names[0]].task).typical
+    task = planner.params.runs[names[0]].task if names else None
     return {
         "runs": names,
         "method": training.method,
         "options": dict(training.options),
+        "selected_neurons": planner.need(training).selected,
+        "adapter": planner.need(training).kept,
+        **_training(planner, rates, room, task, training),
+    }
+
+
+def _warmups(planner: Planner, rates: Rates | None, room: int | None) -> Iterator[dict[str, Any]]:
+    """The chosen way to warm up and the others, for the task that needs most."""
+    trainings = {task: planner.training("warmup", task) for task in planner.params.tasks}
+    task = max(trainings, key=lambda name: planner.need(trainings[name]).peak)
+    training = trainings[task]
+    for chosen, other in [(True, training), *((False, t) for _, t in other_warmups(training))]:
+        assert other.warmup is not None
+        with contextlib.suppress(NeftError):  # factors don't reach experts
+            found = _training(planner, rates, room, task, other)
+            yield {"chosen": chosen, "task": task, **asdict(other.warmup), **found}
+
+
+def _training(
+    planner: Planner, rates: Rates | None, room: int | None, task: str | None, training: Training
+) -> dict[str, Any]:
+    """What a training needs, in figures that methods and warm-ups share."""
+    need = planner.need(training)
+    step = need.step
+    typical = planner.rows(task).typical if task else None
+    return {
         "batch": asdict(training.batch),
         "accumulation": training.accumulation,
         "checkpointing": training.checkpointing,
         "parameters": step.parameters,
         "percent": 100 * step.parameters / planner.subject.parameters,
-        "selected_neurons": need.selected,
-        "bytes": {
-            "weights": step.frozen,
-            "trained": step.trained,
-            "gradients": step.gradients,
-            "states": step.states,
-            "activations": step.activations,
-            "peak": need.peak,
-        },
-        "adapter": need.adapter,
+        "bytes": _parts(need),
         "flops": step.pass_.flops * training.accumulation,
         "seconds": _seconds(rates, planner.step_work(training, typical)),
         "longest_rows": typical is None,
         "fits": None if room is None else need.peak * MARGIN <= room,
+    }
+
+
+def _parts(need: Need) -> dict[str, int]:
+    step = need.step
+    return {
+        "weights": step.frozen,
+        "trained": step.trained,
+        "gradients": step.gradients,
+        "states": step.states,
+        "activations": step.activations,
+        "peak": need.peak,
     }
 
 
@@ -115,16 +143,16 @@ def _stages(planner: Planner, rates: Rates | None) -> Iterator[dict[str, Any]]:
     for task in params.tasks:
         # Two values are read in fp32 at most, and compared in float64.
         seconds = _seconds(rates, Work(moved=80 * scored))
-        yield _stage("score", task, 32 * largest, seconds, kept=8 * neurons)
+        yield _stage("score", task, {"peak": 32 * largest}, seconds, kept=8 * neurons)
     for run in params.runs:
         yield _trained(planner, rates, "train", run)
     for task in params.tasks:
-        memory, seconds = _generated(planner, rates, task, None)
-        yield _stage("baseline", task, memory, seconds and 2 * seconds)
+        parts, seconds = _generated(planner, rates, task, None)
+        yield _stage("baseline", task, parts, seconds and 2 * seconds)
     for run, entry in params.runs.items():
         training = planner.training("train", run)
-        memory, seconds = _generated(planner, rates, entry.task, training)
-        yield _stage("evaluate", run, memory, seconds and len(entry.seeds) * seconds)
+        parts, seconds = _generated(planner, rates, entry.task, training)
+        yield _stage("evaluate", run, parts, seconds and len(entry.seeds) * seconds)
 
 
 def _seconds(rates: Rates | None, work: Work) -> float | None:
@@ -132,11 +160,16 @@ def _seconds(rates: Rates | None, work: Work) -> float | None:
 
 
 def _stage(
-    stage: str, item: str, memory: int, seconds: float | None, kept: int = 0, scratch: int = 0
+    stage: str,
+    item: str,
+    parts: dict[str, int],
+    seconds: float | None,
+    kept: int = 0,
+    scratch: int = 0,
 ) -> dict[str, Any]:
     return {
         "stage": f"{stage} {item}".strip(),
-        "memory": memory,
+        "bytes": parts,
         "seconds": seconds,
         "kept": kept,
         "scratch": scratch,
@@ -161,25 +194,25 @@ def _trained(planner: Planner, rates: Rates | None, stage: str, item: str) -> di
             share = (typical or training.batch.tokens) / training.batch.tokens / 3
             seconds += batches * rates.seconds(need.step.pass_ * share)
     kept = planner.kept(stage, item)
-    return _stage(stage, item, need.peak, seconds, kept, need.checkpoint)
+    return _stage(stage, item, _parts(need), seconds, kept, need.checkpoint)
 
 
 def _generated(
     planner: Planner, rates: Rates | None, task: str, training: Training | None
-) -> tuple[int, float | None]:
-    """Peak bytes of generating a task's test split once, and seconds at full length."""
+) -> tuple[dict[str, int], float | None]:
+    """Bytes of generating a task's test split once, and seconds at full length."""
     params, rows = planner.params, planner.rows(task)
     section = params.evaluation
     count = min(section.batch_size, rows.test or section.batch_size)
     new = section.max_new_tokens
     tokens = (rows.prompt or rows.longest) + new
-    peak, work = planner.generation(training, count, tokens)
+    weights, peak, work = planner.generation(training, count, tokens)
+    parts = {"weights": weights, "activations": peak - weights, "peak": peak}
     if rows.test is None or rates is None:
-        return peak, None
-    weights = planner.subject.parameters * planner.subject.dtype.itemsize
+        return parts, None
     once = Work(work.flops // tokens, work.moved // tokens + weights, work.calls)
     batches = math.ceil(rows.test / count)
-    return peak, batches * (rates.seconds(work) + new * rates.seconds(once))
+    return parts, batches * (rates.seconds(work) + new * rates.seconds(once))
 
 
 def text(found: dict[str, Any]) -> str:
@@ -199,26 +232,27 @@ def text(found: dict[str, Any]) -> str:
         free = here["gpu_memory"]
         lines.append(f"free: {size(free)} of GPU memory" if free else "free: no GPU here")
     lines.append(f"free: {size(here['memory'])} of memory, {size(here['disk'])} of disk")
-    lines += ["", *_table(_method_rows(found["methods"]))]
+    tasks = len(found["rows"])
     lines += [
         "",
-        "weights: all that doesn't train, originals of trained neurons included; trained: in fp32;",
-        "peak: the most at once, gradients come as activations go; (..): no run has it; "
-        "<: were all rows the longest",
+        *_table(
+            {"method": _named(entry), "runs": ", ".join(entry["runs"]) or "-", **_columns(entry)}
+            for entry in found["methods"]
+        ),
         "",
         *_table(
-            [
-                {
-                    "stage": stage["stage"],
-                    "memory": size(stage["memory"]),
-                    "time": duration(stage["seconds"], longest and stage["stage"][:5] != "score"),
-                    "kept on disk": size(stage["kept"]) if stage["kept"] else "-",
-                    "while it runs": size(stage["scratch"]) if stage["scratch"] else "-",
-                }
-                for stage in found["stages"]
-            ]
+            {"warm-up" + f" {entry['task']}" * (tasks > 1): _way(entry), **_columns(entry)}
+            for entry in found["warmups"]
         ),
+        "(..): not in params; a warm-up's name: its modules, states and update",
+        "",
+        *_table(_stage_row(stage, longest) for stage in found["stages"]),
         f"{', '.join(SMALL)}: little of anything",
+        "",
+        "weights: frozen ones, with the originals of trained neurons; trained: values in fp32;",
+        "activations: for backward, or to generate; *: computed twice (gradient_checkpointing);",
+        "peak: the most at once, less than the sum where gradients come as activations go;",
+        "<: were all rows as long as the longest",
         "",
         f"disk: {size(disk['kept'])} in work/, {size(disk['cache'])} in DVC's cache, "
         f"{size(disk['scratch'])} for checkpoints while a stage trains",
@@ -226,29 +260,55 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _method_rows(methods: Sequence[dict[str, Any]]) -> Iterator[dict[str, str]]:
-    for entry in methods:
-        options = " ".join(
-            f"{'percent' if key == 'percent' else key}={value:,g}"
-            for key, value in entry["options"].items()
-            if isinstance(value, int | float) and key in ("rank", "percent", "neurons", "share")
-        )
-        name = f"{entry['method']} {options}".strip()
-        batch = entry["batch"]
-        fits = {True: "yes", False: "no", None: "?"}[entry["fits"]]
-        yield {
-            "method": name if entry["runs"] else f"({name})",
-            "runs": ", ".join(entry["runs"]) or "-",
-            "batch": f"{batch['rows']}x{batch['tokens']}",
-            "parameters": f"{entry['parameters']:,}",
-            "%": f"{entry['percent']:.2f}",
-            **{part: size(amount) for part, amount in entry["bytes"].items()},
-            "step": duration(entry["seconds"], entry["longest_rows"]),
-            "fits": fits,
-        }
+def _named(entry: dict[str, Any]) -> str:
+    """A method with its budget, in brackets where no run has it."""
+    options = " ".join(
+        f"{key}={value:,g}"
+        for key, value in entry["options"].items()
+        if isinstance(value, int | float) and key in ("rank", "percent", "neurons", "share")
+    )
+    name = f"{entry['method']} {options}".strip()
+    return name if entry["runs"] else f"({name})"
 
 
-def _table(rows: Iterator[dict[str, str]] | list[dict[str, str]]) -> Iterator[str]:
+def _way(entry: dict[str, Any]) -> str:
+    """A way to warm up, in brackets where params don't choose it."""
+    later = entry["update"] == "in_backward"
+    rank = f" rank={entry['rank']}" if entry["rank"] else ""
+    name = f"{entry['modules']}{rank} {entry['states']}{' in_backward' if later else ''}"
+    return name if entry["chosen"] else f"({name})"
+
+
+def _columns(entry: dict[str, Any]) -> dict[str, str]:
+    """What methods and warm-ups have in common."""
+    batch, several = entry["batch"], entry["accumulation"]
+    again = "*" if entry["checkpointing"] else ""
+    return {
+        "batch": f"{several}x" * (several > 1) + f"{batch['rows']}x{batch['tokens']}{again}",
+        "parameters": f"{entry['parameters']:,}",
+        "%": f"{entry['percent']:.2f}",
+        **{part: size(amount) for part, amount in entry["bytes"].items()},
+        "step": duration(entry["seconds"], entry["longest_rows"]),
+        "fits": {True: "yes", False: "no", None: "?"}[entry["fits"]],
+    }
+
+
+def _stage_row(stage: dict[str, Any], longest: bool) -> dict[str, str]:
+    parts = ("weights", "trained", "gradients", "states", "activations", "peak")
+    return {
+        "stage": stage["stage"],
+        **{part: _size(stage["bytes"].get(part, 0)) for part in parts},
+        "time": duration(stage["seconds"], longest and stage["stage"][:5] != "score"),
+        "disk": _size(stage["kept"]),
+        "meanwhile": _size(stage["scratch"]),
+    }
+
+
+def _size(amount: int) -> str:
+    return size(amount) if amount else "-"
+
+
+def _table(rows: Iterator[dict[str, str]]) -> Iterator[str]:
     """Columns as wide as they need; the first to the left, the others to the right."""
     cells = list(rows)
     heads = list(cells[0])

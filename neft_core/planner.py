@@ -1,22 +1,20 @@
 """What the params ask of memory, disk and time, before anything is loaded."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from neft_core import config, loading
-from neft_core.capacity import (
-    Rates,
-    calibrate,
-    free_gpu_memory,
-)
+from neft_core.capacity import Rates, calibrate, free_gpu_memory
 from neft_core.config import Params
 from neft_core.errors import NeftError
 from neft_core.forecast import Need, Subject, Training, forecast, generation, measure
 from neft_core.simulation import Batch
 from neft_core.tracker import Work
+from neft_core.warmups import Warmup
 from neft_core.workspace import Workspace
 
 MARGIN = 1.05
@@ -33,6 +31,19 @@ WHAT_IF: dict[str, dict[str, Any]] = {
     "neft": {"percent": 9.0},
 }
 """Methods, and their options where no run has them."""
+
+WARMUPS: tuple[dict[str, Any], ...] = (
+    {},
+    {"update": "in_backward"},
+    {"states": "8bit"},
+    {"states": "8bit", "update": "in_backward"},
+    {"states": "factored", "update": "in_backward"},
+    {"modules": "candidates"},
+    {"modules": "candidates", "states": "8bit", "update": "in_backward"},
+    {"modules": "candidates", "states": "factored", "update": "in_backward"},
+    {"modules": "lora", "rank": 64},
+)
+"""Ways to warm up, as keys of params.yaml: the exact one, then what keeps less and less of it."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class Planner:
         self.params, self.root, self.data, self.least = params, root, data, least
         self._config_file, self._download = config_file, download
         self._needs: dict[str, Need] = {}
-        self._generations: dict[str, tuple[int, Work]] = {}
+        self._generations: dict[str, tuple[int, int, Work]] = {}
         wanted = params.compute.device
         self.gpu = wanted != "cpu" and (wanted == "cuda" or free_gpu_memory() is not None)
 
@@ -184,9 +195,11 @@ class Planner:
             "checkpointing": section.gradient_checkpointing,
             "accumulation": section.accumulation,
             "layout": params.scoring.candidates,
+            "max_grad_norm": loading.optimisation(section)["max_grad_norm"],
         }
         if stage == "warmup":
-            return Training("full", **shared)
+            chosen = section.model_dump(include={*Warmup.__annotations__})
+            return Training("full", warmup=Warmup(**chosen), **shared)
         method = params.runs[item].method
         if isinstance(method, config.Neft):
             options = _budgets(params.runs[item])
@@ -217,7 +230,9 @@ class Planner:
                 raise
             raise NeftError(f"{Params.FILE}: runs.{item}.method.{fault}") from None
 
-    def generation(self, training: Training | None, rows: int, tokens: int) -> tuple[int, Work]:
+    def generation(
+        self, training: Training | None, rows: int, tokens: int
+    ) -> tuple[int, int, Work]:
         """As `forecast.generation`, asked once for equal ones."""
         key = repr((training, rows, tokens))
         if key not in self._generations:
@@ -229,10 +244,8 @@ class Planner:
         subject, params = self.subject, self.params
         if stage == "base":
             return 4 * subject.parameters
-        if stage == "warmup":
-            scored = subject.scored()
-            return 4 * scored + subject.dtype.itemsize * (subject.parameters - scored)
-        return len(params.runs[item].seeds) * self.ask(stage, item)[1].adapter
+        seeds = len(params.runs[item].seeds) if stage == "train" else 1
+        return seeds * self.ask(stage, item)[1].kept
 
     def steps(self, stage: str, item: str) -> int | None:
         """Optimiser steps of a training stage, over all seeds; None where rows aren't known."""
@@ -299,6 +312,30 @@ def _budgets(run: config.Run) -> dict[str, Any]:
         for _ in part.read(run.task)
     ]
     return found[0] if len(found) == 1 else {"parts": found}
+
+
+def other_warmups(training: Training) -> Iterator[tuple[dict[str, Any], Training]]:
+    """The ways of `WARMUPS` but the chosen one, with the keys of params.yaml that differ."""
+    chosen, batch, several = training.warmup, training.batch, training.accumulation
+    assert chosen is not None
+    for keys in WARMUPS:
+        if keys.get("modules") == "candidates":
+            if not isinstance(training.layout, str):
+                continue  # patterns are no layout that a warm-up takes
+            keys = {**keys, "layout": training.layout}
+        way = Warmup(**keys)
+        if way == chosen:
+            continue
+        changed = {k: v for k, v in asdict(way).items() if v != getattr(chosen, k)}
+        other = replace(training, warmup=way)
+        if way.update == "in_backward" and several > 1:
+            # It keeps no gradient to add to, so all rows of a step come at once.
+            rows, trained = several * batch.rows, batch.trained and several * batch.trained
+            other = replace(
+                other, accumulation=1, batch=replace(batch, rows=rows, trained=trained, padded=True)
+            )
+            changed |= {"batch_size": rows, "accumulation": 1}
+        yield changed, other
 
 
 def size(amount: float) -> str:

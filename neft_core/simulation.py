@@ -12,13 +12,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neft_core.again import as_it_is
+from neft_core.optimizers import InBackward, per_parameter
 from neft_core.tracker import Tracker, Work
 
 
@@ -122,12 +122,8 @@ def _places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
                     yield store, name, value
 
 
-Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
-
-def adamw(foreach: bool) -> Optimizer:
-    """AdamW; on a GPU it handles all parameters in one go (`foreach`), which needs more memory."""
-    return lambda parameters: torch.optim.AdamW(parameters, foreach=foreach)
+Optimizer = Callable[[Any], torch.optim.Optimizer]
+"""Makes an optimiser of parameters, or of groups of them."""
 
 
 def simulate_step(
@@ -138,7 +134,7 @@ def simulate_step(
     checkpointing: bool = False,
     optimizer: Optimizer,
     accumulating: bool = False,
-    in_backward: bool = False,
+    in_backward: float | None = None,
     dev: Batch | None = None,
 ) -> Step:
     """A training step of `training.Trainer`, and a dev loss.
@@ -151,12 +147,12 @@ def simulate_step(
         checkpointing: compute activations twice instead of keeping them.
         optimizer: made of what trains.
         accumulating: gradients of an earlier micro-batch wait.
-        in_backward: each parameter is updated as soon as its gradient is there, which is then
-            freed.
+        in_backward: where `InBackward` updates, the norm to which it clips.
         dev: the batch of a dev loss, where there is one.
     """
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    _make_tables(optimizer)
     with fake(model) as tracker:
         everything = {id(t): t for _, _, t in _places(model)}.values()
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -167,60 +163,118 @@ def simulate_step(
             _loss(model, dev or Batch(1, 2), autocast, [])
         loss_peak, frozen = tracker.peak, tracker.live - weights
         model.train()
+        alone = in_backward is not None
+        made: Any = optimizer(per_parameter(trained) if alone else trained)
+        if alone or "foreach" not in made.defaults:
+            # Torch's own hold what they need for one parameter while they begin the next.
+            made = _OneOfEachShape(made, tracker)
         # The first step makes the states that every later one begins with.
-        groups = [[p] for p in trained] if in_backward else [trained]
-        owners = [optimizer(group) for group in groups]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         before, work = tracker.live, tracker.work
-        for owner in owners:
-            owner.step()
+        if not alone:
+            nn.utils.clip_grad_norm_(trained, 1.0)
+        made.step()
         states = tracker.live - before
         update = _since(tracker, work)
-        tallest = tracker.peak if not in_backward else 0
-        gradients = tracker.live - frozen - weights - states
-        if not accumulating:
-            for owner in owners:
-                owner.zero_grad()
-        if in_backward:
-            gradients = max((_bytes([p]) for p in trained), default=0)
-            for parameter, owner in zip(trained, owners, strict=True):
-                parameter.register_post_accumulate_grad_hook(partial(_update_now, owner))
+        tallest = 0 if alone else tracker.peak
+        gradients = max(map(_size, trained), default=0) if alone else weights
+        if alone or not accumulating:
+            for parameter in trained:
+                parameter.grad = None
         tracker.peak, work = tracker.live, tracker.work
-        loss, activations = _loss(model, batch, autocast, everything)
-        loss.backward()
-        del loss
-        pass_ = _since(tracker, work)
+        kept = 0
+
+        def backward() -> float:
+            nonlocal kept
+            loss, kept = _loss(model, batch, autocast, everything)
+            loss.backward()
+            return 0.0
+
+        if in_backward is None:
+            backward()
+            pass_ = _since(tracker, work)
+        else:
+            InBackward(made, in_backward).step(backward)
+            pass_ = _since(tracker, work) + update * -1
         return Step(
             parameters=sum(p.numel() for p in trained),
             frozen=frozen,
             trained=weights,
             gradients=gradients,
             states=states,
-            activations=activations,
+            activations=kept,
             peak=max(tallest, tracker.peak, loss_peak + states),
             pass_=pass_,
             update=update,
         )
 
 
+def _make_tables(optimizer: Optimizer) -> None:
+    """Let an optimiser make now what it keeps for all of its kind: with content."""
+    parameter = nn.Parameter(torch.zeros(128, 128))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer([parameter]).step()
+
+
+class _OneOfEachShape:
+    """An optimiser that steps each parameter by itself: one stands for all of its shape."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, tracker: Tracker) -> None:
+        self.optimizer, self.tracker = optimizer, tracker
+        self.param_groups = optimizer.param_groups
+        # For each shape: a parameter, its update's work, and the bytes that it needs meanwhile.
+        self.stepped: dict[torch.Size, tuple[nn.Parameter, Work, int]] = {}
+
+    def step(self) -> None:
+        """One update of all that have a gradient."""
+        state, tracker, most = self.optimizer.state, self.tracker, 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter.shape not in self.stepped:
+                    self.stepped[parameter.shape] = parameter, *self._step(group, parameter)
+                else:
+                    like, work, _ = self.stepped[parameter.shape]
+                    before = tracker.work
+                    if parameter not in state:
+                        state[parameter] = {name: t.clone() for name, t in state[like].items()}
+                    tracker.work = before + work
+                most = max(most, self.stepped[parameter.shape][2])
+        # Beside all states, which the first step makes one after the other.
+        tracker.peak = max(tracker.peak, tracker.live + most)
+
+    def _step(self, group: dict[str, Any], parameter: nn.Parameter) -> tuple[Work, int]:
+        tracker = self.tracker
+        work, peak, tracker.peak = tracker.work, tracker.peak, tracker.live
+        self.optimizer.param_groups = [{**group, "params": [parameter]}]
+        self.optimizer.step()
+        meanwhile = tracker.peak - tracker.live
+        tracker.peak = max(peak, tracker.peak)
+        return _since(tracker, work), meanwhile
+
+
 def simulate_generation(
     model: Any, rows: int, tokens: int, *, autocast: torch.dtype | None = None
-) -> tuple[int, Work]:
-    """Peak bytes of generating with a cache, and the work of reading all tokens at once.
+) -> tuple[int, int, Work]:
+    """Bytes of the model and at the peak of generating with a cache, and the work of one pass.
+
+    The pass reads all tokens at once.
 
     Args:
-        model: a prepared or plain model on the meta device.
+        model: a prepared or plain model on the meta device; it is spent afterwards.
         rows: generated at once.
         tokens: of the longest prompt with its continuation.
         autocast: the type of mixed precision.
     """
     model.eval()
     with fake(model) as tracker, torch.no_grad(), _autocast(autocast):
+        weights = tracker.live
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         mask = torch.ones_like(ids)
         model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
-        return tracker.peak, tracker.work
+        return weights, tracker.peak, tracker.work
 
 
 def _loss(
@@ -254,13 +308,12 @@ def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
 
 
-def _update_now(owner: torch.optim.Optimizer, _parameter: Tensor) -> None:
-    owner.step()
-    owner.zero_grad()
-
-
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    return sum(map(_size, tensors))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
 
 
 def _since(tracker: Tracker, earlier: Work) -> Work:

@@ -3,14 +3,19 @@
 import pytest
 import torch
 from conftest import tiny_llama
+from families import tiny_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from neft_core import models
+from benchmarks.memory import kept_for_backward, resident
+from neft_core import models, patterns
 from neft_core.forecast import Subject, Training, forecast, generation, prepared
-from neft_core.simulation import Batch, adamw, fake, simulate_step
+from neft_core.methods import trained_parameters
+from neft_core.optimizers import InBackward, per_parameter
+from neft_core.simulation import Batch, fake
 from neft_core.tracker import Tracker, Work
+from neft_core.warmups import MODULES, STATES, Warmup
 
 SIZES = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 METHODS = {
@@ -38,19 +43,32 @@ def on_cpu(subject, training, monkeypatch):
 class Real:
     """A real step, written out as the loop does it; measured by torch's own means."""
 
-    def __init__(self, model, batch, autocast, checkpointing=False):
+    def __init__(self, model, batch, autocast, checkpointing=False, way=None, max_norm=1.0):
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
+        way = way or Warmup()
         self.model, self.autocast = model.train(), autocast
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained)
-        self.ids = torch.randint(3, 300, (batch.rows, batch.tokens))
+        self.trained = list(trained_parameters(model).values())
+        inside = way.update == "in_backward"
+        groups = per_parameter(self.trained) if inside else self.trained
+        self.optimizer = STATES[way.states](groups, lr=1e-3)
+        self.updates = InBackward(self.optimizer, max_norm) if inside else None
+        self.ids = torch.randint(3, 64, (batch.rows, batch.tokens))
         self.mask = torch.ones_like(self.ids)
         self.mask[0, -1] = 0
         self.kept = 0
         self.step()
 
     def step(self):
+        if self.updates:
+            self.updates.step(self.backward)
+            return
+        self.backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def backward(self):
         own = {
             t.untyped_storage().data_ptr()
             for t in (*self.model.parameters(), *self.model.buffers())
@@ -71,9 +89,10 @@ class Real:
         del chosen
         self.kept = sum(size for key, size in kept.items() if key not in own)
         loss.backward()
-        del loss
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        return 0.0
+
+    def states(self):
+        return sum(v.nbytes for state in self.optimizer.state.values() for v in state.values())
 
     def peak(self):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -83,9 +102,8 @@ class Real:
         for event in sorted(events, key=lambda e: e.start_ns()):
             live += event.nbytes()
             peak = max(peak, live)
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        tensors += [v for state in self.optimizer.state.values() for v in state.values()]
-        return peak + sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+        held = resident(self.model, self.optimizer)  # originals of trained neurons too
+        return peak + sum(size for part, size in held.items() if part != "gradients")
 
 
 @pytest.mark.parametrize(
@@ -148,13 +166,75 @@ def test_gradients_of_earlier_micro_batches_count():
     assert several.peak > forecast(of, one).peak
 
 
-def test_an_update_in_the_backward_pass_keeps_one_gradient():
-    of = subject()
-    model, _ = prepared(of, Training("full", Batch(1, 4)))
-    step = simulate_step(model, Batch(1, 4), optimizer=adamw(False), in_backward=True)
-    assert step.gradients == 4 * 300 * 64
-    after = forecast(of, Training("full", Batch(1, 4)))
-    assert step.peak < after.peak - (after.step.gradients - step.gradients) / 2
+@pytest.mark.parametrize(
+    ("way", "max_norm"),
+    [
+        (Warmup(states="8bit"), 1.0),
+        (Warmup(states="factored"), 1.0),
+        (Warmup(update="in_backward"), 1.0),
+        (Warmup(states="8bit", update="in_backward"), float("inf")),
+        (Warmup("candidates", "mlp", states="factored", update="in_backward"), 1.0),
+        (Warmup("lora", rank=4), 1.0),
+    ],
+)
+def test_a_warmup_needs_what_was_forecast(way, max_norm, monkeypatch):
+    batch, of = Batch(2, 8), subject(intermediate_size=160)
+    training = Training("full", batch, warmup=way, max_grad_norm=max_norm)
+    need = forecast(of, training)
+    real = Real(on_cpu(of, training, monkeypatch), batch, None, way=way, max_norm=max_norm)
+    sizes = [p.nbytes for p in real.trained]
+    assert need.step.trained == sum(sizes)
+    assert need.step.states == real.states()
+    assert need.step.gradients == (sum if way.update == "after_backward" else max)(sizes)
+    assert need.step.activations == pytest.approx(real.kept, rel=0.01)
+    assert need.step.peak == pytest.approx(real.peak(), rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["full", "neft"])
+def test_a_step_whose_peak_is_the_update_needs_what_was_forecast(method, monkeypatch):
+    batch, of = Batch(1, 2), subject(intermediate_size=512, vocab_size=64)
+    training = Training(method, batch, {"percent": 40.0} if method == "neft" else {})
+    need = forecast(of, training).step
+    assert need.peak > need.frozen + need.trained + need.gradients + need.states
+    real = Real(on_cpu(of, training, monkeypatch), batch, None)
+    assert need.peak == pytest.approx(real.peak(), rel=0.02)
+
+
+def test_clipping_in_the_backward_pass_computes_twice():
+    way = Warmup(update="in_backward")
+    clipped, plain, after = (
+        forecast(subject(), Training("full", Batch(1, 8), warmup=way, max_grad_norm=norm)).step
+        for way, norm in ((way, 1.0), (way, float("inf")), (Warmup(), 1.0))
+    )
+    assert clipped.pass_.flops == 2 * plain.pass_.flops == 2 * after.pass_.flops
+
+
+@pytest.mark.parametrize("modules", MODULES)
+def test_a_tuned_model_is_as_large_as_forecast(modules, tmp_path, monkeypatch):
+    extra = {"candidates": {"layout": "mlp"}, "lora": {"rank": 4}}.get(modules, {})
+    of = subject(torch.bfloat16)
+    training = Training("full", Batch(1, 4), warmup=Warmup(modules, **extra))
+    scored = patterns.scorable(of.shapes)
+    tuned = MODULES[modules].finish(on_cpu(of, training, monkeypatch), scored)
+    models.save_checkpoint(tuned, tmp_path, scored, torch.bfloat16)
+    written = (tmp_path / "model.safetensors").stat().st_size
+    assert forecast(of, training).kept < written < forecast(of, training).kept + 8192
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_forecast_as_if_evenly_used(model_type, monkeypatch):
+    config = tiny_model(model_type, mlp_only_layers=[], hidden_size=16).config
+    of, batch = Subject(config, torch.float32), Batch(4, 16)
+    training = Training("neft", batch, {"percent": 9.0})
+    need = forecast(of, training)
+    torch.manual_seed(0)
+    model = on_cpu(of, training, monkeypatch)
+    with kept_for_backward(model) as kept:
+        ids = torch.randint(3, 16, (4, 16))
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        assert need.step.activations == pytest.approx(kept(), rel=0.1)
+    assert need.step.trained == 4 * 16 * need.selected
 
 
 def test_a_dev_loss_and_a_generation_count(monkeypatch):
@@ -163,7 +243,8 @@ def test_a_dev_loss_and_a_generation_count(monkeypatch):
     large = Training("embed", Batch(1, 8), dev=Batch(64, 100))
     logits = 64 * 100 * 300 * 4
     assert forecast(of, large).peak > forecast(of, small).peak + logits
-    peak, work = generation(of, small, 5, 60)
+    weights, peak, work = generation(of, small, 5, 60)
+    assert weights == 4 * of.parameters + sum(b.nbytes for b in of.model().buffers())
     cache = 2 * 2 * 5 * 60 * 64 * 4
     assert 4 * of.parameters + cache < peak < 4 * of.parameters + 4 * cache
     assert work.flops > 2 * 5 * 60 * (of.parameters - 300 * 64)
