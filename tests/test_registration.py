@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from peft import get_peft_model
 from test_tuner_peft import IDS, config, out, perturbed, tiny_llama
@@ -41,27 +40,20 @@ with torch.no_grad():
 """
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    """Each order in a process of its own, all at once; with what they should find."""
-    folder = tmp_path_factory.mktemp("adapter")
-    tiny_llama().save_pretrained(folder / "base")
+def test_importing_the_package_is_enough(tmp_path):
+    """Each order in a process of its own, all at once."""
+    tiny_llama().save_pretrained(tmp_path / "base")
     model = perturbed(get_peft_model(tiny_llama(), config()))
-    model.save_pretrained(folder)
+    model.save_pretrained(tmp_path)
     children = {}
     for name, lines in ORDERS.items():
-        text = PROGRAM.format(folder=str(folder), ids=IDS.tolist(), lines="\n".join(lines))
-        command = [sys.executable, "-c", text, str(folder / f"{name}.pt")]
+        text = PROGRAM.format(folder=str(tmp_path), ids=IDS.tolist(), lines="\n".join(lines))
+        command = [sys.executable, "-c", text, str(tmp_path / f"{name}.pt")]
         children[name] = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    return folder, out(model), children
-
-
-@pytest.mark.parametrize("name", ORDERS)
-def test_importing_the_package_is_enough(started, name):
-    folder, want, children = started
-    _, said = children[name].communicate(timeout=120)
-    assert children[name].returncode == 0, said
-    assert torch.equal(torch.load(folder / f"{name}.pt"), want)
+    said = {name: child.communicate(timeout=300)[1] for name, child in children.items()}
+    for name, child in children.items():
+        assert child.returncode == 0, f"{name}: {said[name]}"
+        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), out(model)), name
 
 
 def test_importing_the_package_imports_no_library():
