@@ -19,7 +19,7 @@ from neft_core.workspace import Workspace, init_dvc
 
 pytestmark = pytest.mark.integration
 
-STAGES = 14
+STAGES = 15
 """Stages of the fabricated workspace."""
 
 
@@ -156,7 +156,7 @@ def test_a_failure_stops_only_what_needs_it(
     told = run(ws, {**env, "FAKE_FAIL": "train full"}, status=2)
     assert told[-1] == "neft: data/x.jsonl: line 7: no target; add one"
     assert "train@full failed: data/x.jsonl: line 7: no target; add one" in told
-    assert "skipped, as they need what failed: evaluate@full, summary" in told
+    assert "skipped, as they need what failed: evaluate@full, summary, report" in told
     assert not [line for line in told if "Traceback" in line or "Error" in line]
     assert states(prefect_home) == {"Ran": STAGES - 4, "Failed": 1, "Skipped": 3}
     assert trainings(ws).keys() == {"neft seed 1", "neft seed 2"}

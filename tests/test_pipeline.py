@@ -88,7 +88,7 @@ def undisturbed(env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     subprocess.run([*git, "add", "-A"], cwd=folder, check=True)
     subprocess.run([*git, "commit", "-qm", "start"], cwd=folder, check=True)
     lines = neft(ws, env, "run")
-    assert len(ran(lines)) == 17
+    assert len(ran(lines)) == 18
     assert any(line.startswith("| en-fr | neft ") for line in lines)
     return ws
 
@@ -96,7 +96,7 @@ def undisturbed(env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
 def test_every_front_door_finds_it_up_to_date(undisturbed, env):
     ws = undisturbed
     before, runs = results(ws), mlflow_runs(ws)
-    assert "17 stages, 17 up to date" in told(ws, env, sys.executable, "-m", "flows.pipeline")
+    assert "18 stages, 18 up to date" in told(ws, env, sys.executable, "-m", "flows.pipeline")
     assert told(ws, env, "dvc", "repro")[-1] == "Data and pipelines are up to date."
     assert told(ws, env, "dvc", "status") == ["Data and pipelines are up to date."]
     assert ": 0 runs new, 0 brought up to date" in neft(ws, env, "track")[-1]
@@ -133,9 +133,11 @@ def test_killed_and_run_again_ends_in_the_same_bits(undisturbed, env, tmp_path):
 def test_what_a_change_makes_run_again(undisturbed, env):
     ws = undisturbed
     lines = neft(ws, env, "run", "--set", "runs.full.lr=2e-3")
-    assert ran(lines) == ["train@full", "evaluate@full", "summary", "report"]
+    assert ran(lines) == ["assign", "train@full", "evaluate@full", "summary", "report"]
     lines = neft(ws, env, "run", "--set", "runs.more={task: en-fr, method: {name: embed}}")
-    assert ran(lines) == ["select@more", "train@more", "evaluate@more", "summary", "report"]
+    assert ran(lines) == [
+        "assign", "select@more", "train@more", "evaluate@more", "summary", "report",
+    ]  # fmt: skip
     metrics = read_json(ws.path("summary", "metrics.json"))["en-fr"]
     assert set(metrics) == {"base", "tuned", "full", "lora", "neft", "more"}
 
