@@ -130,21 +130,31 @@ def measure(spec: Spec) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
-    parts = memory.resident(model, optimizer)
-    if inside:  # one is alive at a time
-        parts["gradients"] = max(p.nbytes for p in trained)
+    def held() -> dict[str, int]:
+        """What is there between two steps; originals that were put aside are not in memory."""
+        parts = memory.resident(model, optimizer)
+        del parts["aside"]
+        if inside:  # one is alive at a time
+            parts["gradients"] = max(p.nbytes for p in trained)
+        return parts
+
+    def peak() -> int:
+        before = held()
+        return sum(before.values()) - before["gradients"] + memory.peak_of(step, cpu)
+
+    cpu = torch.device("cpu")
+    # The first step has originals in memory still, the second has the optimiser's states.
+    highest = max(peak(), peak())
+    parts = held()
     with memory.kept_for_backward(model) as kept:
         loss = forward()
         parts["kept"] = kept()
     del loss
-    lasting = parts["parameters"] + parts["buffers"] + parts["states"]
-    peak = lasting + memory.peak_of(step, torch.device("cpu"))
     harness.reset_peak()
     step()
     return {
         "forecast": {"sum": need.step.parts, "kept": need.step.activations, "peak": need.peak},
-        "measured": {"sum": sum(parts.values()), "kept": parts["kept"], "peak": peak},
+        "measured": {"sum": sum(parts.values()), "kept": parts["kept"], "peak": highest},
         "resident": harness.peak_resident(),
         "parts": parts,
         "step": asdict(need.step),

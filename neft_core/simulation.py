@@ -157,11 +157,11 @@ def simulate_step(
         everything = {id(t): t for _, _, t in _places(model)}.values()
         trained = [p for p in model.parameters() if p.requires_grad]
         weights = _bytes(trained)
-        # A forward pass first: layers may make something then that stays.
+        # A forward pass first: layers may make something then that is there while a step begins.
         model.eval()
         with torch.no_grad():
             _loss(model, dev or Batch(1, 2), autocast, [])
-        loss_peak, frozen = tracker.peak, tracker.live - weights
+        loss_peak = tracker.peak
         model.train()
         alone = in_backward is not None
         made: Any = optimizer(per_parameter(trained) if alone else trained)
@@ -197,9 +197,11 @@ def simulate_step(
         else:
             InBackward(made, in_backward).step(backward)
             pass_ = _since(tracker, work) + update * -1
+        for parameter in trained:
+            parameter.grad = None
         return Step(
             parameters=sum(p.numel() for p in trained),
-            frozen=frozen,
+            frozen=tracker.live - weights - states,
             trained=weights,
             gradients=gradients,
             states=states,
