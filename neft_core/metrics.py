@@ -274,6 +274,16 @@ METRICS: dict[str, Callable[[str], Scorer]] = {
     "accuracy": _accuracy,
 }
 
+TITLES = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "accuracy": "accuracy",
+}
+"""Names for people, in the order of the result table."""
+
 OF_TASK = {
     "translation": ("bleu", "chrf"),
     "instruction": ("bleu", "chrf"),

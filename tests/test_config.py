@@ -77,9 +77,9 @@ def refused(tmp_path: Path, *changes: tuple[str, str], text: str = TINY_PARAMS) 
         ("threads: 1", "processes: 2, accelerate_config: a.yaml", "compute.processes: got 2 beside "
          "accelerate_config; num_processes of that file says how many"),
         (LOCAL, GENERATED.format("[en]"),
-         "tasks.en-fr.source.languages: got ['en']; at least 2 of them"),
+         "tasks.en-fr.source.languages: got ['en']; translation needs source and target"),
         (LOCAL, GENERATED.format("[en, de]"),
-         "tasks.en-fr.source.languages: got 'de'; allowed are en, fr, zh, hi"),
+         "tasks.en-fr.source.languages: got 'de'; of translation allowed are en, fr, zh, hi"),
         # what contradicts itself
         ("percent: 9", "neurons: 5, share: 0.5", "runs.neft.method.budget: got neurons and share; "
          "give exactly one of percent, neurons, share"),

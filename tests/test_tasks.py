@@ -64,7 +64,7 @@ def test_plain_turns_train_the_answers_alone():
 @pytest.mark.parametrize(
     ("form", "text"),
     [
-        ({"task": "haiku"}, "task: got 'haiku'; translation, instruction"),
+        ({"task": "haiku"}, "task: got 'haiku'; translation, summarisation, instruction, nli"),
         (
             {"task": "translation", "prompt": "{src}"},
             r"prompt: unknown placeholder \{src\}; \{source\}",

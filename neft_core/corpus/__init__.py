@@ -156,3 +156,9 @@ def generate_splits(
             )
         splits[split] = rows
     return {split: splits[split] for split in ("pretrain", "train", "dev", "test")}
+
+
+GENERATORS: dict[str, Callable[..., dict[str, list[dict[str, str]]]]] = {
+    "translation": generate_splits,
+}
+"""What makes the splits of each kind of task, called with its languages."""
