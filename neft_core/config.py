@@ -175,7 +175,7 @@ class GeneratedSource(Section):
 
 
 GENERATED: Final = {
-    "translation": ("en", "fr", "zh", "hi"),
+    "translation": ("en", "fr", "zh", "hi", "qmi", "qbs"),
     "summarisation": ("en", "fr", "zh", "hi"),
     "nli": ("en", "fr", "de"),
 }
