@@ -45,7 +45,7 @@ OWNERS = {
 """Libraries and the only modules that import them."""
 
 HEAVY = {"torch", "transformers", "mlflow", "prefect", "datasets", "accelerate", "peft", "dvc",
-         "matplotlib", "sacrebleu", "rouge_score", "numpy", "pandas", "pyarrow", "sklearn",
+         "matplotlib", "sacrebleu", "rouge_score", "nltk", "numpy", "pandas", "pyarrow", "sklearn",
          "sqlalchemy"}  # fmt: skip
 
 LONG = {

@@ -79,7 +79,8 @@ def refused(tmp_path: Path, *changes: tuple[str, str], text: str = TINY_PARAMS) 
         (LOCAL, GENERATED.format("[en]"),
          "tasks.en-fr.source.languages: got ['en']; translation needs source and target"),
         (LOCAL, GENERATED.format("[en, de]"),
-         "tasks.en-fr.source.languages: got 'de'; of translation allowed are en, fr, zh, hi, qmi, qbs"),
+         "tasks.en-fr.source.languages: got 'de'; of translation allowed are en, fr, zh, hi, qmi, "
+         "qbs"),
         # what contradicts itself
         ("percent: 9", "neurons: 5, share: 0.5", "runs.neft.method.budget: got neurons and share; "
          "give exactly one of percent, neurons, share"),

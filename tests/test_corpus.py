@@ -296,7 +296,7 @@ BY_HAND = [
     ("meaning", "expected"), [(row[0], row[1:]) for row in BY_HAND], ids=[r[1] for r in BY_HAND]
 )
 def test_sentences_written_by_hand(meaning, expected):
-    told = tuple(realise(meaning) for realise in corpus.GRAMMARS.values())
+    told = tuple(corpus.GRAMMARS[code](meaning) for code in ("en", "fr", "zh", "hi"))
     assert told == tuple(unicodedata.normalize("NFC", text) for text in expected)
 
 

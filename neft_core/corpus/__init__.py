@@ -42,7 +42,7 @@ GRAMMARS: dict[str, Callable[[Clause], str]] = {
     "qbs": constructed.besk,
 }
 # Distinct word forms in use, to within 5 %; for Chinese, characters.
-VOCABULARY = {"en": 600, "fr": 880, "zh": 460, "hi": 890}
+VOCABULARY = {"en": 600, "fr": 880, "zh": 460, "hi": 890, "qmi": 350, "qbs": 1660}
 SIMPLE = tuple(_SIMPLE)
 HELD_OUT = tuple(_HELD_OUT)
 

@@ -195,37 +195,36 @@ RULES: dict[str, Rule] = {
 }
 
 
-def draw(rng: random.Random, label: str) -> tuple[str, Clause, Clause]:
-    """One inference with a label: its rule, premise and hypothesis."""
-    name = rng.choice(sorted(RULES))
-    hypothesis, premises = RULES[name](Sampler(rng))
-    return name, premises[label], hypothesis
-
-
 def distinct(
     rng: random.Random, seen: dict[str, set[str]], patience: int
 ) -> Iterator[dict[str, dict[str, str]]]:
     """Rows by language, the three labels in turn; no text of them is in `seen`, which grows.
 
-    Ends when so many draws in a row gave nothing new.
+    A draw counts where the hypothesis and all three premises are new, also those that aren't used:
+    so which hypotheses are left doesn't depend on the label either. Ends when so many draws in a
+    row gave nothing new.
     """
+    s, names = Sampler(rng), sorted(RULES)
     while True:
         for label in LABELS:
             for _ in range(patience):
-                rule, premise, hypothesis = draw(rng, label)
+                rule = s.pick(names)
+                hypothesis, premises = RULES[rule](s)
                 texts = {
-                    code: (realise(premise), realise(hypothesis))
+                    code: {name: realise(clause) for name, clause in premises.items()}
+                    | {"hypothesis": realise(hypothesis)}
                     for code, realise in GRAMMARS.items()
                 }
-                if not any(seen[code] & set(pair) for code, pair in texts.items()):
+                if all(seen[code].isdisjoint(told.values()) for code, told in texts.items()):
                     break
             else:
                 return
-            for code, pair in texts.items():
-                seen[code].update(pair)
+            row = {"label": label, "rule": rule}
+            for code, told in texts.items():
+                seen[code] |= {told[label], told["hypothesis"]}
             yield {
-                code: {"premise": one, "hypothesis": two, "label": label, "rule": rule}
-                for code, (one, two) in texts.items()
+                code: {"premise": told[label], "hypothesis": told["hypothesis"], **row}
+                for code, told in texts.items()
             }
 
 
