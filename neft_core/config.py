@@ -205,7 +205,7 @@ class Rows(Section):
     """Our column to theirs (`source`, `target`, `references`; `messages`; `premise`, `hypothesis`,
     `label`); a dot reaches into nested columns, a number counts the columns of a file without
     header."""
-    labels: dict[Literal["entailment", "neutral", "contradiction"], str | int] | None = None
+    labels: dict[str, str | int] | None = None
     """Of nli: what stands for each label; null: its name, or 0, 1, 2 as in SNLI, MNLI and XNLI."""
     train: int | None = Field(default=None, ge=1)
     """At most so many training rows (a seeded sample; a larger one contains a smaller one)."""
@@ -318,7 +318,7 @@ class Nli(Section):
     prompt: str = "Premise: {premise}\nHypothesis: {hypothesis}\nLabel:"
     """Text before the label, with `{premise}`, `{hypothesis}`, and where wanted `{language}` and
     `{labels}`; or `chat`: the model's chat template."""
-    labels: dict[Literal["entailment", "neutral", "contradiction"], str] | None = None
+    labels: dict[str, str] | None = None
     """What the model says for each label; null: the words of the language in neft_core/tasks.py."""
     max_tokens: int = Field(ge=8)
     """Longest training text in tokens; longer rows are dropped and counted."""

@@ -136,10 +136,7 @@ def form(params: Params, task: str) -> Any:
             return Form(section.task, section.prompt, languages=languages)
         if isinstance(section, config.Nli):
             languages = (section.language, section.language)
-            labels = (
-                None if section.labels is None else {str(k): v for k, v in section.labels.items()}
-            )
-            return Form("nli", section.prompt, languages=languages, labels=labels)
+            return Form("nli", section.prompt, languages=languages, labels=section.labels)
         return Form("instruction", PLAIN_TURN if section.prompt == "plain" else section.prompt)
     except NeftError as fault:
         raise NeftError(f"{Params.FILE}: tasks.{task}.format.{fault}") from None
