@@ -58,14 +58,12 @@ def checked_row(
     else:
         given = dict(fields)
         if isinstance(given.get("target"), list) and given["target"]:
-            if len(given["target"]) > 1 and "references" not in given:
-                given["references"] = given["target"]
+            if len(given["target"]) > 1:
+                given.setdefault("references", given["target"])
             given["target"] = given["target"][0]
-        if isinstance(given.get("source"), list) and given["source"]:
-            sentences = [
-                _text(one, called.get("source", "source"), where) for one in given["source"]
-            ]
-            given["source"] = " ".join(sentences)
+        parts = given.get("source")
+        if isinstance(parts, list) and all(isinstance(one, str) for one in parts):
+            given["source"] = " ".join(one.strip() for one in parts if one.strip())
         row = {name: _text(given.get(name), called.get(name, name), where) for name in FIELDS[form]}
         fields = given
     if form == "nli" and row["label"] not in LABELS:

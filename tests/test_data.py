@@ -415,16 +415,17 @@ def test_an_empty_summary_is_refused_by_the_name_of_its_column(tmp_path):
 def test_sentences_are_joined_and_several_summaries_are_references(tmp_path):
     path = write(
         tmp_path / "x.jsonl",
-        '{"source": ["One.", "Two."], "target": ["first", "second"]}\n'
+        '{"source": ["One.", " ", "Two. "], "target": ["first", "second"]}\n'
         '{"source": ["Three."], "target": ["only"]}\n',
     )
     assert read_local(path, task="summarisation") == [
         {"source": "One. Two.", "target": "first", "references": ["first", "second"]},
         {"source": "Three.", "target": "only"},
     ]
-    path = write(tmp_path / "y.jsonl", '{"source": ["One.", ""], "target": ["a"]}\n')
-    with pytest.raises(NeftError, match=r"y\.jsonl:1: 'source' is empty"):
-        read_local(path, task="summarisation")
+    for source, found in (('["", " "]', "empty"), ('["One.", 2]', "of type list")):
+        path = write(tmp_path / "y.jsonl", f'{{"source": {source}, "target": ["a"]}}\n')
+        with pytest.raises(NeftError, match=rf"y\.jsonl:1: 'source' is {found}"):
+            read_local(path, task="summarisation")
 
 
 def test_rows_of_another_kind_are_refused_by_what_is_needed(tmp_path):
