@@ -432,7 +432,7 @@ def test_rows_of_another_kind_are_refused_by_what_is_needed(tmp_path):
     path = write(tmp_path / "x.jsonl", '{"source": "a", "target": "b"}\n')
     with pytest.raises(NeftError, match=r"x\.jsonl:1: no column 'premise'; there are 'source'"):
         read_local(path, task="nli")
-    with pytest.raises(NeftError, match="columns has .*; 'premise' and 'hypothesis' and 'label'"):
+    with pytest.raises(NeftError, match=r"columns has .*; 'premise' and 'hypothesis' and 'label'"):
         read_local(path, {"source": "source", "target": "target"}, task="nli")
 
 

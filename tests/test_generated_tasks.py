@@ -8,7 +8,7 @@ import pytest
 from test_corpus import ADJECTIVE, PLACE, RELATION, TIME, act, n, name, the
 
 from neft_core import corpus
-from neft_core.corpus import constructed, grammar_de, inferences, summaries
+from neft_core.corpus import constructed, grammar_de, grammar_en, inferences, summaries
 from neft_core.corpus.meaning import Clause, Phrase, lexicon
 from neft_core.corpus.sampler import Sampler
 from neft_core.errors import NeftError
@@ -123,7 +123,7 @@ def test_no_text_of_inferences_occurs_twice(inferred):
     assert len(set(texts)) == len(texts) == 2 * 3990 + 100
 
 
-NUMBER = {w: i for i, w in enumerate("two three four five six seven eight nine ten".split(), 2)}
+NUMBER = {word: number for number, word in enumerate(grammar_en.NUMBERS, 2)}
 
 
 def test_labels_of_quantities_are_those_of_arithmetic(inferred):
