@@ -11,7 +11,9 @@ from dataclasses import replace
 from functools import cache
 from typing import TypeVar
 
-from neft_core.corpus import grammar_de, grammar_en, grammar_fr
+import neft_core.corpus.grammar_de as grammar_de
+import neft_core.corpus.grammar_en as grammar_en
+import neft_core.corpus.grammar_fr as grammar_fr
 from neft_core.corpus.meaning import Adjective, Clause, Noun, Phrase, Relation, Verb, lexicon
 from neft_core.corpus.sampler import STAYS_SINGLE, Sampler, adjectives, nouns, places, verbs
 

@@ -10,7 +10,10 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 
-from neft_core.corpus import grammar_en, grammar_fr, grammar_hi, grammar_zh
+import neft_core.corpus.grammar_en as grammar_en
+import neft_core.corpus.grammar_fr as grammar_fr
+import neft_core.corpus.grammar_hi as grammar_hi
+import neft_core.corpus.grammar_zh as grammar_zh
 from neft_core.corpus.constructions import EPICENE_JOBS
 from neft_core.corpus.meaning import Clause, Name, Noun, Phrase, Pronoun, lexicon
 from neft_core.corpus.sampler import Sampler, nouns
