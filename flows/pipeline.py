@@ -34,6 +34,7 @@ RETRY_DELAYS = [2.0, 10.0]
 
 ON_DEVICE = {
     "base", "warmup", "warmups", "scores", "activations", "train", "baseline", "evaluate",
+    "transfer",
 }  # fmt: skip
 """Families that compute on the device."""
 

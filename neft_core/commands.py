@@ -28,6 +28,7 @@ ITEMS = {
     "select": "runs",
     "train": "runs",
     "evaluate": "runs",
+    "transfer": "transfers",
 }
 """Section of params that a stage's items come from; the other stages take none."""
 

@@ -20,6 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from neft_core.errors import NeftError
 from neft_core.patterns import Patterns
+from neft_core.rows import FIELDS, LABELS
 
 NO_FILE: Final = "data/none"
 """An empty file in every workspace: DVC needs a path to watch, and some sources have none."""
@@ -146,37 +147,47 @@ class GeneratedSource(Section):
     """Where the rows come from."""
     path: Literal["data/none"] = NO_FILE
     """No local file."""
-    languages: list[str] = Field(min_length=2, max_length=2)
-    """Source and target: two of en, fr, zh, hi."""
+    languages: list[str] = Field(min_length=1, max_length=2)
+    """Source and target, of `GENERATED` in neft_core/config.py; of nli its one language."""
     pretrain: int = Field(default=0, ge=0)
-    """Rows of simple constructions for the built model."""
-    train: int = Field(ge=1)
-    """Rows to train on, of constructions that `pretrain` never shows."""
-    dev: int = Field(ge=1)
+    """Rows of simple sentences for the built model."""
+    train: int = Field(ge=0)
+    """Rows to train on (of translation: of constructions that `pretrain` never shows); 0 with
+    `dev: 0`: the task is only tested on."""
+    dev: int = Field(ge=0)
     """Rows whose loss chooses the best checkpoint."""
     test: int = Field(ge=1)
     """Rows that are generated and scored."""
     constructions: list[str] | None = Field(default=None, min_length=1)
-    """Constructions of train, dev and test (`HELD_OUT` in neft_core/corpus); null: all."""
+    """Of translation: constructions of train, dev and test (`HELD_OUT` in neft_core/corpus); null:
+    all."""
     seed: int = Field(default=1, ge=0)
     """Seed of the meanings; the same for every language pair, so that pairs are parallel."""
 
-    @field_validator("languages")
-    @classmethod
-    def _two_known(cls, value: list[str]) -> list[str]:
-        for code in value:
-            if code not in ("en", "fr", "zh", "hi"):
-                raise _refuse(f"got '{code}'; allowed are en, fr, zh, hi")
-        if value[0] == value[1]:
-            raise _refuse(f"got '{value[0]}' twice; source and target must differ")
-        return value
+    @model_validator(mode="after")
+    def _trains_and_chooses(self) -> "GeneratedSource":
+        if bool(self.train) != bool(self.dev):
+            raise _refuse(
+                f"dev: got {self.dev} with train {self.train}; at least 1 of each, or both 0 for a "
+                "task that is only tested on"
+            )
+        return self
+
+
+GENERATED: Final = {
+    "translation": ("en", "fr", "zh", "hi", "qmi", "qbs"),
+    "summarisation": ("en", "fr", "zh", "hi"),
+    "nli": ("en", "fr", "de"),
+}
+"""Languages of the generated corpora, by kind of task."""
 
 
 class Splits(Section):
     """Names of the parts of a source: files in its folder, or splits of a Hub data set."""
 
-    train: str
-    """Rows to train on; when alone, dev and test are split off it by seed."""
+    train: str | None = None
+    """Rows to train on; when alone, dev and test are split off it by seed. Without it, and with
+    test, the task is only tested on."""
     dev: str | None = None
     """Rows whose loss chooses the best checkpoint."""
     test: str | None = None
@@ -191,8 +202,11 @@ class Rows(Section):
     splits: Splits
     """File names or split names."""
     columns: dict[str, str | int] = Field(default_factory=dict)
-    """Our column to theirs (`source`, `target`, `references`, `messages`); a dot reaches into
-    nested columns, a number counts the columns of a file without header."""
+    """Our column to theirs (`source`, `target`, `references`; `messages`; `premise`, `hypothesis`,
+    `label`); a dot reaches into nested columns, a number counts the columns of a file without
+    header."""
+    labels: dict[str, str | int] | None = None
+    """Of nli: what stands for each label; null: its name, or 0, 1, 2 as in SNLI, MNLI and XNLI."""
     train: int | None = Field(default=None, ge=1)
     """At most so many training rows (a seeded sample; a larger one contains a smaller one)."""
     dev: int | None = Field(default=None, ge=1)
@@ -206,6 +220,13 @@ class Rows(Section):
 
     @model_validator(mode="after")
     def _sizes_of_missing_splits(self) -> "Rows":
+        if self.splits.train is None:
+            if self.splits.test is None or self.splits.dev or self.dev or self.train:
+                raise _refuse(
+                    "splits.train: missing; give it, or splits.test alone for a task that is only "
+                    "tested on"
+                )
+            return self
         for name in ("dev", "test"):
             if getattr(self.splits, name) is None and getattr(self, name) is None:
                 raise _refuse(f"{name}: missing; give splits.{name}, or how many rows to split off")
@@ -256,6 +277,58 @@ class Translation(Section):
     """Longest training text in tokens; longer rows are dropped and counted."""
 
 
+class Summarisation(Section):
+    """How a text and its summary become a training text."""
+
+    task: Literal["summarisation"]
+    """Kind of task."""
+    source_language: str = Field(min_length=2)
+    """English name of the text's language."""
+    target_language: str = Field(min_length=2)
+    """English name of the summary's language; the same, or another."""
+    prompt: str = "Summarize the following text in {target_language}.\n{source}\n"
+    """Text before the summary, with `{source}`; or `chat`: the model's chat template."""
+    max_input: int = Field(ge=8)
+    """Longest text in tokens, the prompt around it not counted; in every split."""
+    long_inputs: Literal["truncate", "drop"] = "truncate"
+    """A longer one is cut at its end, or its row is dropped (the paper's), and counted."""
+    max_tokens: int = Field(ge=8)
+    """Longest training text in tokens, summary included; longer rows are dropped and counted."""
+
+    @model_validator(mode="after")
+    def _room_for_a_summary(self) -> "Summarisation":
+        if self.max_input >= self.max_tokens:
+            raise _refuse(
+                f"max_input: got {self.max_input}; less than max_tokens, {self.max_tokens}"
+            )
+        return self
+
+
+class Nli(Section):
+    """How a premise, a hypothesis and a label become a training text.
+
+    At the end the label is chosen whose text is most likely as the whole answer: the sum of the log
+    likelihoods of its tokens and of the token that ends it.
+    """
+
+    task: Literal["nli"]
+    """Kind of task."""
+    language: str = Field(min_length=2)
+    """English name of the language."""
+    prompt: str = "Premise: {premise}\nHypothesis: {hypothesis}\nLabel:"
+    """Text before the label, with `{premise}`, `{hypothesis}`, and where wanted `{language}` and
+    `{labels}`; or `chat`: the model's chat template."""
+    labels: dict[str, str] | None = None
+    """What the model says for each label; null: the words of the language in neft_core/tasks.py."""
+    max_tokens: int = Field(ge=8)
+    """Longest training text in tokens; longer rows are dropped and counted."""
+
+    @property
+    def target_language(self) -> str:
+        """The language of the answers."""
+        return self.language
+
+
 class Instruction(Section):
     """How a conversation becomes a training text; the assistant's turns are trained."""
 
@@ -274,15 +347,59 @@ class Task(Section):
 
     source: Source
     """Where the rows come from (stage `corpus`)."""
-    format: Annotated[Translation | Instruction, Field(discriminator="task")]
+    format: Annotated[Translation | Summarisation | Nli | Instruction, Field(discriminator="task")]
     """How rows become token sequences (stage `prepare`)."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether it has rows to train on."""
+        source = self.source
+        return source.splits.train is not None if isinstance(source, Rows) else source.train > 0
+
     @model_validator(mode="after")
-    def _generated_translates(self) -> "Task":
-        if isinstance(self.source, GeneratedSource) and self.format.task != "translation":
+    def _generated_in_known_languages(self) -> "Task":
+        source, kind = self.source, self.format.task
+        if not isinstance(source, GeneratedSource):
+            return self
+        if kind not in GENERATED:
             raise _refuse(
-                "source: kind 'generated' makes sentence pairs; format.task must be translation"
+                f"source: kind 'generated' makes rows of {', '.join(GENERATED)}; format.task is "
+                f"{kind}"
             )
+        for code in source.languages:
+            if code not in GENERATED[kind]:
+                raise _refuse(
+                    f"source.languages: got '{code}'; of {kind} allowed are "
+                    f"{', '.join(GENERATED[kind])}"
+                )
+        if len(source.languages) != (1 if kind == "nli" else 2):
+            needed = "one" if kind == "nli" else "source and target"
+            raise _refuse(f"source.languages: got {source.languages}; {kind} needs {needed}")
+        if len(set(source.languages)) < len(source.languages):
+            raise _refuse(
+                f"source.languages: got '{source.languages[0]}' twice; source and target must "
+                "differ"
+            )
+        if source.constructions and kind != "translation":
+            raise _refuse(f"source.constructions: given with {kind}; they are for translation")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_of_its_kind(self) -> "Task":
+        source, kind = self.source, self.format.task
+        if isinstance(source, Rows):
+            needed = set(FIELDS[kind])
+            found = set(source.columns)
+            if found and not needed <= found <= needed | {"references"}:
+                raise _refuse(
+                    f"source.columns: got {', '.join(sorted(found))}; {kind} needs "
+                    f"{', '.join(FIELDS[kind])}"
+                )
+            if source.labels is not None and (kind != "nli" or set(source.labels) != set(LABELS)):
+                raise _refuse(
+                    f"source.labels: got {', '.join(source.labels)}; of nli all of "
+                    f"{', '.join(LABELS)}"
+                )
         return self
 
 
@@ -688,6 +805,15 @@ class Run(Section):
         return value
 
 
+class Transfer(Section):
+    """A run tested on another task than it was trained on; adding one evaluates, and no more."""
+
+    run: str
+    """A key of `runs`."""
+    task: str
+    """A key of `tasks`, not the run's own."""
+
+
 class Evaluation(Section):
     """Generation and scoring of the test split."""
 
@@ -731,6 +857,8 @@ class Params(Section):
     """Defaults of every run."""
     runs: dict[str, Run] = Field(min_length=1)
     """What to train and compare, by name."""
+    transfers: dict[str, Transfer] = {}
+    """Which runs to test on which other tasks too, by name."""
     evaluation: Evaluation
     """Generation and scoring."""
     tracking: Tracking = Tracking()
@@ -738,7 +866,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
-        for section in ("tasks", "runs", "warmups", "scores", "activations"):
+        for section in ("tasks", "runs", "warmups", "scores", "activations", "transfers"):
             for name in getattr(self, section):
                 if not NAME.fullmatch(name):
                     raise _refuse(
@@ -746,6 +874,8 @@ class Params(Section):
                         "names are lower-case letters, digits, '_', '-'"
                     )
         self._names_known()
+        self._trained_on_tasks_that_train()
+        self._transfers_go_elsewhere()
         self._autocast_where_types_differ()
         self._warmup_fits()
         if isinstance(self.model, BuiltModel):
@@ -812,6 +942,42 @@ class Params(Section):
         more = self.warmups[name]
         changes = more.model_dump(exclude_none=True, exclude={"task"})
         return more.task, self.warmup.model_copy(update=changes)
+
+    def _trained_on_tasks_that_train(self) -> None:
+        """A task without training rows is tested on, and nothing else."""
+        named = [
+            (f"{section}.{name}.task", entry.task)
+            for section in ("runs", "warmups", "scores", "activations")
+            for name, entry in getattr(self, section).items()
+        ]
+        named += [(f"activations.{name}.warmup", a.warmup) for name, a in self.activations.items()]
+        for name, run in self.runs.items():
+            for where, part in run.selections(f"runs.{name}.method"):
+                named += [(f"{where}.scores", scores) for scores in part.read(run.task)]
+        for where, task in named:
+            if task in self.tasks and not self.tasks[task].trains:
+                raise _refuse(
+                    f"{where}: got '{task}', which has no rows to train on; another, or give it "
+                    "some"
+                )
+
+    def _transfers_go_elsewhere(self) -> None:
+        pairs: dict[tuple[str, str], str] = {}
+        for name, entry in self.transfers.items():
+            for key, known in (("run", self.runs), ("task", self.tasks)):
+                got = getattr(entry, key)
+                if got not in known:
+                    near = difflib.get_close_matches(got, known, n=1)
+                    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+                    raise _refuse(f"transfers.{name}.{key}: got '{got}'; {hint}")
+            if entry.task == self.runs[entry.run].task:
+                raise _refuse(
+                    f"transfers.{name}.task: got '{entry.task}', on which run {entry.run} is "
+                    "tested anyway; another"
+                )
+            first = pairs.setdefault((entry.run, entry.task), name)
+            if first != name:
+                raise _refuse(f"transfers.{name}: the same as transfers.{first}; give it once")
 
     def _warmup_fits(self) -> None:
         """What the warm-up trains is scored; an update in the backward has no loss to unscale."""

@@ -11,14 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from neft_core.errors import NeftError
-from neft_core.rows import Row, check_file, checked_row, json_records, text_lines
+from neft_core.rows import (
+    FIELDS,
+    LABELS,
+    Row,
+    check_file,
+    checked_row,
+    form_of,
+    json_records,
+    text_lines,
+)
 
 Columns = Mapping[str, str | int]
 Records = Iterator[tuple[str, Mapping[Any, Any]]]  # where it stands, and its columns
 
 
 def read_local(
-    path: str | Path, columns: Columns | None = None, limit: int | None = None
+    path: str | Path,
+    columns: Columns | None = None,
+    limit: int | None = None,
+    task: str | None = None,
+    labels: Mapping[str, str | int] | None = None,
 ) -> list[Row]:
     """Read rows from a file whose suffix names its format.
 
@@ -32,6 +45,9 @@ def read_local(
             from 0 for files without a header. None takes the names of the row forms as they are.
             Other columns are ignored.
         limit: stop after this many rows; None reads all.
+        task: the form of the rows, a key of `rows.FIELDS`; None: what the columns say.
+        labels: the three labels of nli to what stands for them; None: their names, or 0, 1, 2 as in
+            SNLI, MNLI and XNLI.
 
     Raises:
         NeftError: naming file and line, for anything that is not such a row.
@@ -41,12 +57,12 @@ def read_local(
     if reader is None:
         known = ", ".join(_READERS)
         raise NeftError(f"{path}: unknown suffix '{path.suffix}'; one of {known} is read")
-    _check_columns(columns, str(path))
+    _check_columns(columns, str(path), task)
     headerless = columns is not None and any(isinstance(c, int) for c in columns.values())
     if headerless and reader not in (_csv_rows, _tsv_rows):
         raise NeftError(f"{path}: columns are numbers; numbers are for .csv, .tsv and .txt files")
     records = reader(path, headerless)
-    return _rows(records, columns, limit, str(path))
+    return _rows(records, columns, limit, str(path), task, labels)
 
 
 def read_hub(
@@ -57,6 +73,8 @@ def read_hub(
     split: str,
     columns: Columns | None = None,
     limit: int | None = None,
+    task: str | None = None,
+    labels: Mapping[str, str | int] | None = None,
 ) -> list[Row]:
     """Read rows of a data set of the Hugging Face Hub, or of a local directory in its layout.
 
@@ -69,12 +87,14 @@ def read_hub(
         split: the data set's own name of the split, slices such as `train[:1000]` included.
         columns: as in `read_local`, names only.
         limit: stop after this many rows; None reads all.
+        task: as in `read_local`.
+        labels: as in `read_local`.
 
     Raises:
         NeftError: the data set, its configuration or split cannot be had, or a row is wrong.
     """
     where = f"hub data set '{name}'"
-    _check_columns(columns, where)
+    _check_columns(columns, where, task)
     local = Path(name).expanduser()
     is_directory = local.is_dir()
     if not is_directory and (local.is_absolute() or name.startswith((".", "~"))):
@@ -105,7 +125,7 @@ def read_hub(
     if wanted and wanted <= set(names):
         found = found.select_columns(sorted(wanted))
     records = ((f"{where} {split} row {i}", record) for i, record in enumerate(found))
-    return _rows(records, columns, limit, f"{where} split '{split}'")
+    return _rows(records, columns, limit, f"{where} split '{split}'", task, labels)
 
 
 def _json_rows(path: Path, _headerless: bool) -> Records:
@@ -181,22 +201,39 @@ def _rows(
     columns: Columns | None,
     limit: int | None,
     origin: str,
+    task: str | None,
+    labels: Mapping[str, str | int] | None,
 ) -> list[Row]:
+    # Text files hold numbers as text.
+    known = labels or {name: number for number, name in enumerate(LABELS)}
+    meant = {str(value): name for name, value in known.items()}
     rows = []
     for where, record in islice(records, limit):
-        named = columns or _columns_of(record)
+        named = columns or _columns_of(record, task)
         fields = {name: _value(record, column, where) for name, column in named.items()}
-        rows.append(checked_row(fields, where))
+        if "label" in fields:
+            fields["label"] = _label(fields["label"], meant, labels is None, where)
+        rows.append(checked_row(fields, where, columns))
     if not rows:
         raise NeftError(f"{origin}: no rows; at least one is needed")
     return rows
 
 
-def _columns_of(record: Mapping[Any, Any]) -> Columns:
-    if "messages" in record:
-        return {"messages": "messages"}
+def _columns_of(record: Mapping[Any, Any], task: str | None) -> Columns:
+    needed = FIELDS[task or form_of(record)]
     optional = ["references"] if isinstance(record.get("references"), list) else []
-    return {name: name for name in ["source", "target", *optional]}
+    return {name: name for name in [*needed, *(optional if "target" in needed else [])]}
+
+
+def _label(value: Any, meant: Mapping[str, str], by_default: bool, where: str) -> str:
+    """The label that a value stands for."""
+    text = str(value).strip()
+    if text in meant:
+        return meant[text]
+    if by_default and text in LABELS:
+        return text
+    allowed = ", ".join(f"{name} ({known})" for known, name in meant.items())
+    raise NeftError(f"{where}: the label is {value!r}; {allowed} are the labels")
 
 
 def _value(record: Mapping[Any, Any], column: str | int, where: str) -> Any:
@@ -226,16 +263,21 @@ def _names(record: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _check_columns(columns: Columns | None, where: str) -> None:
+def _check_columns(columns: Columns | None, where: str, task: str | None) -> None:
     if columns is None:
         return
     names = set(columns)
-    translation = {"source", "target"} <= names <= {"source", "target", "references"}
-    if not (translation or names == {"messages"}):
-        raise NeftError(
-            f"{where}: columns has {sorted(names)}; 'source' and 'target' (and 'references'), or "
-            "'messages'"
+    forms = [FIELDS[task]] if task else list(FIELDS.values())
+    fitting = [form for form in forms if names - {"references"} == set(form)]
+    if not fitting or ("references" in names and "target" not in names):
+        needed = ", or ".join(
+            dict.fromkeys(
+                " and ".join(f"'{name}'" for name in form)
+                + (" (and 'references')" if "target" in form else "")
+                for form in forms
+            )
         )
+        raise NeftError(f"{where}: columns has {sorted(names)}; {needed}")
     if len({isinstance(c, int) for c in columns.values()}) > 1:
         raise NeftError(f"{where}: columns mixes numbers and names; use one kind")
 

@@ -159,13 +159,16 @@ def _adapter(store: Store, run_id: str, folder: Path) -> dict[str, str]:
 
 
 def _score(store: Store, run_id: str, item: Mapping[str, Any], key: str) -> None:
-    """Deliver the scores of the test split, with the hypotheses."""
-    numbers, texts = records.evaluation(store.workspace, item["run"], item["seed"])
-    store.log(run_id, [records.Point(name, 0, value) for name, value in numbers.items()])
-    hypotheses = store.workspace.path("evaluation", item["run"], f"seed-{item['seed']}.jsonl")
-    if hypotheses.exists():
-        store.client.log_artifact(run_id, str(hypotheses), "hypotheses")
-    tags = {f"neft.{name}": text for name, text in texts.items()}
+    """Deliver the scores of the test splits, with the hypotheses."""
+    tags: dict[str, str] = {}
+    for place in item["tests"]:
+        numbers, texts = records.evaluation(store.workspace, place, item["seed"])
+        store.log(run_id, [records.Point(name, 0, value) for name, value in numbers.items()])
+        hypotheses = store.workspace.path("evaluation", place, f"seed-{item['seed']}.jsonl")
+        if hypotheses.exists():
+            folder = "/".join(filter(None, ("hypotheses", place.partition(".")[2])))
+            store.client.log_artifact(run_id, str(hypotheses), folder)
+        tags |= {f"neft.{name}": text for name, text in texts.items()}
     store.log(run_id, tags={**tags, SCORES: key})
 
 

@@ -115,6 +115,58 @@ def encode_split(
     return arrays, stats
 
 
+def limit_sources(
+    rows: Sequence[Row], tokenizer: Any, *, max_tokens: int, drop: bool, where: str
+) -> tuple[list[Row], dict[str, int]]:
+    """Hold the sources of rows to a length, the text around them in the prompt not counted.
+
+    Args:
+        rows: rows with a source.
+        tokenizer: of transformers, a fast one.
+        max_tokens: the longest source, in tokens.
+        drop: leave longer rows out; else keep as much of their beginning as fits.
+        where: the split's name or file, for messages.
+
+    Returns:
+        The rows, and how many sources were too long, as `dropped` or `truncated`.
+
+    Raises:
+        NeftError: no row is left, or the tokenizer can't tell where its tokens stand.
+    """
+    kept: list[Row] = []
+    lengths = [len(ids) for ids in _tokenised([row["source"] for row in rows], tokenizer, False)]
+    for row, length in zip(rows, lengths, strict=True):
+        if length <= max_tokens:
+            kept.append(row)
+        elif not drop:
+            kept.append(row | {"source": _beginning(row["source"], tokenizer, max_tokens)})
+    if not kept:
+        raise NeftError(
+            f"{where}: none of {len(rows)} sources has at most max_input {max_tokens} tokens "
+            f"(shortest: {min(lengths)}); raise max_input, or set long_inputs: truncate"
+        )
+    too_long = sum(length > max_tokens for length in lengths)
+    return kept, {"dropped" if drop else "truncated": too_long}
+
+
+def _beginning(text: str, tokenizer: Any, max_tokens: int) -> str:
+    """As many whole characters of a text as make at most so many tokens."""
+    if not tokenizer.is_fast:
+        raise NeftError(
+            "tokenizer: it can't tell where its tokens stand in a text; set long_inputs: drop"
+        )
+    count = max_tokens
+    while True:
+        found = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        if len(found["input_ids"]) <= max_tokens:
+            return text.rstrip()
+        # Where the first token left out begins; a cut word may make more tokens than the whole.
+        text = text[: found["offset_mapping"][count][0]]
+        count -= 1
+
+
 def save_encoded(path: str | Path, arrays: Arrays, metadata: Mapping[str, Any]) -> None:
     """Write what `encode_split` made, the same bytes for the same content; whole or not at all.
 

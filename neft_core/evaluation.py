@@ -1,13 +1,20 @@
-"""Hypotheses of a model for a split, by batched greedy generation."""
+"""Answers of a model for a split: batched greedy generation, or the likeliest of given answers.
 
-from collections.abc import Sequence
+Shapes: B = rows of a batch, L = their longest, K = positions whose logits are kept, V = vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from neft_core import ranks
+from neft_core.encoding import Arrays
 from neft_core.errors import NeftError
 from neft_core.progress import Progress
+from neft_core.steps import collate
 
 
 @torch.no_grad()
@@ -52,21 +59,79 @@ def generate(
     model.eval()
     # The model's own generation_config may penalise or forbid tokens; this is plain greedy.
     model.generation_config = type(model.generation_config)()
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+
+    def said(chosen: Sequence[int]) -> list[str]:
+        return _continue(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens)
+
+    return _shared([len(prompt) for prompt in prompts], batch_size, said, label)
+
+
+def _shared(
+    lengths: Sequence[int],
+    batch_size: int,
+    answer: Callable[[Sequence[int]], Sequence[Any]],
+    label: str,
+) -> list[Any]:
+    """Answers for every row, in batches of rows of similar length that all processes share."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    texts: dict[int, str] = {}
-    with Progress(label, len(prompts), "sentence") as progress:
+    found: dict[int, Any] = {}
+    with Progress(label, len(lengths), "sentence") as progress:
         for first in range(0, len(batches), ranks.world()):
             # Each process takes a whole batch: another padding could change a text.
             dealt = batches[first : first + ranks.world()]
             if ranks.rank() < len(dealt):
                 chosen = dealt[ranks.rank()]
-                said = _continue(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens)
-                texts |= zip(chosen, said, strict=True)
+                found |= zip(chosen, answer(chosen), strict=True)
             progress.advance(sum(map(len, dealt)))
-    for others in ranks.gather(texts):
-        texts |= others
-    return [texts[i] for i in range(len(prompts))]
+    for others in ranks.gather(found):
+        found |= others
+    return [found[i] for i in range(len(lengths))]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: Any, arrays: Arrays, *, pad: int, batch_size: int, label: str
+) -> npt.NDArray[np.float64]:
+    """How likely each row's trained tokens are after its prompt.
+
+    The sum over the tokens of the answer and of the one that ends it: the logarithm of the
+    probability that the model gives just this answer. Nothing is divided by the number of tokens.
+    That would favour long answers whose later tokens follow from the first; and since the end
+    counts, an answer that begins another has no advantage.
+
+    Args:
+        model: a causal language model, on its device.
+        arrays: rows as `encode_split` returns them.
+        pad: the token that fills up short rows.
+        batch_size: rows at once.
+        label: for progress.
+
+    Returns:
+        Natural logarithms, float64, one for each row.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    lengths = np.diff(arrays["offsets"])
+
+    def answer(chosen: Sequence[int]) -> list[float]:
+        batch = collate(arrays, np.array(chosen), pad)
+        # Logits of prompts aren't needed, and of a large vocabulary they are most of the memory.
+        first = int(min(arrays["prompts"][row] for row in chosen)) - 1
+        targets = batch["labels"][:, first + 1 :].to(device)  # [B, K]
+        kept = torch.arange(first, batch["labels"].shape[1] - 1, device=device)
+        logits = model(
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+            logits_to_keep=kept,
+        ).logits  # [B, K, V]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), targets, reduction="none"
+        )
+        return [-float(of_row) for of_row in losses.double().sum(1)]
+
+    return np.array(_shared(lengths.tolist(), batch_size, answer, label), np.float64)
 
 
 def _continue(
@@ -95,5 +160,5 @@ def _continue(
 
 
 def first_line(text: str) -> str:
-    """A translation is one line: what a model that doesn't stop adds below it isn't scored."""
+    """A translation or summary is one line: what a model that doesn't stop adds isn't scored."""
     return text.split("\n", 1)[0].strip()

@@ -42,6 +42,8 @@ def check(ws: Workspace, stages: Iterable[tuple[str, str]], *, before: bool = Fa
         raise
     lines: list[str] = []
     for stage, item in stages:
+        if stage == "warmup" and not planner.params.tasks[item].trains:
+            continue
         try:
             lines += refusals(planner, stage, item)
         except NeftError:

@@ -20,7 +20,7 @@ from neft_core.config import Compute
 from neft_core.errors import NeftError
 from neft_core.workspace import Workspace
 
-STAGES = ("warmup", "warmups", "train", "baseline", "evaluate")
+STAGES = ("warmup", "warmups", "train", "baseline", "evaluate", "transfer")
 """Stages that may run in several processes."""
 
 FAULTS = "NEFT_FAULTS"

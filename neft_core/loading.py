@@ -131,9 +131,12 @@ def form(params: Params, task: str) -> Any:
 
     section = params.tasks[task].format
     try:
-        if isinstance(section, config.Translation):
+        if isinstance(section, config.Translation | config.Summarisation):
             languages = (section.source_language, section.target_language)
-            return Form("translation", section.prompt, languages=languages)
+            return Form(section.task, section.prompt, languages=languages)
+        if isinstance(section, config.Nli):
+            languages = (section.language, section.language)
+            return Form("nli", section.prompt, languages=languages, labels=section.labels)
         return Form("instruction", PLAIN_TURN if section.prompt == "plain" else section.prompt)
     except NeftError as fault:
         raise NeftError(f"{Params.FILE}: tasks.{task}.format.{fault}") from None

@@ -1,8 +1,15 @@
-"""Scores of generated text, each with the signature that names all that made it (sacrebleu)."""
+"""Scores of generated text, each with the signature that names all that made it.
+
+BLEU and chrF by sacrebleu, ROUGE by rouge-score with words of our own (its tokenizer drops every
+character that isn't ASCII), accuracy of labels.
+
+Shapes: N = rows, S = numbers that a metric keeps of a row.
+"""
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,29 +18,50 @@ from neft_core.errors import NeftError
 
 _CHINESE = {"chinese", "mandarin", "zh", "zho", "cmn"}
 
+Statistics = npt.NDArray[np.float64]
+
+
+class Scorer(Protocol):
+    """A metric for texts of one language."""
+
+    def statistics(
+        self, hypotheses: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> Statistics:
+        """Numbers of each row, of which the score is made, [N, S]."""
+
+    def score(self, statistics: Statistics) -> float:
+        """The score of some rows, 0 to 100."""
+
+    def signature(self, **more: object) -> str:
+        """What made the score, after `statistics`; with more in it for a resampled one."""
+
 
 def score_text(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]], language: str
+    hypotheses: Sequence[str],
+    references: Sequence[Sequence[str]],
+    language: str,
+    task: str = "translation",
 ) -> dict[str, float | str]:
-    """Score hypotheses by every metric of `METRICS`.
+    """Score hypotheses by every metric of a kind of task.
 
     Args:
         hypotheses: generated texts; an empty one counts as such.
         references: for each hypothesis its gold texts, at least one, not always as many.
         language: name or code of the language they are in; it decides how BLEU makes words.
+        task: a key of `OF_TASK`.
 
     Returns:
-        For each metric its corpus score (0 to 100) under its name, and `<name>_signature`.
+        For each metric its score (0 to 100) under its name, and `<name>_signature`.
 
     Raises:
         NeftError: no hypotheses, another number of references, or none for a hypothesis.
     """
-    streams = _streams(hypotheses, references)
+    _check(hypotheses, references)
     scores: dict[str, float | str] = {}
-    for name, make in METRICS.items():
-        metric = make(language)
-        scores[name] = float(metric.corpus_score(list(hypotheses), streams).score)
-        scores[f"{name}_signature"] = str(metric.get_signature())
+    for name in OF_TASK[task]:
+        scorer = METRICS[name](language)
+        scores[name] = scorer.score(scorer.statistics(hypotheses, references))
+        scores[f"{name}_signature"] = scorer.signature()
     return scores
 
 
@@ -74,23 +102,22 @@ def paired_bootstrap(
         raise NeftError(f"metric: got '{metric}'; {', '.join(METRICS)}")
     if samples < 1:
         raise NeftError(f"samples: got {samples}; at least 1")
+    _check(hypotheses, references)
+    _check(baseline, references)
     scorer = METRICS[metric](language)
-    system_stats = _statistics(scorer, hypotheses, references)
-    baseline_stats = _statistics(scorer, baseline, references)
-    score, base = (_score(scorer, stats) for stats in (system_stats, baseline_stats))
+    system_stats = scorer.statistics(hypotheses, references)
+    baseline_stats = scorer.statistics(baseline, references)
+    score, base = scorer.score(system_stats), scorer.score(baseline_stats)
 
     draws = np.random.default_rng(seed).choice(len(hypotheses), (samples, len(hypotheses)))
     deltas = np.array(
-        [_score(scorer, system_stats[i]) - _score(scorer, baseline_stats[i]) for i in draws]
+        [scorer.score(system_stats[i]) - scorer.score(baseline_stats[i]) for i in draws]
     )
     distances = np.abs(deltas)
     exceeding = int(np.sum(distances - distances.mean() > abs(score - base)))
     deltas.sort()
     tail = samples // 40  # 2.5 % at each end
 
-    signature = scorer.get_signature()
-    signature.update("bs", samples)
-    signature.update("seed", str(seed))
     return {
         "score": score,
         "baseline": base,
@@ -99,11 +126,94 @@ def paired_bootstrap(
         "high": float(deltas[samples - 1 - tail]),
         # No difference is no evidence, whatever the resamples (sacrebleu's count takes it for one).
         "p_value": 1.0 if score == base else (exceeding + 1) / (samples + 1),
-        "signature": str(signature),
+        "signature": scorer.signature(bs=samples, seed=str(seed)),
     }
 
 
-def _bleu(language: str) -> Any:
+def rouge_words(text: str) -> list[str]:
+    """Words for ROUGE: the same for English as rouge-score's own, and right beyond it.
+
+    Lower-cased runs of letters, digits and the marks that belong to them (accents, vowel signs of
+    Devanagari); Chinese characters and Japanese kana each by itself. Whatever else stands between
+    parts words: apostrophe, hyphen, underscore, danda. Joiners inside a word vanish.
+    """
+    words: list[str] = []
+    within = False
+    for char in unicodedata.normalize("NFC", text).lower():
+        if char in _JOINERS:
+            continue
+        letter = unicodedata.category(char)[0] in "LMN"
+        alone = letter and _ALONE.match(char) is not None
+        if letter and within and not alone:
+            words[-1] += char
+        elif letter:
+            words.append(char)
+        within = letter and not alone
+    return words
+
+
+_JOINERS = "\u200c\u200d"
+# Written without spaces: Chinese characters with their two old ranges and later planes, kana.
+_ALONE = re.compile(
+    "[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff]"
+)
+
+
+class _Sacrebleu:
+    """A metric of sacrebleu, whose score is made of sums over rows."""
+
+    def __init__(self, metric: Any) -> None:
+        self.metric = metric
+
+    def statistics(
+        self, hypotheses: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> Statistics:
+        """Counts of each row; float64, because float32 rounds large sums."""
+        most = max(len(of_row) for of_row in references)
+        # As sacrebleu takes them: the first of every row, the second of every row, ...
+        streams = [
+            [of_row[place] if place < len(of_row) else None for of_row in references]
+            for place in range(most)
+        ]
+        counts = self.metric._extract_corpus_statistics(list(hypotheses), streams)
+        return np.array(counts, np.float64)
+
+    def score(self, statistics: Statistics) -> float:
+        return float(self.metric._compute_score_from_stats(statistics.sum(0)).score)
+
+    def signature(self, **more: object) -> str:
+        signature = self.metric.get_signature()
+        for name, value in more.items():
+            signature.update(name, value)
+        return str(signature)
+
+
+class _Mean:
+    """A metric whose score is the mean of a value of each row."""
+
+    def __init__(self, value: Callable[[str, Sequence[str]], float], made_by: str) -> None:
+        self.value = value
+        self.made_by = made_by
+        self.references = "0"
+
+    def statistics(
+        self, hypotheses: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> Statistics:
+        counts = {len(of_row) for of_row in references}
+        self.references = str(counts.pop()) if len(counts) == 1 else "var"
+        rows = zip(hypotheses, references, strict=True)
+        return np.array([[self.value(text, of_row)] for text, of_row in rows], np.float64)
+
+    def score(self, statistics: Statistics) -> float:
+        return float(100 * statistics.mean())
+
+    def signature(self, **more: object) -> str:
+        resampled = "".join(f"|{name}:{value}" for name, value in more.items())
+        return f"nrefs:{self.references}{resampled}|{self.made_by}"
+
+
+def _bleu(language: str) -> Scorer:
     """BLEU: characters for Chinese, else sacrebleu's default words (13a).
 
     13a for Hindi too: it parts ASCII punctuation and spaces alone, so a danda stays with its word;
@@ -113,22 +223,77 @@ def _bleu(language: str) -> Any:
 
     chinese = not _CHINESE.isdisjoint(re.findall("[a-z]+", language.lower()))
     # force: a space before a full stop is the model's own doing, and no cause for a notice.
-    return BLEU(tokenize="zh" if chinese else "13a", force=True)
+    return _Sacrebleu(BLEU(tokenize="zh" if chinese else "13a", force=True))
 
 
-def _chrf(_language: str) -> Any:
+def _chrf(_language: str) -> Scorer:
     from sacrebleu.metrics import CHRF
 
-    return CHRF()
+    return _Sacrebleu(CHRF())
 
 
-METRICS: dict[str, Callable[[str], Any]] = {"bleu": _bleu, "chrf": _chrf}
+def _rouge(kind: str) -> Callable[[str], Scorer]:
+    """F1 of words (`rouge1`), pairs of words (`rouge2`) or the longest common subsequence."""
+
+    def make(_language: str) -> Scorer:
+        from importlib.metadata import version
+
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer([kind], tokenizer=_Words())
+
+        def best(text: str, references: Sequence[str]) -> float:
+            return float(scorer.score_multi(references, text)[kind].fmeasure)
+
+        made_by = f"case:lc|tok:unicode|stem:no|f:1|agg:mean|version:{version('rouge-score')}"
+        return _Mean(best, made_by)
+
+    return make
 
 
-def _streams(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]]
-) -> list[list[str | None]]:
-    """References as sacrebleu takes them: the first of every row, the second of every row, ..."""
+class _Words:
+    """`rouge_words` as rouge-score takes a tokenizer."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return rouge_words(text)
+
+
+def _accuracy(_language: str) -> Scorer:
+    def right(label: str, accepted: Sequence[str]) -> float:
+        return float(label in accepted)
+
+    return _Mean(right, "choice:log-likelihood|length:sum")
+
+
+METRICS: dict[str, Callable[[str], Scorer]] = {
+    "bleu": _bleu,
+    "chrf": _chrf,
+    "rouge1": _rouge("rouge1"),
+    "rouge2": _rouge("rouge2"),
+    "rougeL": _rouge("rougeL"),
+    "accuracy": _accuracy,
+}
+
+TITLES = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "accuracy": "accuracy",
+}
+"""Names for people, in the order of the result table."""
+
+OF_TASK = {
+    "translation": ("bleu", "chrf"),
+    "instruction": ("bleu", "chrf"),
+    "summarisation": ("rougeL", "rouge1", "rouge2"),
+    "nli": ("accuracy",),
+}
+"""Metrics of each kind of task; significance is tested on the first."""
+
+
+def _check(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if not hypotheses:
         raise NeftError("hypotheses: none; at least one is needed for a score")
     if len(hypotheses) != len(references):
@@ -139,20 +304,3 @@ def _streams(
     for number, of_row in enumerate(references, 1):
         if isinstance(of_row, str) or not of_row:
             raise NeftError(f"references row {number}: got {of_row!r}; a list of one or more texts")
-    most = max(len(of_row) for of_row in references)
-    return [
-        [of_row[place] if place < len(of_row) else None for of_row in references]
-        for place in range(most)
-    ]
-
-
-def _statistics(
-    scorer: Any, hypotheses: Sequence[str], references: Sequence[Sequence[str]]
-) -> npt.NDArray[np.float64]:
-    """Counts of each row, whose sums make the score; float64, because float32 rounds large ones."""
-    streams = _streams(hypotheses, references)
-    return np.array(scorer._extract_corpus_statistics(list(hypotheses), streams), np.float64)
-
-
-def _score(scorer: Any, stats: npt.NDArray[np.float64]) -> float:
-    return float(scorer._compute_score_from_stats(stats.sum(0)).score)

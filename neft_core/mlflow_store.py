@@ -41,6 +41,8 @@ _PAGE = {
             "selectedColumns": [
                 "metrics.`test/bleu`",
                 "metrics.`test/chrf`",
+                "metrics.`test/rougeL`",
+                "metrics.`test/accuracy`",
                 "metrics.`best_dev_loss`",
                 "metrics.`trainable_percent`",
                 "metrics.`cost/seconds`",

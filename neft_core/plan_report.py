@@ -134,13 +134,14 @@ def _stages(planner: Planner, rates: Rates | None) -> Iterator[dict[str, Any]]:
     params, subject = planner.params, planner.subject
     if isinstance(params.model, config.BuiltModel):
         yield _trained(planner, rates, "base", "")
-    for name in (*params.tasks, *params.warmups):
+    trained = [name for name, task in params.tasks.items() if task.trains]
+    for name in (*trained, *params.warmups):
         yield _trained(planner, rates, "warmup", name)
     groups = candidates(subject.shapes, subject.model_type, params.scoring.candidates)
     largest = max(group.count * group.length for group in groups)
     scored = sum(group.count * group.length for group in groups)
     neurons = sum(group.count for group in groups)
-    for task in params.tasks:
+    for task in trained:
         # Two values are read in fp32 at most, and compared in float64.
         seconds = _seconds(rates, Work(moved=80 * scored))
         yield _stage("score", task, {"peak": 32 * largest}, seconds, kept=8 * neurons)
@@ -148,11 +149,13 @@ def _stages(planner: Planner, rates: Rates | None) -> Iterator[dict[str, Any]]:
         yield _trained(planner, rates, "train", run)
     for task in params.tasks:
         parts, seconds = _generated(planner, rates, task, None)
-        yield _stage("baseline", task, parts, seconds and 2 * seconds)
-    for run, entry in params.runs.items():
+        yield _stage("baseline", task, parts, seconds and (1 + (task in trained)) * seconds)
+    tested = [("evaluate", run, run, entry.task) for run, entry in params.runs.items()]
+    tested += [("transfer", name, on.run, on.task) for name, on in params.transfers.items()]
+    for stage, item, run, task in tested:
         training = planner.training("train", run)
-        parts, seconds = _generated(planner, rates, entry.task, training)
-        yield _stage("evaluate", run, parts, seconds and len(entry.seeds) * seconds)
+        parts, seconds = _generated(planner, rates, task, training)
+        yield _stage(stage, item, parts, seconds and len(params.runs[run].seeds) * seconds)
 
 
 def _seconds(rates: Rates | None, work: Work) -> float | None:

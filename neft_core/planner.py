@@ -156,7 +156,7 @@ class Planner:
         source, longest = section.source, section.format.max_tokens
         known = Rows(source.train, source.dev, source.test, SHORT if self.least else longest)
         folder = self.data.path("prepared", task) if self.data else None
-        if folder is None or not (folder / "train.safetensors").is_file():
+        if folder is None or not section.trains or not (folder / "train.safetensors").is_file():
             return known
         import numpy as np
 
@@ -255,9 +255,9 @@ class Planner:
         if stage == "base":
             assert isinstance(params.model, config.BuiltModel)
             counts = [
-                2 * task.source.pretrain
+                (1 if task.format.task == "nli" else 2) * task.source.pretrain
                 for task in params.tasks.values()
-                if task.source.pretrain is not None and task.format.task == "translation"
+                if task.source.pretrain is not None and task.format.task != "instruction"
             ]
             how = params.model.pretraining
             return how.epochs * math.ceil(sum(counts) / how.batch_size)

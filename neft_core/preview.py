@@ -37,6 +37,8 @@ def describe(preview: Preview) -> str:
             f"lr {run.lr or params.training.lr:g}, {epochs:g} epochs, "
             f"seeds {', '.join(map(str, run.seeds))}"
         )
+    for moved in params.transfers.values():
+        lines.append(f"transfer: {moved.run} is tested on {moved.task} too")
     stages = _stages(params)
     lines.append(f"params are valid; {len(stages)} stages")
     if preview.workspace is not None:

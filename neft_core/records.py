@@ -80,12 +80,26 @@ def cost(workspace: Workspace, run: str, seed: int) -> dict[str, float]:
 
 
 def evaluation(
-    workspace: Workspace, run: str, seed: int
+    workspace: Workspace, place: str, seed: int
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Scores as `test/...` and their signatures, of a seed on the test split."""
-    path = workspace.path("evaluation", run, "metrics.json")
+    """Scores and their signatures, of a seed on a test split.
+
+    Args:
+        workspace: the workspace.
+        place: a folder of `work/evaluation`: `RUN`, or `RUN.TASK` for another task's split.
+        seed: the seed.
+
+    Returns:
+        Scores as `test/...` or `test/TASK/...`; signatures by name, with `TASK.` before it.
+    """
+    path = workspace.path("evaluation", place, "metrics.json")
     numbers, texts = _split(read_json(path)["seeds"].get(str(seed), {}))
-    return {f"test/{name}": value for name, value in numbers.items()}, texts
+    other = place.partition(".")[2]
+    start, before = (f"test/{other}/", f"{other}.") if other else ("test/", "")
+    return (
+        {start + name: value for name, value in numbers.items()},
+        {before + name: text for name, text in texts.items()},
+    )
 
 
 def _split(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from neft_core import figures
 from neft_core.findings import Findings, Row, mean, number
+from neft_core.metrics import TITLES
 from neft_core.page import Gallery, Html, code, fill, join, paragraph, spread, strong, table
-from neft_core.summary import COLUMNS
 
 
 def heading(name: str) -> str:
     """A metric's name as tables show it."""
-    return COLUMNS.get(name, name)
+    return TITLES.get(name, name)
 
 
 def verdict(found: Findings) -> Html:

@@ -1,11 +1,14 @@
 """What a row is, and rows on disk.
 
-A row is one example, in one of two forms:
+A row is one example, in one of these forms:
 
-    translation  {"source": str, "target": str, "references"?: [str, ...]}
-    instruction  {"messages": [{"role": "system|user|assistant", "content": str}, ...]}
+    translation, summarisation  {"source": str, "target": str, "references"?: [str, ...]}
+    instruction                 {"messages": [{"role": "system|user|assistant", "content": str}]}
+    nli                         {"premise": str, "hypothesis": str, "label": one of LABELS}
+    text, for pre-training      {"text": str}
 
-`references`, where present, are all accepted targets of a test row, the target among them.
+`references`, where present, are all accepted targets of a test row, the target among them. In what
+evaluation writes, `hypothesis` is the model's answer: there an nli row has `source` and `target`.
 """
 
 import json
@@ -18,21 +21,56 @@ from neft_core.files import replacing
 
 Row = dict[str, Any]
 
+FIELDS = {
+    "translation": ("source", "target"),
+    "summarisation": ("source", "target"),
+    "instruction": ("messages",),
+    "nli": ("premise", "hypothesis", "label"),
+    "text": ("text",),
+}
+"""What a row of each kind of task must have."""
 
-def checked_row(fields: Mapping[str, Any], where: str) -> Row:
+LABELS = ("entailment", "neutral", "contradiction")
+"""Whether a hypothesis follows from its premise, may be true beside it, or can't be."""
+
+
+def checked_row(
+    fields: Mapping[str, Any], where: str, names: Mapping[str, str | int] | None = None
+) -> Row:
     """Take the fields of a row, refusing what is not one.
 
+    A source that is a list of texts, such as sentences, is joined by spaces. A target that is a
+    list gives the one to learn, and where there are more, the references.
+
     Args:
-        fields: `source`, `target` and perhaps `references`; or `messages`. Others are ignored.
+        fields: those of one of the forms, and perhaps `references`. Others are ignored.
         where: file and line, for the message.
+        names: what the file calls the fields, for the message.
 
     Raises:
-        NeftError: a text is missing, empty or no text; the turns are none, or out of order.
+        NeftError: a text is missing, empty or no text; the turns are none, or out of order; a label
+            is none of the three.
     """
-    if "messages" in fields:
+    called = {ours: theirs for ours, theirs in (names or {}).items() if isinstance(theirs, str)}
+    form = form_of(fields)
+    if form == "instruction":
         row: Row = {"messages": _messages(fields["messages"], where)}
     else:
-        row = {name: _text(fields.get(name), name, where) for name in ("source", "target")}
+        given = dict(fields)
+        if isinstance(given.get("target"), list) and given["target"]:
+            if len(given["target"]) > 1:
+                given.setdefault("references", given["target"])
+            given["target"] = given["target"][0]
+        parts = given.get("source")
+        if isinstance(parts, list) and all(isinstance(one, str) for one in parts):
+            given["source"] = " ".join(one.strip() for one in parts if one.strip())
+        row = {name: _text(given.get(name), called.get(name, name), where) for name in FIELDS[form]}
+        fields = given
+    if form == "nli" and row["label"] not in LABELS:
+        raise NeftError(
+            f"{where}: '{called.get('label', 'label')}' is {row['label']!r}; "
+            f"{', '.join(LABELS)} are the labels"
+        )
     references = fields.get("references")
     if references is not None:
         if not isinstance(references, list) or not references:
@@ -41,10 +79,21 @@ def checked_row(fields: Mapping[str, Any], where: str) -> Row:
     return row
 
 
+def form_of(fields: Mapping[str, Any]) -> str:
+    """The kind of task whose row has these fields; a pair counts as translation."""
+    if "messages" in fields:
+        return "instruction"
+    if "source" in fields or "target" in fields:
+        return "translation"
+    if "premise" in fields:
+        return "nli"
+    return "text" if "text" in fields else "translation"
+
+
 def answers(row: Row) -> list[str]:
     """All that is accepted as an answer: first the one to learn, then the other references."""
-    if "target" in row:
-        first = row["target"]
+    if "messages" not in row:
+        first = row["label"] if "label" in row else row.get("target", "")
     else:
         first = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"][-1]
     return list(dict.fromkeys([first, *row.get("references", [])]))
@@ -176,5 +225,7 @@ def asked_and_answered(row: dict[str, Any]) -> dict[str, Any]:
     """What a test row asks, and its references: the form that hypotheses are kept in."""
     references = answers(row)
     asked = [turn["content"] for turn in row.get("messages", [])[:-1]]
+    if "premise" in row:
+        asked = [row["premise"], row["hypothesis"]]
     source = row["source"] if "source" in row else "\n".join(asked)
     return {"source": source, "target": references[0], "references": references}

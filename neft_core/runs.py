@@ -1,4 +1,4 @@
-"""Stages that hold a model: warm-up, training, generation; and a trained run loaded again."""
+"""Stages that train a model: warm-up, runs; and a trained run loaded again."""
 
 import shutil
 from collections.abc import Mapping
@@ -10,7 +10,6 @@ from neft_core.errors import NeftError
 from neft_core.files import replacing, write_json
 from neft_core.loading import (
     arithmetic,
-    autocast,
     base_card,
     device,
     load_as_base,
@@ -21,9 +20,20 @@ from neft_core.workspace import Workspace
 
 
 def warmup(ws: Workspace, name: str) -> None:
-    """K steps of fine-tuning; the candidates of every layout stay in fp32."""
-    state = ws.state("checkpoints", f"warmup-{name}")
+    """K steps of fine-tuning; the candidates of every layout stay in fp32.
+
+    A task that is only tested on gets an empty folder.
+    """
     task, section = ws.params().warmed(name)
+    if not ws.path("prepared", task, "train.safetensors").exists():
+        with replacing(ws.path("warmup", name)) as folder:
+            folder.mkdir()
+            write_json(folder / "provenance.json", {"steps": 0})
+        if ranks.main():
+            write_json(ws.path("cost", f"warmup-{name}.json"), {})
+        print(f"warmup {name}: nothing to train on; the task is only tested on")
+        return
+    state = ws.state("checkpoints", f"warmup-{name}")
     _, cost = warm_up(ws, task, section, ws.path("warmup", name), state)
     if ranks.main():
         write_json(ws.path("cost", f"warmup-{name}.json"), cost)
@@ -284,67 +294,3 @@ def load_trained(ws: Workspace, run: str, seed: int) -> tuple[Any, Any]:
         card.hash,
     )
     return model.to(device(params)), tokenizer
-
-
-def baseline(ws: Workspace, task: str) -> None:
-    """Generate and score the test split with the base and the tuned model."""
-    params = ws.params()
-    card, tokenizer = base_card(ws)
-    metrics = {}
-    with replacing(ws.path("baseline", task)) as folder:
-        folder.mkdir()
-        for name, directory in (("base", None), ("tuned", ws.path("warmup", task))):
-            model = load_as_base(ws, card, params, directory).to(device(params))
-            metrics[name] = _evaluate(
-                ws, task, model, tokenizer, folder / f"{name}.jsonl", f"baseline {task}, {name}"
-            )
-        write_json(folder / "metrics.json", metrics)
-
-
-def evaluate(ws: Workspace, run: str) -> None:
-    """Generate and score the test split with every seed of a run."""
-    entry = ws.params().runs[run]
-    metrics = {}
-    with replacing(ws.path("evaluation", run)) as folder:
-        folder.mkdir()
-        for seed in entry.seeds:
-            model, tokenizer = load_trained(ws, run, seed)
-            target, label = folder / f"seed-{seed}.jsonl", f"evaluate {run}, seed {seed}"
-            metrics[str(seed)] = _evaluate(ws, entry.task, model, tokenizer, target, label)
-        write_json(folder / "metrics.json", {"seeds": metrics})
-
-
-def _evaluate(
-    ws: Workspace, task: str, model: Any, tokenizer: Any, target: Path, label: str
-) -> dict[str, Any]:
-    from neft_core import evaluation
-    from neft_core.encoding import load_encoded
-    from neft_core.metrics import score_text
-    from neft_core.rows import read_rows, write_rows
-
-    params = ws.params()
-    section = params.tasks[task].format
-    folder = ws.path("prepared", task)
-    rows = read_rows(folder / "references.jsonl")
-    arrays, _ = load_encoded(folder / "test.safetensors")
-    starts = zip(arrays["offsets"], arrays["prompts"], strict=False)
-    prompts = [arrays["tokens"][start : start + length].tolist() for start, length in starts]
-    with autocast(params):
-        hypotheses = evaluation.generate(
-            model,
-            tokenizer,
-            prompts,
-            batch_size=params.evaluation.batch_size,
-            max_new_tokens=params.evaluation.max_new_tokens,
-            context=base_card(ws)[0].context,
-            label=label,
-        )
-    if not ranks.main():
-        return {}
-    if section.task == "translation":
-        hypotheses = [evaluation.first_line(text) for text in hypotheses]
-    scores = score_text(hypotheses, [row["references"] for row in rows], section.target_language)
-    pairs = zip(rows, hypotheses, strict=True)
-    write_rows(target, [row | {"hypothesis": text} for row, text in pairs])
-    print(f"{label}: BLEU {scores['bleu']:.2f}, chrF {scores['chrf']:.2f}")
-    return dict(scores)

@@ -19,6 +19,7 @@ from neft_core.workspace import Workspace
 def score(ws: Workspace, name: str) -> None:
     """Sensitivity of every candidate neuron between the base and the tuned model of a warm-up."""
     from neft_core import models
+    from neft_core.masks import NeuronScores
     from neft_core.similarity import score_neurons
 
     params = ws.params()
@@ -26,6 +27,13 @@ def score(ws: Workspace, name: str) -> None:
     card = models.Base.load(ws.path("base"))
     tuned = ws.path("warmup", name)
     origin = read_json(tuned / "provenance.json")
+    if not origin["steps"]:
+        # Of a task that is only tested on, from which nobody selects.
+        NeuronScores({}, {}, 0, {"base": card.hash}).save(ws.path("scores", f"{name}.safetensors"))
+        write_json(ws.path("scores", f"{name}.json"), {"neurons": 0})
+        write_json(ws.path("cost", f"score-{name}.json"), {})
+        print(f"score {name}: no neurons; the task is only tested on")
+        return
     if origin["base"] != card.hash:
         raise NeftError(f"{tuned}: made from another base model; run 'neft run'")
     task, section = params.warmed(name)

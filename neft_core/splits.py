@@ -1,7 +1,8 @@
 """From raw rows to the splits that are trained and measured on, without leakage between them.
 
 What a row asks (its source) and what it answers (its target) is compared as text, after Unicode
-normalisation. For conversations the source is every turn before an answer.
+normalisation. For conversations the source is every turn before an answer. For nli it is
+premise and hypothesis, and a premise stays in one split.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ def split_rows(
 
     Given splits are kept. A missing `test` or `dev` is cut from the pool, which is `all`, or
     `train` where it is given: sources, each with all its targets, in the order of a seeded hash
-    of the source. What remains is `train`.
+    of the source. What remains is `train`. `test` may also be all that there is.
 
     Then, in each split: texts are stripped and brought to Unicode NFC; a row whose source and
     target both occurred is dropped; rows of `test` with one source become one row with several
@@ -91,7 +92,7 @@ def split_rows(
             )
         splits[name] = kept
         if name in ("test", "dev"):
-            held_sources.update(_asked(row)[-1] for row in kept)
+            held_sources.update(text for row in kept for text in _held(row))
             held_targets.update(target for row in kept for target in answers(row))
     return splits, stats
 
@@ -103,13 +104,15 @@ def _complete(
     for name in given:
         if name not in (*NAMES, "all"):
             raise NeftError(f"split '{name}': unknown; train, dev, test, pretrain, or all")
+    if set(given) == {"test"}:
+        return dict(given)
     if ("all" in given) == ("train" in given):
         raise NeftError(f"splits {sorted(given)}: give either 'train' or 'all', and not both")
     splits = {name: rows for name, rows in given.items() if name != "all"}
     pool = given.get("all", given.get("train", []))
     groups: dict[str, list[Row]] = {}
     for row in pool:
-        groups.setdefault(_asked(row)[-1], []).append(row)
+        groups.setdefault(_together(row), []).append(row)
     order = sorted(groups, key=lambda source: _rank(seed, source))
     for name in ("test", "dev"):
         if name in splits:
@@ -121,18 +124,17 @@ def _complete(
         for source in order:
             if sum(taken.values()) >= size:
                 break
-            taken[source] = (
-                1 if name == "test" else len({answers(row)[0] for row in groups[source]})
-            )
+            rows = {(_asked(row)[-1], answers(row)[0]) for row in groups[source]}
+            taken[source] = len({asked for asked, _ in rows} if name == "test" else rows)
         if len(taken) == len(order):
             raise NeftError(
                 f"split '{name}': {size} cannot be cut from {len(order)} sources and leave any "
                 "for train; ask for fewer or give more rows"
             )
-        splits[name] = [row for row in pool if _asked(row)[-1] in taken]
+        splits[name] = [row for row in pool if _together(row) in taken]
         order = order[len(taken) :]
     left = set(order)
-    splits["train"] = [row for row in pool if _asked(row)[-1] in left]
+    splits["train"] = [row for row in pool if _together(row) in left]
     return {name: splits[name] for name in NAMES if name in splits}
 
 
@@ -150,15 +152,29 @@ def _normalised(row: Row) -> Row:
 
 
 def _asked(row: Row) -> list[str]:
-    """The source; of a conversation, what stood before each answer."""
+    """The source; of a conversation, what stood before each answer; of nli, the premise too."""
     if "source" in row:
         return [row["source"]]
+    if "premise" in row:
+        return [row["premise"], f"{row['premise']}\n{row['hypothesis']}"]
+    if "text" in row:
+        return [row["text"]]
     turns = row["messages"]
     return [
         json.dumps([(turn["role"], turn["content"]) for turn in turns[:number]])
         for number, turn in enumerate(turns)
         if turn["role"] == "assistant"
     ]
+
+
+def _together(row: Row) -> str:
+    """What rows of one split share: the whole source, or the premise."""
+    return row["premise"] if "premise" in row else _asked(row)[-1]
+
+
+def _held(row: Row) -> list[str]:
+    """What no other split may ask."""
+    return _asked(row) if "premise" in row else _asked(row)[-1:]
 
 
 def _merged(rows: list[Row]) -> list[Row]:

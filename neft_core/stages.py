@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from neft_core import config, loading, runs, scoring
+from neft_core import config, loading, runs, scoring, testing
 from neft_core.config import Params
 from neft_core.errors import NeftError
 from neft_core.files import replacing, write_json
@@ -26,17 +26,12 @@ def corpus(ws: Workspace, task: str) -> None:
     source = section.source
     stats: dict[str, Any]
     if isinstance(source, config.GeneratedSource):
-        from neft_core.corpus import HELD_OUT, generate_splits
-
-        sizes = source.model_dump(include={"pretrain", "train", "dev", "test"})
-        chosen = tuple(source.constructions or HELD_OUT)
-        first, second = source.languages
-        splits = generate_splits(first, second, seed=source.seed, constructions=chosen, **sizes)
+        splits = _generated(source, section.format.task)
         stats = {name: {"kept": len(rows)} for name, rows in splits.items()}
     else:
         read = _read_local if isinstance(source, config.LocalSource) else _read_hub
         found = {
-            name: read(ws, source, part)
+            name: read(ws, source, part, _form_of(section, name))
             for name, part in source.splits.model_dump().items()
             if part is not None
         }
@@ -50,13 +45,13 @@ def corpus(ws: Workspace, task: str) -> None:
         )
     with replacing(ws.path("corpus", task)) as folder:
         folder.mkdir()
-        for name in ("train", "dev", "test"):
-            write_rows(folder / f"{name}.jsonl", splits[name])
+        for name in SPLITS:
+            if name in splits:
+                write_rows(folder / f"{name}.jsonl", splits[name])
         write_json(folder / "stats.json", stats)
-    form = section.format
     pretrain: list[dict[str, Any]] = []
-    if isinstance(form, config.Translation):
-        languages = [form.source_language, form.target_language]
+    if not isinstance(section.format, config.Instruction):
+        languages = _languages(section.format)
         pretrain = [row | {"languages": languages} for row in splits.get("pretrain", [])]
     write_rows(ws.path("pretrain", f"{task}.jsonl"), pretrain)
     for name, counts in stats.items():
@@ -71,11 +66,38 @@ def _counted(counts: Mapping[str, int]) -> str:
     )
 
 
-def _read_local(ws: Workspace, source: Any, part: str) -> list[dict[str, Any]]:
+SPLITS = ("train", "dev", "test")
+"""Of a task that is only tested on, the last alone."""
+
+
+def _languages(form: config.Translation | config.Summarisation | config.Nli) -> list[str]:
+    """Names of the languages of a task's texts, for pre-training."""
+    if isinstance(form, config.Nli):
+        return [form.language, form.language]
+    return [form.source_language, form.target_language]
+
+
+def _form_of(section: config.Task, part: str) -> str:
+    """The form of the rows of a part: plain texts pre-train a model for nli."""
+    kind = section.format.task
+    return "text" if part == "pretrain" and kind == "nli" else kind
+
+
+def _generated(source: config.GeneratedSource, kind: str) -> dict[str, list[dict[str, Any]]]:
+    from neft_core import corpus
+
+    options: dict[str, Any] = source.model_dump(include={"pretrain", *SPLITS, "seed"})
+    if kind == "translation":
+        options["constructions"] = tuple(source.constructions or corpus.HELD_OUT)
+    splits = corpus.GENERATORS[kind](*source.languages, **options)
+    return {name: rows for name, rows in splits.items() if rows}
+
+
+def _read_local(ws: Workspace, source: Any, part: str, form: str) -> list[dict[str, Any]]:
     from neft_core import data
 
     place = ws.input(source.path)
-    if place.is_file() and part != source.splits.train:
+    if place.is_file() and part != (source.splits.train or source.splits.test):
         raise NeftError(f"{place}: is one file; for a split '{part}' give source.path a folder")
     file = place if place.is_file() else place / part
     if not file.is_file():
@@ -85,10 +107,16 @@ def _read_local(ws: Workspace, source: Any, part: str) -> list[dict[str, Any]]:
             f"{file}: not found; put it there{see}, or give another folder: "
             "neft run --set tasks.TASK.source.path=DIR"
         )
-    return data.read_local(file, source.columns or None)
+    return data.read_local(file, **_as_read(source, form))
 
 
-def _read_hub(ws: Workspace, source: Any, part: str) -> list[dict[str, Any]]:
+def _as_read(source: Any, form: str) -> dict[str, Any]:
+    """What columns hold the rows of a form; plain texts have their own."""
+    columns = None if form == "text" else source.columns or None
+    return {"columns": columns, "task": form, "labels": source.labels}
+
+
+def _read_hub(ws: Workspace, source: Any, part: str, form: str) -> list[dict[str, Any]]:
     from neft_core import data
 
     local = ws.input(source.id)
@@ -97,7 +125,7 @@ def _read_hub(ws: Workspace, source: Any, part: str) -> list[dict[str, Any]]:
         revision=source.revision,
         config=source.config,
         split=part,
-        columns=source.columns or None,
+        **_as_read(source, form),
     )
 
 
@@ -143,7 +171,7 @@ def _pretrain(ws: Workspace, params: Params, choice: config.BuiltModel, folder: 
 
     texts: list[str] = []
     for name, task in params.tasks.items():
-        if task.format.task == "translation" and config.has_pretraining(task.source):
+        if task.format.task != "instruction" and config.has_pretraining(task.source):
             for row in read_rows(ws.path("pretrain", f"{name}.jsonl")):
                 texts += tasks.pretraining_texts(row, tuple(row["languages"]))
     how = choice.pretraining
@@ -161,7 +189,7 @@ def _pretrain(ws: Workspace, params: Params, choice: config.BuiltModel, folder: 
 def prepare(ws: Workspace, task: str) -> None:
     """Rows to token sequences in the base's tokenizer."""
     from neft_core import encoding
-    from neft_core.rows import asked_and_answered, read_rows, write_rows
+    from neft_core.rows import LABELS, asked_and_answered, read_rows, write_rows
 
     params = ws.params()
     form = params.tasks[task].format
@@ -174,21 +202,51 @@ def prepare(ws: Workspace, task: str) -> None:
     stats = {}
     with replacing(ws.path("prepared", task)) as folder:
         folder.mkdir()
-        for name in ("train", "dev", "test"):
-            rows = read_rows(ws.path("corpus", task, f"{name}.jsonl"))
-            arrays, stats[name] = encoding.encode_split(
-                rows,
+        for name in SPLITS:
+            path = ws.path("corpus", task, f"{name}.jsonl")
+            if path.exists():
+                where = f"task {task}: {name}"
+                rows, counts = _limited(read_rows(path), form, tokenizer, where)
+                arrays, stats[name] = encoding.encode_split(
+                    rows,
+                    loading.form(params, task),
+                    tokenizer,
+                    max_tokens=form.max_tokens,
+                    where=where,
+                    keep_long=name == "test",
+                )
+                stats[name] |= counts
+                encoding.save_encoded(folder / f"{name}.safetensors", arrays, {})
+        write_rows(folder / "references.jsonl", map(asked_and_answered, rows))
+        if isinstance(form, config.Nli):
+            # Every test row three times, once with each answer, whose likelihoods are compared.
+            answered = [row | {"label": label} for row in rows for label in LABELS]
+            arrays, _ = encoding.encode_split(
+                answered,
                 loading.form(params, task),
                 tokenizer,
                 max_tokens=form.max_tokens,
-                where=f"task {task}: {name}",
-                keep_long=name == "test",
+                where=f"task {task}: test",
+                keep_long=True,
             )
-            encoding.save_encoded(folder / f"{name}.safetensors", arrays, {})
-        write_rows(folder / "references.jsonl", map(asked_and_answered, rows))
+            encoding.save_encoded(folder / "labels.safetensors", arrays, {})
         write_json(folder / "stats.json", stats)
     for name, counts in stats.items():
         print(f"prepare {task}: {name}: {_counted(counts)}")
+
+
+def _limited(
+    rows: list[dict[str, Any]], form: Any, tokenizer: Any, where: str
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The rows with their inputs held to a summarisation's limit, and how many were not."""
+    from neft_core import encoding
+
+    if not isinstance(form, config.Summarisation):
+        return rows, {}
+    drop = form.long_inputs == "drop"
+    return encoding.limit_sources(
+        rows, tokenizer, max_tokens=form.max_input, drop=drop, where=where
+    )
 
 
 STAGES: dict[str, Callable[..., None]] = {
@@ -204,8 +262,9 @@ STAGES: dict[str, Callable[..., None]] = {
     "assign": scoring.assign,
     "select": scoring.select,
     "train": runs.train,
-    "baseline": runs.baseline,
-    "evaluate": runs.evaluate,
+    "baseline": testing.baseline,
+    "evaluate": testing.evaluate,
+    "transfer": testing.transfer,
     "summary": summarise,
     "report": report,
 }

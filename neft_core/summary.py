@@ -8,46 +8,54 @@ from typing import Any
 
 from neft_core import config
 from neft_core.files import read_json, replacing, write_json
+from neft_core.metrics import OF_TASK, TITLES, paired_bootstrap
 from neft_core.workspace import Workspace
 
-COLUMNS = {
-    "task": "task",
-    "name": "run",
-    "method": "method",
-    "parameters": "trained parameters",
-    "percent": "% of model",
-    "seeds": "seeds",
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "delta_full": "ΔBLEU to full",
-    "p_full": "p",
-    "delta_base": "ΔBLEU to base",
-    "p_base": "p",
-    "dev_loss": "dev loss",
-    "seconds": "seconds",
-}
-"""Keys of a row, in order, and their headings."""
+Row = dict[str, Any]
+
+
+def columns(rows: list[Row]) -> dict[str, str]:
+    """Keys of a row, in order, with their headings; those of metrics and transfers where needed."""
+    metrics = [name for name in TITLES if any(name in row for row in rows)]
+    tested = {row["metric"] for row in rows}
+    one = TITLES[tested.pop()] if len(tested) == 1 else ""
+    moved = {"trained_on": "trained on"} if any("trained_on" in row for row in rows) else {}
+    return {
+        "task": "task",
+        "name": "run",
+        **moved,
+        "method": "method",
+        "parameters": "trained parameters",
+        "percent": "% of model",
+        "seeds": "seeds",
+        **{name: TITLES[name] for name in metrics},
+        "delta_full": f"Δ{one} to full",
+        "p_full": "p",
+        "delta_base": f"Δ{one} to base",
+        "p_base": "p",
+        "dev_loss": "dev loss",
+        "seconds": "seconds",
+    }
 
 
 def summarise(ws: Workspace) -> None:
     """Stage `summary`: compare everything that was evaluated, and write the tables.
 
-    Significance is sacrebleu's paired bootstrap on BLEU, seed by seed: each seed of a run against
-    the same seed (by position) of the task's first run with method `full`, of its first with
-    `lora` (in summary.csv and the report alone), and against the base. With several seeds the
-    largest p-value stands in the table.
+    Significance is sacrebleu's paired bootstrap on the first metric of the kind of task, seed by
+    seed: each seed of a run against the same seed (by position) of the first run with method `full`
+    on the same task, of the first with `lora` (in summary.csv and the report alone), and against
+    the base. With several seeds the largest p-value stands in the table. A run that is tested on
+    another task too has a row there.
     """
     params = ws.params()
-    rows, metrics = [], {}
+    rows: list[Row] = []
+    metrics = {}
     for task in params.tasks:
         task_rows = _task_rows(ws, params, task)
         rows += task_rows
+        wanted = (*_metrics(params, task), "p_full", "p_base", "dev_loss", "percent")
         metrics[task] = {
-            row["name"]: {
-                key: row[key]
-                for key in ("bleu", "chrf", "p_full", "p_base", "dev_loss", "percent")
-                if row.get(key) is not None
-            }
+            row["name"]: {key: row[key] for key in wanted if row.get(key) is not None}
             for row in task_rows
         }
     with replacing(ws.path("summary")) as folder:
@@ -61,48 +69,61 @@ def summarise(ws: Workspace) -> None:
         print(_markdown(rows))
 
 
-def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[dict[str, Any]]:
-    runs = {name: run for name, run in params.runs.items() if run.task == task}
+def _metrics(params: config.Params, task: str) -> tuple[str, ...]:
+    return OF_TASK[params.tasks[task].format.task]
+
+
+def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[Row]:
+    """Base and tuned model, the runs on a task, and runs of other tasks that were tested on it."""
+    names = _metrics(params, task)
     baseline = read_json(ws.path("baseline", task, "metrics.json"))
     base_text = _texts(ws.path("baseline", task, "base.jsonl"))
-    rivals = {
-        method: next((name for name, run in runs.items() if run.method.name == method), None)
-        for method in ("full", "lora")
-    }
     rows = []
     for name, method in (("base", "-"), ("tuned", f"warm-up, {params.warmup.steps} steps")):
-        rows.append({"task": task, "name": name, "method": method, **_mean([baseline[name]])})
-    for name, run in runs.items():
-        found = read_json(ws.path("evaluation", name, "metrics.json"))["seeds"]
+        if name in baseline:
+            rows.append({"name": name, "method": method, **_mean([baseline[name]], names)})
+    # Runs of one task are compared with each other, wherever they are tested.
+    tested = [(name, name) for name, run in params.runs.items() if run.task == task]
+    tested += [(t.run, f"{t.run}.{t.task}") for t in params.transfers.values() if t.task == task]
+    texts = {
+        name: [
+            _texts(ws.path("evaluation", place, f"seed-{seed}.jsonl"))
+            for seed in params.runs[name].seeds
+        ]
+        for name, place in tested
+    }
+    for name, place in tested:
+        run = params.runs[name]
+        found = read_json(ws.path("evaluation", place, "metrics.json"))["seeds"]
         trained = [
             read_json(ws.path("train", name, f"seed-{s}", "metrics.json")) for s in run.seeds
         ]
-        cost = read_json(ws.path("cost", f"{name}.json"))["seeds"]
-        row: dict[str, Any] = {
-            "task": task,
+        row: Row = {
             "name": name,
             "method": run.method.words(),
             "parameters": trained[0]["trainable_parameters"],
             "percent": trained[0]["trainable_percent"],
             "seeds": len(run.seeds),
-            **_mean([found[str(seed)] for seed in run.seeds]),
-            "dev_loss": statistics.mean(result["best_dev_loss"] for result in trained),
-            "seconds": statistics.mean(entry["seconds"] for entry in cost.values()),
+            **_mean([found[str(seed)] for seed in run.seeds], names),
         }
-        texts = [_texts(ws.path("evaluation", name, f"seed-{seed}.jsonl")) for seed in run.seeds]
-        _compare(row, "base", texts, [base_text], params, task)
-        for method, rival in rivals.items():
+        if run.task != task:
+            row["trained_on"] = run.task
+        else:
+            cost = read_json(ws.path("cost", f"{name}.json"))["seeds"]
+            row["dev_loss"] = statistics.mean(result["best_dev_loss"] for result in trained)
+            row["seconds"] = statistics.mean(entry["seconds"] for entry in cost.values())
+        _compare(row, "base", texts[name], [base_text], params, task)
+        beside = [other for other, _ in tested if params.runs[other].task == run.task]
+        for method in ("full", "lora"):
+            rival = next((n for n in beside if params.runs[n].method.name == method), None)
             if rival is not None and name != rival:
-                folder = ws.path("evaluation", rival)
-                seeds = runs[rival].seeds
-                other = [_texts(folder / f"seed-{seed}.jsonl") for seed in seeds]
-                _compare(row, method, texts, other, params, task)
+                _compare(row, method, texts[name], texts[rival], params, task)
         rows.append(row)
-    return rows
+    return [{"task": task, "metric": names[0], **row} for row in rows]
 
 
 def _compare(
-    row: dict[str, Any],
+    row: Row,
     name: str,
     texts: list[list[dict[str, Any]]],
     others: list[list[dict[str, Any]]],
@@ -110,8 +131,6 @@ def _compare(
     task: str,
 ) -> None:
     """Fill `delta_<name>` and `p_<name>` of a row."""
-    from neft_core.metrics import paired_bootstrap
-
     outcomes = []
     for position, mine in enumerate(texts):
         other = others[position % len(others)]
@@ -122,6 +141,7 @@ def _compare(
                 [entry["references"] for entry in mine],
                 params.tasks[task].format.target_language,
                 samples=params.evaluation.bootstrap,
+                metric=_metrics(params, task)[0],
             )
         )
     row[f"delta_{name}"] = statistics.mean(float(outcome["delta"]) for outcome in outcomes)
@@ -134,10 +154,10 @@ def _texts(path: Path) -> list[dict[str, Any]]:
     return read_rows(path)
 
 
-def _mean(found: list[dict[str, Any]]) -> dict[str, Any]:
+def _mean(found: list[dict[str, Any]], metrics: tuple[str, ...]) -> Row:
     """Mean over seeds of each score, its standard deviation, and the signatures."""
-    result: dict[str, Any] = {}
-    for key in ("bleu", "chrf"):
+    result: Row = {}
+    for key in metrics:
         values = [entry[key] for entry in found]
         result[key] = statistics.mean(values)
         result[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
@@ -145,11 +165,11 @@ def _mean(found: list[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _cell(key: str, row: dict[str, Any]) -> str:
+def _cell(key: str, row: Row) -> str:
     value = row.get(key)
     if value is None:
         return "-"
-    if key in ("bleu", "chrf"):
+    if key in TITLES:
         spread = row.get(f"{key}_std")
         return f"{value:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
     if key.startswith("delta"):
@@ -162,34 +182,45 @@ def _cell(key: str, row: dict[str, Any]) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _markdown(rows: list[dict[str, Any]]) -> str:
+def _markdown(rows: list[Row]) -> str:
     """The table with its columns aligned, and the signatures below it."""
-    cells = [list(COLUMNS.values())] + [[_cell(key, row) for key in COLUMNS] for row in rows]
+    keys = columns(rows)
+    cells = [list(keys.values())] + [[_cell(key, row) for key in keys] for row in rows]
     # Of a column of numbers the rule is at least `-:`.
-    widths = [max(2, *(len(line[i]) for line in cells)) for i in range(len(COLUMNS))]
-    words = ("task", "name", "method")
+    widths = [max(2, *(len(line[i]) for line in cells)) for i in range(len(keys))]
+    words = ("task", "name", "trained_on", "method")
     lines = []
     for number, line in enumerate(cells):
         padded = [
             text.ljust(width) if key in words else text.rjust(width)
-            for key, text, width in zip(COLUMNS, line, widths, strict=True)
+            for key, text, width in zip(keys, line, widths, strict=True)
         ]
         lines.append("| " + " | ".join(padded) + " |")
         if number == 0:
             rule = [
                 "-" * width if key in words else "-" * (width - 1) + ":"
-                for key, width in zip(COLUMNS, widths, strict=True)
+                for key, width in zip(keys, widths, strict=True)
             ]
             lines.append("| " + " | ".join(rule) + " |")
-    signatures = {row[f"{key}_signature"]: None for key in ("bleu", "chrf") for row in rows}
+    signatures = {
+        row[f"{key}_signature"]: None for key in TITLES for row in rows if f"{key}_signature" in row
+    }
     lines += ["", *(f"- `{signature}`" for signature in signatures)]
+    tested = {row["task"]: TITLES[row["metric"]] for row in rows}
+    if len(set(tested.values())) > 1:
+        said = ", ".join(f"{metric} for {task}" for task, metric in tested.items())
+        lines.append(f"- differences and p: {said}")
     return "\n".join(lines) + "\n"
 
 
-def _csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    extra = ["delta_lora", "p_lora", "bleu_std", "chrf_std", "bleu_signature", "chrf_signature"]
+def _csv(path: Path, rows: list[Row]) -> None:
+    keys = columns(rows)
+    # The report takes the first signature of a task for that of its first metric.
+    metrics = dict.fromkeys(key for names in OF_TASK.values() for key in names if key in keys)
+    extra = ["delta_lora", "p_lora"]
+    extra += [f"{key}_{kind}" for kind in ("std", "signature") for key in metrics]
     with path.open("w", encoding="utf-8", newline="") as handle:
-        writer = csv.DictWriter(handle, [*COLUMNS, *extra], extrasaction="ignore")
+        writer = csv.DictWriter(handle, [*keys, *extra], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 

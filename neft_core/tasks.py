@@ -11,11 +11,24 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from neft_core.errors import NeftError
-from neft_core.rows import Row
+from neft_core.rows import LABELS, Row
 
 CHAT = "chat"
 TRANSLATE = "Translate the following text from {source_language} to {target_language}.\n{source}"
+SUMMARISE = "Summarize the following text in {target_language}.\n{source}"
+INFER = (
+    "Premise: {premise}\nHypothesis: {hypothesis}\n"
+    "Is the hypothesis true, given the premise? Answer in {language}: {labels}."
+)
 PLAIN_TURN = "### {role}:\n{content}\n\n"
+LABEL_TEXTS = {
+    "english": ("entailment", "neutral", "contradiction"),
+    "french": ("implication", "neutre", "contradiction"),
+    "german": ("Folgerung", "neutral", "Widerspruch"),
+    "chinese": ("蕴含", "中立", "矛盾"),
+    "hindi": ("निहितार्थ", "तटस्थ", "विरोधाभास"),
+}
+"""Texts of `LABELS` where a task doesn't give its own."""
 
 
 class Piece(NamedTuple):
@@ -38,50 +51,95 @@ class Form:
     task: str
     """A key of `TASKS`."""
     prompt: str = CHAT
-    """`chat` for the model's chat template. Else, for translation, a text with `{source}`, and
-    `{source_language}` and `{target_language}` where wanted; for instruction, the form of one turn
-    with `{role}` and `{content}`, such as `PLAIN_TURN`. `{{` stands for a brace."""
+    """`chat` for the model's chat template. Else a text with the placeholders of `PLACEHOLDERS`, of
+    which those with the row's own text must stand once; for instruction the form of one turn, such
+    as `PLAIN_TURN`. `{{` stands for a brace."""
     join: str | None = None
-    """What stands between a translation's prompt and its target, part of the target's tokens;
-    None: a space, or nothing where the prompt ends in white space."""
-    instruction: str = TRANSLATE
-    """The user's turn of a translation under `chat`; placeholders as in `prompt`."""
+    """What stands between a prompt and its target, part of the target's tokens; None: a space, or
+    nothing where the prompt ends in white space."""
+    instruction: str | None = None
+    """The user's turn under `chat`, placeholders as in `prompt`; None: that of `INSTRUCTIONS`."""
     languages: tuple[str, str] | None = None
-    """Names of source and target language, for the placeholders."""
+    """Names of source and target language, for the placeholders; of nli, its language twice."""
+    labels: Mapping[str, str] | None = None
+    """Of nli: what the model says for each of `LABELS`; None: `LABEL_TEXTS` of the language."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise NeftError(f"task: got '{self.task}'; {', '.join(TASKS)}")
-        if self.task == "translation":
-            known = ("source", "source_language", "target_language")
-            text, key = (self.prompt, "prompt")
-            if self.prompt == CHAT:
-                text, key = (self.instruction, "instruction")
-            found = _placeholders(text, key, known, needed=("source",))
-            if self.languages is None and found - {"source"}:
-                raise NeftError(f"{key}: {{{min(found - {'source'})}}} needs the languages' names")
-        elif self.prompt != CHAT:
-            _placeholders(self.prompt, "prompt", ("role", "content"), needed=("role", "content"))
+        known, needed = PLACEHOLDERS[self.task]
+        if self.prompt != CHAT:
+            text, key = self.prompt, "prompt"
+        elif self.task == "instruction":
+            return
+        else:
+            text, key = self.asked, "instruction"
+        found = _placeholders(text, key, known, needed)
+        named = sorted(name for name in found if name.endswith("language"))
+        if self.languages is None and named:
+            raise NeftError(f"{key}: {{{named[0]}}} needs the languages' names")
+        if self.task == "nli":
+            _check_labels(self.label_texts)
+
+    @property
+    def asked(self) -> str:
+        """The user's turn of a chat, with placeholders."""
+        return INSTRUCTIONS[self.task] if self.instruction is None else self.instruction
+
+    @property
+    def label_texts(self) -> dict[str, str]:
+        """Of nli: what the model says for each label."""
+        if self.labels is not None:
+            return dict(self.labels)
+        language = self.languages[1] if self.languages else "English"
+        texts = LABEL_TEXTS.get(language.lower())
+        if texts is None:
+            raise NeftError(
+                f"labels: none are known in {language}; give what says {', '.join(LABELS)} there"
+            )
+        return dict(zip(LABELS, texts, strict=True))
 
 
 def pretraining_texts(row: Row, languages: tuple[str, str]) -> list[str]:
-    """The texts on which a base model learns from a pair: both directions, named by language."""
-    (one, two), source, target = languages, row["source"], row["target"]
+    """The texts on which a base model learns from a row.
+
+    Of a pair both directions, named by language; of a plain text itself, named by its language.
+    """
+    one, two = languages
+    if "text" in row:
+        return [f"{one}: {row['text']}"]
+    source, target = row["source"], row["target"]
     return [f"{one}: {source}\n{two}: {target}", f"{two}: {target}\n{one}: {source}"]
 
 
-def _translation(row: Row, form: Form, tokenizer: Any) -> list[Piece]:
+def _pair(row: Row, form: Form, tokenizer: Any) -> list[Piece]:
     values = {"source": row["source"]}
     if form.languages is not None:
         values["source_language"], values["target_language"] = form.languages
+    return _asked_and_answered(values, row["target"], form, tokenizer)
+
+
+def _nli(row: Row, form: Form, tokenizer: Any) -> list[Piece]:
+    texts = form.label_texts
+    values = {name: row[name] for name in ("premise", "hypothesis")}
+    values["labels"] = ", ".join(texts.values())
+    if form.languages is not None:
+        values["language"] = form.languages[1]
+    return _asked_and_answered(values, texts[row["label"]], form, tokenizer)
+
+
+def _asked_and_answered(
+    values: Mapping[str, str], target: str, form: Form, tokenizer: Any
+) -> list[Piece]:
+    """One question and the answer to learn."""
     if form.prompt == CHAT:
-        asked = {"role": "user", "content": _filled(form.instruction, values)}
-        return _chat([asked, {"role": "assistant", "content": row["target"]}], tokenizer)
-    prompt = _filled(form.prompt, values)
+        asked = {"role": "user", "content": _filled(form.asked, values)}
+        return _chat([asked, {"role": "assistant", "content": target}], tokenizer)
     join = form.join
     if join is None:
         join = "" if form.prompt[-1:].isspace() else " "
-    return [Piece(prompt), Piece(join + row["target"], trained=True, literal=True, closed=True)]
+    prompt = Piece(_filled(form.prompt, values))
+    return [prompt, Piece(join + target, trained=True, literal=True, closed=True)]
 
 
 def _instruction(row: Row, form: Form, tokenizer: Any) -> list[Piece]:
@@ -102,9 +160,23 @@ def _instruction(row: Row, form: Form, tokenizer: Any) -> list[Piece]:
 
 
 TASKS: dict[str, Callable[[Row, Form, Any], list[Piece]]] = {
-    "translation": _translation,
+    "translation": _pair,
+    "summarisation": _pair,
     "instruction": _instruction,
+    "nli": _nli,
 }
+
+INSTRUCTIONS = {"translation": TRANSLATE, "summarisation": SUMMARISE, "nli": INFER}
+"""What a user asks under `chat`."""
+
+_LANGUAGES = ("source_language", "target_language")
+PLACEHOLDERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "translation": (("source", *_LANGUAGES), ("source",)),
+    "summarisation": (("source", *_LANGUAGES), ("source",)),
+    "instruction": (("role", "content"), ("role", "content")),
+    "nli": (("premise", "hypothesis", "language", "labels"), ("premise", "hypothesis")),
+}
+"""Placeholders of each kind of task: those known, and those that must stand once."""
 
 
 def _chat(messages: list[dict[str, str]], tokenizer: Any) -> list[Piece]:
@@ -151,6 +223,16 @@ def _rendered(
             "as text or change the rows"
         ) from error
     return str(text)
+
+
+def _check_labels(texts: Mapping[str, str]) -> None:
+    if sorted(texts) != sorted(LABELS):
+        raise NeftError(f"labels: got {', '.join(texts) or 'none'}; {', '.join(LABELS)} are needed")
+    said = [text.strip() for text in texts.values()]
+    if not all(said) or len(set(said)) < len(said):
+        raise NeftError(
+            f"labels: got {', '.join(map(repr, said))}; three different texts are needed"
+        )
 
 
 def _placeholders(text: str, key: str, known: tuple[str, ...], needed: tuple[str, ...]) -> set[str]:

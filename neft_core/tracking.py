@@ -140,6 +140,7 @@ class Tracker:
 def _wanted(workspace: Workspace, graph: Graph) -> Wanted:
     entries = locked(workspace)
     trainings = {}
+    scored = _scored(graph, entries)
     for stage in graph.stages:
         run = stage.item
         if stage.family != "train" or run is None or stage.name not in entries:
@@ -147,13 +148,12 @@ def _wanted(workspace: Workspace, graph: Graph) -> Wanted:
         if not graph.intact(stage.name):
             continue
         made = entries[stage.name]
-        scored = entries.get(f"evaluate@{run}")
         folder = f"work/train/{run}"
-        if scored is not None and (
-            scored["deps"].get(folder) != made["outs"].get(folder)
-            or not graph.intact(f"evaluate@{run}")
-        ):
-            scored = None
+        tests = {
+            place: key
+            for place, (of, trained, key) in scored.items()
+            if of == run and trained == made["outs"].get(folder)
+        }
         for seed, path in records.seeds(workspace.path("train", run)):
             trainings[seed_key(entry_key(made), seed)] = {
                 "run": run,
@@ -161,13 +161,27 @@ def _wanted(workspace: Workspace, graph: Graph) -> Wanted:
                 "folder": path,
                 "entries": entries,
                 "output": made["outs"][folder],
-                "evaluation": entry_key(scored) if scored else None,
+                "tests": tuple(tests),
+                "evaluation": " ".join(tests.values()) or None,
             }
     names = {stage.name for stage in graph.stages}
     # The report is made of the summary: where both are whole, its key stands for both.
     whole = (n for n in ("report", "summary") if n in names & set(entries) and not graph.changes(n))
     summary = next((entry_key(entries[name]) for name in whole), None)
     return Wanted(trainings, graph.origin(), summary)
+
+
+def _scored(graph: Graph, entries: records.Entries) -> dict[str, tuple[str, Any, str]]:
+    """Whole folders of scores, with the run, what was trained for them, and the stage's key."""
+    found = {}
+    for stage in graph.stages:
+        if stage.family in ("evaluate", "transfer") and stage.name in entries:
+            entry = entries[stage.name]
+            place = Path(next(iter(entry["outs"]))).name
+            run = place.partition(".")[0]
+            if graph.intact(stage.name):
+                found[place] = (run, entry["deps"].get(f"work/train/{run}"), entry_key(dict(entry)))
+    return found
 
 
 def _follow(

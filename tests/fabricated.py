@@ -116,13 +116,15 @@ def stage(name: str, item: str) -> None:
         _tensors(work / f"masks/{item}.safetensors", {"up": 3, "down": 2} if item == "neft" else {})
     elif name == "train":
         train(work, item)
-    elif name == "evaluate":
+    elif name in ("evaluate", "transfer"):
+        run, _, other = item.partition("-")
+        place = f"{run}.{other}" if other else run
         scores = {"bleu": 21.5, "bleu_signature": "nrefs:1", "chrf": 40.0, "chrf_signature": "nc:6"}
-        found = sorted((work / "train" / item).glob("seed-*"))
+        found = sorted((work / "train" / run).glob("seed-*"))
         seeds = {path.name[5:]: scores for path in found}
-        _put(work / f"evaluation/{item}/metrics.json", json.dumps({"seeds": seeds}))
+        _put(work / f"evaluation/{place}/metrics.json", json.dumps({"seeds": seeds}))
         for path in found:
-            _put(work / f"evaluation/{item}/{path.name}.jsonl", "{}\n")
+            _put(work / f"evaluation/{place}/{path.name}.jsonl", "{}\n")
     elif name == "summary":
         _put(work / "summary/summary.md", "| run | BLEU |\n|---|---|\n| neft | 21.5 |\n")
         _put(work / "summary/metrics.json", "{}")

@@ -37,6 +37,7 @@ OWNERS = {
     "sacrebleu": {"metrics"},
     "matplotlib": {"drawing"},
     "sklearn": {"probing"},
+    "rouge_score": {"metrics"},
     "mlflow": {"mlflow_store"},
     "dvc": {"graph", "workspace"},
     "prefect": set(FLOWS),
@@ -44,7 +45,7 @@ OWNERS = {
 """Libraries and the only modules that import them."""
 
 HEAVY = {"torch", "transformers", "mlflow", "prefect", "datasets", "accelerate", "peft", "dvc",
-         "matplotlib", "sacrebleu", "numpy", "pandas", "pyarrow", "sklearn",
+         "matplotlib", "sacrebleu", "rouge_score", "nltk", "numpy", "pandas", "pyarrow", "sklearn",
          "sqlalchemy"}  # fmt: skip
 
 LONG = {

@@ -77,9 +77,10 @@ def refused(tmp_path: Path, *changes: tuple[str, str], text: str = TINY_PARAMS) 
         ("threads: 1", "processes: 2, accelerate_config: a.yaml", "compute.processes: got 2 beside "
          "accelerate_config; num_processes of that file says how many"),
         (LOCAL, GENERATED.format("[en]"),
-         "tasks.en-fr.source.languages: got ['en']; at least 2 of them"),
+         "tasks.en-fr.source.languages: got ['en']; translation needs source and target"),
         (LOCAL, GENERATED.format("[en, de]"),
-         "tasks.en-fr.source.languages: got 'de'; allowed are en, fr, zh, hi"),
+         "tasks.en-fr.source.languages: got 'de'; of translation allowed are en, fr, zh, hi, qmi, "
+         "qbs"),
         # what contradicts itself
         ("percent: 9", "neurons: 5, share: 0.5", "runs.neft.method.budget: got neurons and share; "
          "give exactly one of percent, neurons, share"),
@@ -208,3 +209,64 @@ def test_every_key_is_documented():
                 assert said, f"{section.name}.{field.target.id}"
                 assert after.value.value.strip()
     assert fields > 60
+
+
+TAIL = "max_tokens: 160\n"
+FORMAT = TINY_PARAMS[TINY_PARAMS.index("      task: translation") : TINY_PARAMS.index("compute:")]
+SUMMARISE = (
+    "      task: summarisation\n      source_language: English\n      target_language: Chinese\n"
+    "      max_input: 100\n      max_tokens: 160\n"
+)
+NLI = "      task: nli\n      language: French\n      max_tokens: 160\n"
+MORE = "evaluation: {batch_size: 4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ([(FORMAT, SUMMARISE.replace("max_input: 100", "max_input: 160"))],
+         "tasks.en-fr.format.max_input: got 160; less than max_tokens, 160"),
+        ([(FORMAT, SUMMARISE.replace("      max_input: 100\n", ""))],
+         "tasks.en-fr.format.max_input: missing; it is required"),
+        ([(FORMAT, NLI), (LOCAL, LOCAL + "      columns: {source: a, target: b}\n")],
+         "tasks.en-fr.source.columns: got source, target; nli needs premise, hypothesis, label"),
+        ([(FORMAT, NLI), (LOCAL, LOCAL + "      labels: {entailment: 1}\n")],
+         "tasks.en-fr.source.labels: got entailment; of nli all of entailment, neutral, "
+         "contradiction"),
+        ([(LOCAL, LOCAL + "      columns: {premise: a}\n")],
+         "tasks.en-fr.source.columns: got premise; translation needs source, target"),
+        ([(FORMAT, NLI), (LOCAL, GENERATED.format("[en, fr]")), ("dev: 6", "dev: 6")],
+         "tasks.en-fr.source.languages: got ['en', 'fr']; nli needs one"),
+        ([(FORMAT, NLI), (LOCAL, GENERATED.format("[zh]"))],
+         "tasks.en-fr.source.languages: got 'zh'; of nli allowed are en, fr, de"),
+        ([(FORMAT, SUMMARISE), (LOCAL, GENERATED.format("[en, qmi]"))],
+         "tasks.en-fr.source.languages: got 'qmi'; of summarisation allowed are en, fr, zh, hi"),
+        ([(LOCAL, GENERATED.format("[en, fr]").replace("train: 5", "train: 0"))],
+         "tasks.en-fr.source.dev: got 6 with train 0; at least 1 of each, or both 0 for a task "
+         "that is only tested on"),
+        ([("train: train.jsonl", "test: train.jsonl"), ("      dev: 6\n", "")],
+         "runs.full.task: got 'en-fr', which has no rows to train on; another, or give it some"),
+        ([("train: train.jsonl, ", "")],
+         "tasks.en-fr.source.splits.train: missing; give it, or splits.test alone for a task that "
+         "is only tested on"),
+        ([(MORE, "transfers: {a: {run: nefd, task: en-fr}}\n" + MORE)],
+         "transfers.a.run: got 'nefd'; did you mean 'neft'?"),
+        ([(MORE, "transfers: {a: {run: neft, task: hi-zh}}\n" + MORE)],
+         "transfers.a.task: got 'hi-zh'; known: en-fr"),
+        ([(MORE, "transfers: {a: {run: neft, task: en-fr}}\n" + MORE)],
+         "transfers.a.task: got 'en-fr', on which run neft is tested anyway; another"),
+        ([(MORE, "transfers: {a.b: {run: neft, task: en-fr}}\n" + MORE)],
+         "transfers: got the name 'a.b'; names are lower-case letters, digits, '_', '-'"),
+    ],
+)  # fmt: skip
+def test_one_fault_of_a_task_is_one_line(tmp_path, changes, line):
+    assert refused(tmp_path, *changes) == [f"params.yaml: {line}"]
+
+
+def test_the_same_transfer_twice_is_refused(tmp_path):
+    task = TINY_PARAMS[TINY_PARAMS.index("  en-fr:") : TINY_PARAMS.index("compute:")]
+    twice = "transfers: {a: {run: neft, task: hi-zh}, b: {run: neft, task: hi-zh}}\n"
+    found = refused(
+        tmp_path, ("compute:", task.replace("en-fr", "hi-zh", 1) + "compute:"), (MORE, twice + MORE)
+    )
+    assert found == ["params.yaml: transfers.b: the same as transfers.a; give it once"]

@@ -352,3 +352,92 @@ def test_a_changed_folder_is_read_anew(hub_folder):
     file.write_text(file.read_text().splitlines()[0].replace("e0", "new") + "\n")
     rows = read_hub(str(hub_folder), revision=None, split="test", columns=HUB)
     assert rows == [{"source": "new", "target": "f0"}]
+
+
+NLI = '{{"p": "A.", "h": "B.", "l": {}}}\n'
+NLI_COLUMNS = {"premise": "p", "hypothesis": "h", "label": "l"}
+
+
+@pytest.mark.parametrize(
+    ("label", "labels", "read"),
+    [
+        ("0", None, "entailment"),
+        ("2", None, "contradiction"),
+        ('"1"', None, "neutral"),
+        ('" contradiction"', None, "contradiction"),
+        ('"E"', {"entailment": "E", "neutral": "N", "contradiction": "C"}, "entailment"),
+        ("0", {"entailment": 2, "neutral": 1, "contradiction": 0}, "contradiction"),
+    ],
+)
+def test_labels_are_names_or_what_stands_for_them(tmp_path, label, labels, read):
+    path = write(tmp_path / "x.jsonl", NLI.format(label))
+    rows = read_local(path, NLI_COLUMNS, task="nli", labels=labels)
+    assert rows == [{"premise": "A.", "hypothesis": "B.", "label": read}]
+
+
+@pytest.mark.parametrize(
+    ("label", "labels", "text"),
+    [
+        ("3", None, r"x\.jsonl:2: the label is 3; entailment \(0\), neutral \(1\), contradiction"),
+        ("-1", None, r"x\.jsonl:2: the label is -1; entailment"),
+        ('"maybe"', None, r"x\.jsonl:2: the label is 'maybe'; entailment"),
+        ('"entailment"', {"entailment": "E", "neutral": "N", "contradiction": "C"},
+         r"the label is 'entailment'; entailment \(E\)"),
+        ("null", None, r"x\.jsonl:2: the label is None"),
+    ],
+)  # fmt: skip
+def test_a_label_outside_the_three_is_refused_with_its_line(tmp_path, label, labels, text):
+    path = write(
+        tmp_path / "x.jsonl", NLI.format(1 if labels is None else '"E"') + NLI.format(label)
+    )
+    with pytest.raises(NeftError, match=text) as caught:
+        read_local(path, NLI_COLUMNS, task="nli", labels=labels)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_nli_is_read_from_tables(tmp_path, suffix):
+    tab = "," if suffix == "csv" else "\t"
+    lines = [("premise", "hypothesis", "label"), ("A.", "B.", "2")]
+    path = write(tmp_path / f"x.{suffix}", "".join(tab.join(line) + "\n" for line in lines))
+    assert read_local(path, task="nli")[0]["label"] == "contradiction"
+
+
+def test_an_empty_summary_is_refused_by_the_name_of_its_column(tmp_path):
+    path = write(
+        tmp_path / "x.jsonl", '{"text": "a", "summary": "b"}\n{"text": "c", "summary": " "}\n'
+    )
+    columns = {"source": "text", "target": "summary"}
+    with pytest.raises(NeftError, match=r"x\.jsonl:2: 'summary' is empty; text is needed"):
+        read_local(path, columns, task="summarisation")
+
+
+def test_sentences_are_joined_and_several_summaries_are_references(tmp_path):
+    path = write(
+        tmp_path / "x.jsonl",
+        '{"source": ["One.", " ", "Two. "], "target": ["first", "second"]}\n'
+        '{"source": ["Three."], "target": ["only"]}\n',
+    )
+    assert read_local(path, task="summarisation") == [
+        {"source": "One. Two.", "target": "first", "references": ["first", "second"]},
+        {"source": "Three.", "target": "only"},
+    ]
+    for source, found in (('["", " "]', "empty"), ('["One.", 2]', "of type list")):
+        path = write(tmp_path / "y.jsonl", f'{{"source": {source}, "target": ["a"]}}\n')
+        with pytest.raises(NeftError, match=rf"y\.jsonl:1: 'source' is {found}"):
+            read_local(path, task="summarisation")
+
+
+def test_rows_of_another_kind_are_refused_by_what_is_needed(tmp_path):
+    path = write(tmp_path / "x.jsonl", '{"source": "a", "target": "b"}\n')
+    with pytest.raises(NeftError, match=r"x\.jsonl:1: no column 'premise'; there are 'source'"):
+        read_local(path, task="nli")
+    with pytest.raises(NeftError, match=r"columns has .*; 'premise' and 'hypothesis' and 'label'"):
+        read_local(path, {"source": "source", "target": "target"}, task="nli")
+
+
+def test_scitldr_is_read(shared):
+    rows = read_local(shared / "data" / "scitldr" / "test.jsonl", task="summarisation")
+    assert len(rows) == 618
+    assert all("references" not in row or row["references"][0] == row["target"] for row in rows)
+    assert max(len(row.get("references", [])) for row in rows) > 2

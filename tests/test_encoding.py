@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from neft_core.encoding import encode, encode_prompt, encode_split, load_encoded, save_encoded
+from neft_core.encoding import (
+    encode,
+    encode_prompt,
+    encode_split,
+    limit_sources,
+    load_encoded,
+    save_encoded,
+)
 from neft_core.errors import NeftError
 from neft_core.rows import answers, read_rows
 from neft_core.tasks import PLAIN_TURN, Form
@@ -327,3 +334,41 @@ def test_real_rows_are_encoded_as_the_real_base_was_pretrained(shared, real):
         assert arrays["tokens"][part].tolist() == [1, *whole, 2], json.dumps(row)
         target = arrays["tokens"][part][arrays["trained"][part] == 1]
         assert real.decode(target, skip_special_tokens=True) == " " + row["target"]
+
+
+def sources(*texts):
+    return [{"source": text, "target": "t"} for text in texts]
+
+
+LONG = "the cat sat on the mat and two and two is four, été 你好 the end of it"
+
+
+@pytest.mark.parametrize("spaced", [False, True])
+@pytest.mark.parametrize("limit", [1, 2, 5, 9, 17, 30])
+def test_a_truncated_source_is_a_beginning_that_fits(limit, spaced):
+    tokenizer = tiny(spaced=spaced)
+    (row,), counts = limit_sources(
+        sources(LONG), tokenizer, max_tokens=limit, drop=False, where="train"
+    )
+    kept = row["source"]
+    length = len(tokenizer(kept, add_special_tokens=False)["input_ids"])
+    whole = len(tokenizer(LONG, add_special_tokens=False)["input_ids"])
+    assert LONG.startswith(kept)
+    assert length <= limit
+    if limit < whole:
+        assert counts == {"truncated": 1}
+        longer = LONG[: len(kept) + 8]  # one character can be several tokens, a word one
+        assert len(tokenizer(longer, add_special_tokens=False)["input_ids"]) > limit - 4
+    assert row["target"] == "t"
+
+
+def test_sources_that_fit_are_left_alone_and_longer_ones_dropped_where_asked():
+    tokenizer = tiny()
+    rows = sources("the cat", LONG, "the mat")
+    limit = len(tokenizer("the cat")["input_ids"]) + 2
+    kept, counts = limit_sources(rows, tokenizer, max_tokens=limit, drop=True, where="train")
+    assert (kept, counts) == ([rows[0], rows[2]], {"dropped": 1})
+    kept, _ = limit_sources(rows, tokenizer, max_tokens=limit, drop=False, where="train")
+    assert [kept[0], kept[2]] == [rows[0], rows[2]]
+    with pytest.raises(NeftError, match=r"test: none of 1 sources has at most max_input 3 tokens"):
+        limit_sources(sources(LONG), tokenizer, max_tokens=3, drop=True, where="test")

@@ -1,11 +1,12 @@
 """Batched generation against one prompt at a time."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
 
 from neft_core.errors import NeftError
-from neft_core.evaluation import first_line, generate
+from neft_core.evaluation import first_line, generate, log_likelihoods
 
 
 class Numbers:
@@ -94,3 +95,54 @@ def test_a_prompt_and_its_continuation_must_fit_the_model():
 )
 def test_a_translation_is_one_line(text, line):
     assert first_line(text) == line
+
+
+def answers_of_lengths(count: int = 9) -> dict[str, np.ndarray]:
+    """Prompts with answers of one to four tokens; those after the prompt are trained."""
+    rng = np.random.default_rng(2)
+    prompt, answer = rng.integers(1, 9, count), rng.integers(1, 5, count)
+    lengths = prompt + answer
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    trained = [np.arange(n) >= p for n, p in zip(lengths, prompt, strict=True)]
+    return {
+        "tokens": rng.integers(3, 64, offsets[-1]).astype(np.int32),
+        "trained": np.concatenate(trained).astype(np.uint8),
+        "offsets": offsets,
+        "prompts": prompt.astype(np.int32),
+    }
+
+
+@torch.no_grad()
+def log_probability(model, ids: list[int], prompt: int) -> float:
+    """Of the tokens after the prompt, each by a pass over what stands before it."""
+    total = 0.0
+    for place in range(prompt, len(ids)):
+        logits = model(input_ids=torch.tensor([ids[:place]])).logits[0, -1].double()
+        total += float(logits.log_softmax(0)[ids[place]])
+    return total
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 50])
+def test_log_likelihoods_are_those_of_one_row_and_token_at_a_time(batch_size):
+    model, arrays = model_that_stops(), answers_of_lengths()
+    parts = np.split(arrays["tokens"], arrays["offsets"][1:-1])
+    expected = [
+        log_probability(model, part.tolist(), int(prompt))
+        for part, prompt in zip(parts, arrays["prompts"], strict=True)
+    ]
+    found = log_likelihoods(model, arrays, pad=0, batch_size=batch_size, label="t")
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
+    assert len({round(one, 3) for one in expected}) == len(expected)
+
+
+def test_the_probabilities_of_all_answers_of_a_length_sum_to_one():
+    model = model_that_stops()
+    ids = np.array([[1, 5, one] for one in range(64)], np.int32)
+    arrays = {
+        "tokens": ids.ravel(),
+        "trained": np.tile([0, 0, 1], 64).astype(np.uint8),
+        "offsets": np.arange(65) * 3,
+        "prompts": np.full(64, 2, np.int32),
+    }
+    found = log_likelihoods(model, arrays, pad=0, batch_size=10, label="t")
+    assert np.exp(found).sum() == pytest.approx(1, abs=1e-5)

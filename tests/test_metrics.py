@@ -4,12 +4,13 @@ import os
 import random
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
 
 from neft_core.errors import NeftError
-from neft_core.metrics import METRICS, paired_bootstrap, score_text
+from neft_core.metrics import METRICS, OF_TASK, paired_bootstrap, rouge_words, score_text
 from neft_core.rows import answers, read_rows
 
 WORDS = [
@@ -81,7 +82,7 @@ def test_scores_and_signatures_are_those_of_the_command_line(tmp_path):
     ours = score_text(GOOD, TWO, "French")
     theirs = sacrebleu(tmp_path, zip(*TWO, strict=True), [GOOD], "-m", "bleu", "chrf")
     assert [one["name"] for one in theirs] == ["BLEU", "chrF2"]
-    for name, one in zip(METRICS, theirs, strict=True):
+    for name, one in zip(OF_TASK["translation"], theirs, strict=True):
         assert ours[name] == pytest.approx(one["score"], abs=1e-8)
         assert ours[f"{name}_signature"] == one["signature"]
     assert ours["bleu_signature"] == ("nrefs:2|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0")
@@ -148,7 +149,10 @@ def test_hindi_words_are_told_apart():
     assert scores["bleu"] == pytest.approx(100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+TEXT_METRICS = [name for name in METRICS if name != "accuracy"]
+
+
+@pytest.mark.parametrize("metric", TEXT_METRICS)
 def test_paired_bootstrap_tells_better_from_worse(metric):
     ours = paired_bootstrap(GOOD, spoiled(GOLD, 0.6, 9), ONE, "fr", samples=200, metric=metric)
     assert ours["p_value"] < 0.05
@@ -159,7 +163,8 @@ def test_paired_bootstrap_tells_better_from_worse(metric):
         [-ours["delta"], -ours["high"], -ours["low"]]
     )
     assert ours["delta"] == pytest.approx(ours["score"] - ours["baseline"])
-    assert ours["score"] == pytest.approx(score_text(GOOD, ONE, "fr")[metric])
+    task = "summarisation" if "rouge" in metric else "translation"
+    assert ours["score"] == pytest.approx(score_text(GOOD, ONE, "fr", task)[metric])
 
 
 def test_the_interval_holds_the_middle_95_percent_of_the_resampled_differences():
@@ -218,7 +223,10 @@ def test_neither_environment_nor_earlier_calls_change_a_result(monkeypatch):
         (lambda: paired_bootstrap(GOOD, BAD[1:], ONE, "fr"), "79 for 80 rows of references"),
         (lambda: score_text(["a", "b"], [["a"], []], "fr"), r"references row 2: got \[\]"),
         (lambda: score_text(["a"], ["a"], "fr"), "references row 1: got 'a'"),
-        (lambda: paired_bootstrap(GOOD, BAD, ONE, "fr", metric="ter"), "got 'ter'; bleu, chrf"),
+        (
+            lambda: paired_bootstrap(GOOD, BAD, ONE, "fr", metric="ter"),
+            "got 'ter'; bleu, chrf, rouge1",
+        ),
         (lambda: paired_bootstrap(GOOD, BAD, ONE, "fr", samples=0), "samples: got 0"),
     ],
 )
@@ -226,6 +234,100 @@ def test_faults_are_one_line(call, text):
     with pytest.raises(NeftError, match=text) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+# Counted by hand: matches / words of the hypothesis and of the reference, then pairs, then the
+# longest common subsequence; F1 = 2 * matches / (words of both).
+ROUGE_BY_HAND = [
+    ("我今天很高兴。", "我今天不高兴。", (5, 6, 6), (3, 5, 5), (5, 6, 6)),
+    ("北京北京", "北京大学在北京", (4, 4, 7), (2, 3, 6), (4, 4, 7)),
+    ("2019年iPhone发布", "iPhone 于2019年发布！", (5, 5, 6), (2, 4, 5), (4, 5, 6)),
+    ("वह आज घर नहीं जाएगा।", "वह आज घर नहीं आएगा।", (4, 5, 5), (3, 4, 4), (4, 5, 5)),
+    ("लड़की किताब पढ़ती है", "लड़की एक किताब पढ़ती है।", (4, 4, 5), (2, 3, 4), (4, 4, 5)),
+    ("L'été dernier, l'élève a réussi.", "L'élève a réussi l'été dernier.",
+     (7, 7, 7), (5, 6, 6), (4, 7, 7)),
+    ("la cote est la", "la côte est là", (2, 4, 4), (0, 3, 3), (2, 4, 4)),
+    ("Über die Straße", "über die Brücke", (2, 3, 3), (1, 2, 2), (2, 3, 3)),
+    ("the cat the cat", "the cat", (2, 4, 2), (1, 3, 1), (2, 4, 2)),
+    ("", "गाना", (0, 0, 1), (0, 0, 0), (0, 0, 1)),
+    ("。！", "你好", (0, 0, 2), (0, 0, 1), (0, 0, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("hypothesis", "reference", "one", "two", "longest"), ROUGE_BY_HAND)
+def test_rouge_by_hand(hypothesis, reference, one, two, longest):
+    scores = score_text([hypothesis], [[reference]], "any", "summarisation")
+    for name, (matches, ours, theirs) in (("rouge1", one), ("rouge2", two), ("rougeL", longest)):
+        expected = 200 * matches / (ours + theirs) if matches else 0
+        assert scores[name] == pytest.approx(expected), name
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Don't re-use snake_case!", ["don", "t", "re", "use", "snake", "case"]),
+        ("ज़्यादा ज़ोर से", ["ज़्यादा", "ज़ोर", "से"]),
+        ("क्\u200dया\u200c", ["क्या"]),
+        ("e\u0301te\u0301", ["été"]),
+        ("カタカナと漢字々", list("カタカナと漢字々")),
+        ("한국어 단어", ["한국어", "단어"]),
+        ("５０％ 𠮷野", ["５０", "𠮷", "野"]),
+    ],
+)
+def test_words_of_rouge(text, words):
+    assert rouge_words(text) == [unicodedata.normalize("NFC", word) for word in words]
+
+
+def test_rouge_of_english_is_rouge_scores_own():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    pick = random.Random(5)
+    words = [
+        "Don't",
+        "over-fit",
+        "the",
+        "cat",
+        "3,000",
+        "U.S.",
+        "naive_bayes",
+        "(sat)",
+        "a",
+        "\u2014",
+    ]
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    theirs = RougeScorer(kinds)
+    for _ in range(200):
+        text, gold = (" ".join(pick.choices(words, k=pick.randint(1, 15))) for _ in "ab")
+        ours = score_text([text], [[gold]], "English", "summarisation")
+        expected = theirs.score(gold, text)
+        assert [ours[k] for k in kinds] == [100 * expected[k].fmeasure for k in kinds]
+
+
+def test_rouge_takes_the_best_reference_and_the_mean_of_rows():
+    hypotheses, references = ["a b", "c d"], [["x", "a b", "a"], ["c e"]]
+    scores = score_text(hypotheses, references, "en", "summarisation")
+    assert scores["rouge1"] == pytest.approx((100 + 50) / 2)
+    assert scores["rougeL_signature"] == (
+        "nrefs:var|case:lc|tok:unicode|stem:no|f:1|agg:mean|version:0.1.2"
+    )
+
+
+def test_paired_bootstrap_of_a_mean_by_its_definition():
+    labels = ["entailment", "neutral", "contradiction"]
+    pick = random.Random(8)
+    gold = [pick.choice(labels) for _ in range(60)]
+    mine, other = ([g if pick.random() < p else "neutral" for g in gold] for p in (0.9, 0.5))
+    ours = paired_bootstrap(mine, other, [[g] for g in gold], "fr", 500, 3, "accuracy")
+    right = np.array([[m == g, o == g] for m, o, g in zip(mine, other, gold, strict=True)], float)
+    draws = right[np.random.default_rng(3).choice(60, (500, 60))].mean(1) * 100
+    deltas = np.sort(draws[:, 0] - draws[:, 1])
+    assert ours["delta"] == pytest.approx(100 * (right[:, 0].mean() - right[:, 1].mean()))
+    assert [ours["low"], ours["high"]] == pytest.approx([deltas[12], deltas[487]])
+    assert ours["p_value"] < 0.05
+    assert ours["signature"] == (
+        "nrefs:1|bs:500|seed:3|choice:log-likelihood|length:sum"
+    )  # fmt: skip
+    assert score_text(mine, [[g] for g in gold], "fr", "nli")["accuracy"] == ours["score"]
 
 
 def test_real_references_score_full(shared):

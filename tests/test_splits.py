@@ -207,3 +207,42 @@ def test_real_pairs_split_as_their_makers_promise(shared):
     for name in ("train", "pretrain"):
         assert not held & {row["source"] for row in splits[name]}
         assert not held_targets & {row["target"] for row in splits[name]}
+
+
+def inference(premise, hypothesis, label="neutral"):
+    return {"premise": premise, "hypothesis": hypothesis, "label": label}
+
+
+def test_a_premise_stays_in_one_split_with_all_its_hypotheses():
+    rows = [inference(f"p{i}", f"h{i}{j}") for i in range(20) for j in range(3)]
+    splits, stats = split_rows({"train": rows}, dev=6, test=9, seed=3)
+    assert [len(splits[name]) for name in ("test", "dev", "train")] == [9, 6, 45]
+    premises = [{row["premise"] for row in splits[name]} for name in ("test", "dev", "train")]
+    assert sum(map(len, premises)) == len(set.union(*premises)) == 20
+    assert stats["test"]["merged"] == 0
+
+
+def test_rows_with_a_premise_of_test_are_leaked():
+    train = [inference("p", "other"), inference("q", "h")]
+    splits, stats = split_rows(
+        given(train, dev=[inference("d", "x")], test=[inference("p", "h")]), seed=1
+    )
+    assert splits["train"] == [inference("q", "h")]
+    assert stats["train"]["leaked"] == 1
+
+
+def test_labels_are_no_answers_that_leak():
+    train = [inference(f"p{i}", "h", "entailment") for i in range(4)]
+    splits, _ = split_rows(
+        given(
+            train, dev=[inference("d", "h", "entailment")], test=[inference("t", "h", "entailment")]
+        ),
+        seed=1,
+    )
+    assert len(splits["train"]) == 4
+
+
+def test_test_may_be_all_there_is():
+    splits, stats = split_rows({"test": pairs(5)}, test=3, seed=1)
+    assert list(splits) == ["test"]
+    assert stats["test"]["kept"] == 3

@@ -64,7 +64,7 @@ def test_plain_turns_train_the_answers_alone():
 @pytest.mark.parametrize(
     ("form", "text"),
     [
-        ({"task": "haiku"}, "task: got 'haiku'; translation, instruction"),
+        ({"task": "haiku"}, "task: got 'haiku'; translation, summarisation, instruction, nli"),
         (
             {"task": "translation", "prompt": "{src}"},
             r"prompt: unknown placeholder \{src\}; \{source\}",
@@ -101,4 +101,53 @@ def test_pretraining_texts_name_both_directions():
     assert pretraining_texts({"source": "Hi.", "target": "Salut !"}, LANGUAGES) == [
         "English: Hi.\nFrench: Salut !",
         "French: Salut !\nEnglish: Hi.",
+    ]
+
+
+NLI = {"premise": "Il {dort}.", "hypothesis": "Il mange.", "label": "contradiction"}
+
+
+def test_a_label_is_said_in_the_words_of_the_language():
+    form = Form("nli", "{premise} {hypothesis} ({language}: {labels})", languages=("French",) * 2)
+    assert text(NLI, form) == [
+        ("Il {dort}. Il mange. (French: implication, neutre, contradiction)", False),
+        (" contradiction", True),
+    ]
+    german = Form("nli", "{premise}\n{hypothesis}\n", languages=("German", "German"))
+    assert text(NLI | {"label": "entailment"}, german)[1] == ("Folgerung", True)
+    own = {"entailment": "oui", "neutral": "peut-être", "contradiction": "non"}
+    form = Form("nli", "{premise}{hypothesis}:", labels=own)
+    assert text(NLI, form)[1] == (" non", True)
+
+
+def test_a_summary_is_asked_for_in_its_language():
+    form = Form("summarisation", "{source}\n{target_language}:", languages=("Hindi", "Chinese"))
+    assert text({"source": "पाठ", "target": "文"}, form) == [
+        ("पाठ\nChinese:", False),
+        (" 文", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"prompt": "{premise}"}, r"prompt: \{hypothesis\} stands 0 times"),
+        ({"prompt": "{premise} {source}"}, r"unknown placeholder \{source\}; \{premise\}"),
+        ({"prompt": "{premise}{hypothesis}", "languages": ("Maori", "Maori")},
+         "labels: none are known in Maori; give what says entailment, neutral, contradiction"),
+        ({"prompt": "{premise}{hypothesis}", "labels": {"entailment": "ja"}},
+         "labels: got entailment; entailment, neutral, contradiction are needed"),
+        ({"prompt": "{premise}{hypothesis}",
+          "labels": {"entailment": "a", "neutral": "b", "contradiction": "a "}},
+         "labels: got 'a', 'b', 'a'; three different texts are needed"),
+    ],
+)  # fmt: skip
+def test_faulty_forms_of_nli_are_refused(form, message):
+    with pytest.raises(NeftError, match=message):
+        Form("nli", **form)
+
+
+def test_plain_texts_pretrain_as_they_are():
+    assert pretraining_texts({"text": "Er schläft."}, ("German", "German")) == [
+        "German: Er schläft."
     ]

@@ -281,6 +281,34 @@ def test_a_changed_evaluation_updates_the_same_run(ws: Workspace) -> None:
     assert len(runs(ws)) == 4
 
 
+def test_a_transfer_is_shown_in_the_run_that_was_trained(ws: Workspace) -> None:
+    sync(ws, Graph(ws))
+    text = (ws.root / "params.yaml").read_text()
+    task = text[text.index("  en-fr:") : text.index("compute:")].replace("en-fr:", "other:")
+    text = text.replace("compute:", task + "compute:", 1)
+    (ws.root / "params.yaml").write_text(
+        text + "transfers: {neft-other: {run: neft, task: other}}\n"
+    )
+    due = [
+        stage.name
+        for stage in Graph(ws).stages
+        if stage.item not in ("other",) and Graph(ws).changes(stage.name)
+    ]
+    assert due == ["transfer@neft-other"], "no training and no other evaluation"
+    dvc = [sys.executable, "-m", "dvc", "repro", "-q", "transfer@neft-other"]
+    subprocess.run(dvc, cwd=ws.root, check=True)
+    assert "train neft" not in (ws.root / "ran.log").read_text().splitlines()[-4:]
+    assert sync(ws, Graph(ws)).updated == 2
+    found = runs(ws)
+    run = found["neft seed 2"]
+    assert run.data.metrics["test/other/bleu"] == run.data.metrics["test/bleu"] == 21.5
+    assert run.data.tags["neft.other.bleu_signature"] == "nrefs:1"
+    assert "test/other/bleu" not in found["full seed 1"].data.metrics
+    place = Path(run.info.artifact_uri.removeprefix("file://").replace("%20", " "))
+    assert (place / "hypotheses/other/seed-2.jsonl").exists()
+    assert sync(ws, Graph(ws)) == Delivery(f"sqlite:///{ws.root}/mlflow.db")
+
+
 def test_a_server_that_is_away_costs_one_line(
     training: tuple[Workspace, dict[str, str], Path],
     monkeypatch: pytest.MonkeyPatch,

@@ -62,6 +62,8 @@ def _determiner(np: Phrase, following: str) -> str:
         return article(following)
     if np.determiner == "number":
         return NUMBERS[np.count - 2]
+    if np.determiner in {"more", "fewer"}:
+        return f"{np.determiner} than {NUMBERS[np.count - 2]}"
     if np.determiner == "my":
         assert np.owner is not None
         return POSSESSIVE[np.owner.en] if isinstance(np.owner, Pronoun) else f"{np.owner.en}'s"

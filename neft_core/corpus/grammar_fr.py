@@ -79,6 +79,10 @@ def _determiner(np: Phrase, following: str) -> str:
             return "ces"
         case "number":
             return NUMBERS[np.count - 2]
+        case "more":
+            return f"plus de {NUMBERS[np.count - 2]}"
+        case "fewer":
+            return f"moins de {NUMBERS[np.count - 2]}"
         case "many":
             return "beaucoup de"
         case "few":

@@ -146,14 +146,15 @@ ME, YOU, HE, SHE, WE, THEY = (
     )
 )
 
-PLURAL_DETERMINERS = frozenset({"these", "number", "many", "few", "generic"})
+PLURAL_DETERMINERS = frozenset({"these", "number", "more", "fewer", "many", "few", "generic"})
 
 
 @dataclass(frozen=True, eq=False)
 class Phrase:
     """A noun phrase.
 
-    `determiner` is one of: the, a, this, these, number (with `count`), many, few, mass (some),
+    `determiner` is one of: the, a, this, these, number (with `count`; in English,
+    French and German also more and fewer than it), many, few, mass (some),
     generic (in general), bare (a profession), my (with `owner`, a pronoun or a name), or empty for
     names and pronouns.
     """

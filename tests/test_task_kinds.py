@@ -1,0 +1,220 @@
+"""Summarisation, nli, a task that is only tested on, and transfers, through every stage."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from conftest import TINY_PARAMS, edit, run_stages, tiny_pairs
+
+from neft_core.masks import NeuronScores
+from neft_core.metrics import paired_bootstrap
+from neft_core.rows import LABELS, read_rows, write_rows
+from neft_core.workspace import Workspace, init_workspace
+
+TASKS = """\
+  sum:
+    source:
+      kind: local
+      path: data/sum
+      splits: {train: train.jsonl}
+      columns: {source: text, target: summary}
+      dev: 6
+      test: 8
+    format:
+      task: summarisation
+      source_language: English
+      target_language: Chinese
+      max_input: 24
+      max_tokens: 96
+  nli-fr:
+    source: {kind: local, path: data/nli, splits: {train: train.csv}, dev: 6, test: 9}
+    format: {task: nli, language: French, max_tokens: 160}
+  other:
+    source: {kind: local, path: data/other, splits: {test: test.jsonl}}
+    format:
+      task: translation
+      source_language: English
+      target_language: French
+      prompt: "English: {source}\\nFrench:"
+      max_tokens: 160
+"""
+RUNS = """\
+runs:
+  full: {task: en-fr, method: {name: full}}
+  neft: {task: en-fr, method: {name: neft, percent: 9}, seeds: [1, 2]}
+  sum-full: {task: sum, method: {name: full}}
+  nli-full: {task: nli-fr, method: {name: full}}
+transfers:
+  neft-other: {run: neft, task: other}
+  full-other: {run: full, task: other}
+"""
+
+
+def make(folder: Path) -> Workspace:
+    head, tail = TINY_PARAMS.split("compute:")
+    rest = "compute:" + tail[: tail.index("runs:")] + RUNS + tail[tail.index("evaluation:") :]
+    text = (head + TASKS + rest).replace("steps: 6", "steps: 2").replace("epochs: 2", "epochs: 1")
+    ws = init_workspace(folder, text)
+    write_rows(folder / "data/pairs/train.jsonl", tiny_pairs(60, "the cat dog sees eats a red"))
+    write_rows(folder / "data/pairs/pretrain.jsonl", tiny_pairs(40, "one two six ten", seed=1))
+    write_rows(folder / "data/other/test.jsonl", tiny_pairs(10, "owl fox bee ant"))
+    rng = random.Random(1)
+    texts = [" ".join(rng.choices("abcdefgh", k=rng.choice((7, 7, 20)))) for _ in range(100)]
+    summaries = [{"text": text, "summary": f"我{i}"} for i, text in enumerate(texts)]
+    (folder / "data/sum").mkdir()
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in summaries]
+    (folder / "data/sum/train.jsonl").write_text("".join(lines), "utf-8")
+    (folder / "data/nli").mkdir()
+    rows = [f"p {i // 3},h {i},{i % 3}\n" for i in range(60)]
+    (folder / "data/nli/train.csv").write_text("premise,hypothesis,label\n" + "".join(rows))
+    return ws
+
+
+@pytest.fixture(scope="module")
+def ws(tmp_path_factory):
+    made = make(tmp_path_factory.mktemp("kinds"))
+    run_stages(made)
+    return made
+
+
+def seed_rows(ws, place: str, seed: int = 1):
+    return read_rows(ws.path("evaluation", place, f"seed-{seed}.jsonl"))
+
+
+def test_long_inputs_are_cut_and_the_rows_stay(ws):
+    stats = json.loads(ws.path("prepared", "sum", "stats.json").read_text())
+    assert stats["train"]["truncated"] > 0
+    assert stats["train"]["kept"] == stats["train"]["rows"] == 100 - 6 - 8
+    whole = {row["source"] for row in read_rows(ws.path("corpus", "sum", "test.jsonl"))}
+    shown = [row["source"] for row in read_rows(ws.path("prepared", "sum", "references.jsonl"))]
+    assert len(shown) == 8
+    assert all(any(one.startswith(text) for one in whole) for text in shown)
+    assert not set(shown) <= whole
+
+
+def test_the_label_is_the_likeliest_answer(ws):
+    from neft_core.encoding import load_encoded
+
+    arrays, _ = load_encoded(ws.path("prepared", "nli-fr", "labels.safetensors"))
+    rows = seed_rows(ws, "nli-full")
+    assert len(arrays["offsets"]) - 1 == 3 * len(rows) == 27
+    for row in rows:
+        found = row["log_likelihoods"]
+        assert row["hypothesis"] == max(LABELS, key=found.__getitem__)
+        assert set(found) == set(LABELS)
+        assert all(value < 0 for value in found.values())
+    metrics = json.loads(ws.path("evaluation", "nli-full", "metrics.json").read_text())["seeds"][
+        "1"
+    ]
+    right = sum(row["hypothesis"] == row["target"] for row in rows)
+    assert metrics["accuracy"] == pytest.approx(100 * right / 9)
+    assert metrics["accuracy_signature"] == "nrefs:1|choice:log-likelihood|length:sum"
+
+
+def test_a_task_without_training_rows_is_tested_on_alone(ws):
+    assert not ws.path("prepared", "other", "train.safetensors").exists()
+    assert [path.name for path in ws.path("warmup", "other").iterdir()] == ["provenance.json"]
+    assert NeuronScores.load(ws.path("scores", "other.safetensors")).sensitivity == {}
+    metrics = json.loads(ws.path("baseline", "other", "metrics.json").read_text())
+    assert list(metrics) == ["base"]
+
+
+def test_a_transfer_has_every_seed_of_the_run_on_the_other_tasks_rows(ws):
+    for seed in (1, 2):
+        rows = seed_rows(ws, "neft.other", seed)
+        told = read_rows(ws.path("prepared", "other", "references.jsonl"))
+        assert [row["source"] for row in rows] == [row["source"] for row in told]
+    # The same model as on its own task: texts of the two runs differ, those of one don't.
+    assert seed_rows(ws, "neft.other", 1) != seed_rows(ws, "full.other", 1)
+
+
+def test_the_summary_has_each_kinds_own_metrics(ws):
+    text = ws.path("summary", "summary.md").read_text()
+    head, _, *lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+    assert head[:3] == ["task", "run", "trained on"]
+    assert [name for name in head if "ROUGE" in name or name in ("BLEU", "chrF", "accuracy")] == [
+        "BLEU", "chrF", "ROUGE-1", "ROUGE-2", "ROUGE-L", "accuracy"
+    ]  # fmt: skip
+    rows = {(line[0], line[1]): dict(zip(head, line, strict=True)) for line in lines}
+    assert ("other", "tuned") not in rows
+    assert rows["other", "neft"]["trained on"] == "en-fr"
+    assert rows["other", "neft"]["seeds"] == "2"
+    assert rows["other", "neft"]["Δ to full"] != "-"
+    assert rows["sum", "sum-full"]["BLEU"] == "-"
+    assert rows["sum", "sum-full"]["ROUGE-L"] != "-"
+    assert rows["nli-fr", "nli-full"]["accuracy"] != "-"
+    assert "differences and p: BLEU for en-fr, ROUGE-L for sum, accuracy for nli-fr" in text
+    metrics = json.loads(ws.path("summary", "metrics.json").read_text())
+    told = seed_rows(ws, "nli-full")
+    base = [row["hypothesis"] for row in read_rows(ws.path("baseline", "nli-fr", "base.jsonl"))]
+    out = paired_bootstrap(
+        [row["hypothesis"] for row in told],
+        base,
+        [row["references"] for row in told],
+        "French",
+        100,
+        metric="accuracy",
+    )
+    assert metrics["nli-fr"]["nli-full"]["p_base"] == out["p_value"]
+    assert "rouge2" in metrics["sum"]["sum-full"]
+
+
+def test_long_inputs_are_dropped_where_asked(tmp_path):
+    ws = make(tmp_path / "dropping")
+    edit(ws, ("max_input: 24\n", "max_input: 24\n      long_inputs: drop\n"))
+    run_stages(ws, "corpus", "base", "prepare")
+    stats = json.loads(ws.path("prepared", "sum", "stats.json").read_text())
+    assert stats["train"]["dropped"] > 0
+    assert stats["train"]["kept"] == 86 - stats["train"]["dropped"]
+    rows = read_rows(ws.path("prepared", "sum", "references.jsonl"))
+    assert len(rows) == stats["test"]["kept"] == 8 - stats["test"]["dropped"] < 8
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "task", "line"),
+    [
+        ("sum/train.jsonl", '{"text": "a b", "summary": ""}\n', "sum",
+         "W/data/sum/train.jsonl:101: 'summary' is empty; text is needed"),
+        ("nli/train.csv", "a,b,perhaps\n", "nli-fr",
+         "W/data/nli/train.csv:62: the label is 'perhaps'; entailment (0), neutral (1), "
+         "contradiction (2) are the labels"),
+        ("nli/train.csv", "a,b,-1\n", "nli-fr",
+         "W/data/nli/train.csv:62: the label is '-1'; entailment (0), neutral (1), "
+         "contradiction (2) are the labels"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_one_line_with_its_place(tmp_path, neft, file, row, task, line):
+    ws = make(tmp_path / "bad")
+    path = ws.root / "data" / file
+    path.write_text(path.read_text("utf-8") + row, "utf-8")
+    code, lines = neft(ws, "stage", "corpus", task)
+    assert code == 2
+    assert [one.replace(str(ws.root), "W") for one in lines] == [f"neft: {line}"]
+    assert not ws.path("corpus", task).exists()
+
+
+def test_scitldr_goes_through_corpus_and_prepare(tmp_path, shared):
+    ws = make(tmp_path / "real")
+    data = shared / "data" / "scitldr"
+    edit(
+        ws,
+        ("path: data/sum\n", f"path: {data}\n"),
+        ("splits: {train: train.jsonl}\n      columns: {source: text, target: summary}\n"
+         "      dev: 6\n      test: 8\n",
+         "splits: {train: train.jsonl, dev: dev.jsonl, test: test.jsonl}\n      train: 100\n"
+         "      dev: 20\n      test: 30\n"),
+        ("max_input: 24", "max_input: 60"),
+        ("max_tokens: 96", "max_tokens: 158"),
+        ("target_language: Chinese", "target_language: English"),
+    )  # fmt: skip
+    run_stages(ws, "corpus", "base", "prepare")
+    stats = json.loads(ws.path("prepared", "sum", "stats.json").read_text())
+    assert [stats[name]["rows"] for name in ("train", "dev", "test")] == [100, 20, 30]
+    assert stats["test"]["truncated"] == stats["test"]["kept"] == 30
+    rows = read_rows(ws.path("prepared", "sum", "references.jsonl"))
+    assert max(len(row["references"]) for row in rows) > 1
