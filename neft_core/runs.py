@@ -25,7 +25,7 @@ def warmup(ws: Workspace, name: str) -> None:
     A task that is only tested on gets an empty folder.
     """
     task, section = ws.params().warmed(name)
-    if not ws.path("prepared", task, "train.safetensors").exists():
+    if not ws.params().tasks[task].trains:
         with replacing(ws.path("warmup", name)) as folder:
             folder.mkdir()
             write_json(folder / "provenance.json", {"steps": 0})

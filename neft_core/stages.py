@@ -202,21 +202,20 @@ def prepare(ws: Workspace, task: str) -> None:
     stats = {}
     with replacing(ws.path("prepared", task)) as folder:
         folder.mkdir()
-        for name in SPLITS:
-            path = ws.path("corpus", task, f"{name}.jsonl")
-            if path.exists():
-                where = f"task {task}: {name}"
-                rows, counts = _limited(read_rows(path), form, tokenizer, where)
-                arrays, stats[name] = encoding.encode_split(
-                    rows,
-                    loading.form(params, task),
-                    tokenizer,
-                    max_tokens=form.max_tokens,
-                    where=where,
-                    keep_long=name == "test",
-                )
-                stats[name] |= counts
-                encoding.save_encoded(folder / f"{name}.safetensors", arrays, {})
+        for name in SPLITS if params.tasks[task].trains else SPLITS[-1:]:
+            where = f"task {task}: {name}"
+            read = read_rows(ws.path("corpus", task, f"{name}.jsonl"))
+            rows, counts = _limited(read, form, tokenizer, where)
+            arrays, stats[name] = encoding.encode_split(
+                rows,
+                loading.form(params, task),
+                tokenizer,
+                max_tokens=form.max_tokens,
+                where=where,
+                keep_long=name == "test",
+            )
+            stats[name] |= counts
+            encoding.save_encoded(folder / f"{name}.safetensors", arrays, {})
         write_rows(folder / "references.jsonl", map(asked_and_answered, rows))
         if isinstance(form, config.Nli):
             # Every test row three times, once with each answer, whose likelihoods are compared.

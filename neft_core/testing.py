@@ -15,7 +15,7 @@ def baseline(ws: Workspace, task: str) -> None:
     params = ws.params()
     card, tokenizer = base_card(ws)
     models: dict[str, Path | None] = {"base": None}
-    if ws.path("prepared", task, "train.safetensors").exists():
+    if params.tasks[task].trains:
         models["tuned"] = ws.path("warmup", task)
     metrics = {}
     with replacing(ws.path("baseline", task)) as folder:

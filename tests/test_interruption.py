@@ -55,8 +55,8 @@ CUTS = [
     ("train lora", "training.Trainer._evaluate", 2),
     ("train neft", "training.Trainer._step", 17),
     ("train neft", "runs.write_json", 2),
-    ("baseline en-fr", "runs._evaluate", 2),
-    ("evaluate neft", "runs._evaluate", 2),
+    ("baseline en-fr", "testing._evaluate", 2),
+    ("evaluate neft", "testing._evaluate", 2),
     ("summary", "summary._csv", 1),
 ]
 
