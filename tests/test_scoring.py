@@ -181,7 +181,7 @@ def test_new_entries_make_nothing_else_stale(scored, monkeypatch):
         own = {
             f"{family}@late" for family in ("warmups", "similarity", "select", "train", "evaluate")
         }
-        assert stale == own | {"assign", "summary"}
+        assert stale == own | {"assign", "summary", "report"}
         upstream = {stage.name: set(stage.upstream) for stage in graph.stages}
         assert upstream["select@late"] == {"similarity@late"}
         assert upstream["select@both"] == {"score@en-fr", "similarity@early"}
