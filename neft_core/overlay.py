@@ -26,15 +26,13 @@ class Pack(NamedTuple):
     """How neurons lie in a packed weight.
 
     Attributes:
-        values: its first part, [k, D].
-        rest: its second part, the neurons that don't train, [n - k, D].
-        others: which those are, [n - k].
-        place: where each neuron of the weight is among all of both parts, [n].
+        neurons: all of them, those that train first, [n, D].
+        order: which neuron of the weight each of these is, [n].
+        place: where each neuron of the weight is among these, [n].
     """
 
-    values: Tensor
-    rest: Tensor
-    others: Tensor
+    neurons: Tensor
+    order: Tensor
     place: Tensor
 
 
@@ -102,10 +100,9 @@ class Overlay:
                 self._fill(weight, values)
         if self.pack is None:
             write_neurons(weight, values.detach(), indices, self.axis)
-        elif values.data_ptr() != self.pack.values.data_ptr():
+        elif values.data_ptr() != self.pack.neurons.data_ptr():
             # Somebody gave the parameter other memory.
-            self.pack.values.copy_(values.detach())
-            values.data = self.pack.values
+            self._take_in(values)
         self.present = True
         self.edition += 1
         self.stale = False
@@ -116,10 +113,11 @@ class Overlay:
             return
         if self.pack is not None and self._owner is not None:
             # Values that have got other memory stay there.
-            if self._owner.data_ptr() == self.pack.values.data_ptr():
-                self._owner.data = self.pack.values.clone()
-            rest, others = self.pack.rest.clone(), self.pack.others
-            write_neurons(weight, rest, others, self.axis)
+            k = len(self.indices)
+            if self._owner.data_ptr() == self.pack.neurons.data_ptr():
+                self._owner.data = self.pack.neurons[:k].clone()
+            rest = self.pack.neurons[k:].clone()
+            write_neurons(weight, rest, self.pack.order[k:], self.axis)
             self.pack = self._owner = None
         write_neurons(weight, self.originals, self.indices, self.axis)
         self.present = self._calm = False
@@ -158,13 +156,17 @@ class Overlay:
         assert flat is not None
         numbers = torch.arange(n, device=weight.device).index_fill(0, self.indices, n)
         others = numbers.sort().values[: n - len(self.indices)]
-        rest = read_neurons(weight, others, self.axis)
-        parts = flat[: values.numel()].view(values.shape), flat[values.numel() :].view(rest.shape)
-        parts[0].copy_(values.detach())
-        parts[1].copy_(rest)
-        values.data = parts[0]
-        place = torch.cat([self.indices, others]).argsort()
-        self.pack, self._owner = Pack(*parts, others, place), values
+        rest, order = read_neurons(weight, others, self.axis), torch.cat([self.indices, others])
+        self.pack, self._owner = Pack(flat.view(n, -1), order, order.argsort()), values
+        self._take_in(values)
+        self.pack.neurons[len(values) :] = rest
+
+    def _take_in(self, values: Tensor) -> None:
+        """Give the parameter the memory of the first neurons, with its own values in it."""
+        assert self.pack is not None
+        home = self.pack.neurons[: len(values)]
+        home.copy_(values.detach())
+        values.data = home
 
 
 def _flat(weight: Tensor) -> Tensor | None:

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from neft_core.again import factors, formed
 from neft_core.groups import ROWS, read_neurons
-from neft_core.overlay import Overlay, Pack
+from neft_core.overlay import Overlay
 
 
 def trained_linear(
@@ -33,14 +33,14 @@ def trained_linear(
     overlay: Overlay,
 ) -> Tensor:
     """A linear map whose selected neurons stand in its weight; arguments as of `RowLinear`."""
-    compiling, pack = torch.compiler.is_compiling(), overlay.pack
-    function: Any = RowLinear if overlay.axis == ROWS else ColumnLinear
-    if pack is not None:
-        if compiling:
-            return packed(x, values, bias, indices, overlay.axis, pack)
-        function = PackedLinear
-    keeper = None if compiling else overlay
-    output: Tensor = function.apply(x, values, weight, bias, indices, keeper)
+    keeper = None if torch.compiler.is_compiling() else overlay
+    output: Tensor
+    if overlay.pack is None:
+        function: Any = RowLinear if overlay.axis == ROWS else ColumnLinear
+        output = function.apply(x, values, weight, bias, indices, keeper)
+    else:
+        packed = (*overlay.pack, overlay.axis, keeper)
+        output = PackedLinear.apply(x, values, weight, bias, indices, *packed)
     return output
 
 
@@ -121,7 +121,7 @@ class ColumnLinear(torch.autograd.Function):
 
 
 class PackedLinear(torch.autograd.Function):
-    """A linear map whose weight is packed: its trained neurons are `values`, no copies of them."""
+    """A linear map of a packed weight: that of its neurons as they lie, put in order."""
 
     @staticmethod
     def forward(
@@ -131,71 +131,68 @@ class PackedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         indices: Tensor,
-        overlay: Overlay,
+        neurons: Tensor,
+        order: Tensor,
+        place: Tensor,
+        axis: int,
+        overlay: Overlay | None,
     ) -> Tensor:
-        """As that of `RowLinear`, for rows or columns; `weight` is what `overlay` has packed."""
-        assert overlay.pack is not None
+        """`x @ weight.T + bias` as with a weight that isn't packed, [..., in] to [..., out].
+
+        Args:
+            ctx: autograd's.
+            x: [..., in].
+            values: the selected neurons, [k, D], the first of `neurons`.
+            weight: [out, in].
+            bias: [out].
+            indices: rows or columns, [k].
+            neurons: see `Pack`, as the next two.
+            order: [n].
+            place: [n].
+            axis: 0 where neurons are rows, 1 for columns.
+            overlay: what keeps the weight packed; without it it stays so until backward.
+        """
         sources, ctx.recipe = factors(x)
-        if ctx.recipe is None and overlay.axis != ROWS:
+        if ctx.recipe is None and axis != ROWS:
             sources = [x.index_select(-1, indices)]
-        keep(ctx, sources, values, weight, indices, overlay)
-        with torch.autocast(x.device.type, enabled=False):
-            return packed(x, values, bias, indices, overlay.axis, overlay.pack)
+        ctx.axis = axis
+        keep(ctx, [order, place, *sources], values, neurons if overlay is None else weight,
+             indices, overlay)  # fmt: skip
+        if axis == ROWS:
+            return _in_order(_linear(x, neurons, None), place, indices, bias)
+        return _linear(_in_order(x, order, indices), neurons.t(), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the input, [..., in], and of the selected neurons, [k, D]."""
-        sources, indices, weight = kept(ctx)
-        rows, pack = ctx.overlay.axis == ROWS, ctx.overlay.pack
-        left = grad.index_select(-1, indices) if rows and len(indices) < grad.shape[-1] else grad
+        (order, place, *sources), indices, weight = kept(ctx)
+        pack = None if ctx.overlay is None else ctx.overlay.pack
+        neurons = weight if ctx.overlay is None else pack.neurons if pack is not None else None
+        rows = ctx.axis == ROWS
+        if rows:
+            placed = _in_order(grad, order, indices)
         grad_x = grad_values = None
-        if ctx.needs_input_grad[0] and pack is None:
-            grad_x = grad @ weight.to(grad.dtype)
-        elif ctx.needs_input_grad[0]:
-            values, rest = pack.values.to(grad.dtype), pack.rest.to(grad.dtype)
-            if rows:
-                grad_x = left @ values
-                if len(rest):
-                    grad_x += grad.index_select(-1, pack.others) @ rest
+        if ctx.needs_input_grad[0]:
+            if neurons is None:
+                # Another adapter had its turn since; now the values stand in their places.
+                grad_x = grad @ weight.to(grad.dtype)
+            elif rows:
+                grad_x = placed @ neurons.to(grad.dtype)
             else:
-                grad_x = _side_by_side(grad, values, rest, pack.place)
+                grad_x = _in_order(F.linear(grad, neurons.to(grad.dtype)), place, indices)
         if ctx.needs_input_grad[1]:
             x = formed(sources, ctx.recipe, None if rows else indices)
-            grad_values = (
-                _outer(left, x, ctx.values_dtype) if rows else _outer(x, grad, ctx.values_dtype)
-            )
-        return grad_x, grad_values, None, None, None, None
+            pair = (placed[..., : len(indices)], x) if rows else (x, grad)
+            grad_values = _outer(*pair, ctx.values_dtype)
+        return grad_x, grad_values, *[None] * 8
 
 
-def packed(
-    x: Tensor, values: Tensor, bias: Tensor | None, indices: Tensor, axis: int, pack: Pack
-) -> Tensor:
-    """A linear map of a packed weight in the precision of `x`, [..., in] to [..., out].
-
-    Args:
-        x: [..., in].
-        values: the selected neurons, [k, D], in the memory of `pack.values`.
-        bias: [out].
-        indices: rows or columns, [k].
-        axis: 0 for rows, 1 for columns.
-        pack: the other neurons.
-    """
-    values, rest = values.to(x.dtype), pack.rest.to(x.dtype)
-    if axis == ROWS:
-        output = _side_by_side(x, values, rest, pack.place)
-    elif len(rest):
-        output = x.index_select(-1, indices) @ values + x.index_select(-1, pack.others) @ rest
-    else:
-        output = x @ values
-    return output if bias is None else output + bias.to(x.dtype)
-
-
-def _side_by_side(x: Tensor, values: Tensor, rest: Tensor, place: Tensor) -> Tensor:
-    """`x` times each neuron of both parts, [..., D] to [..., n]."""
-    if not len(rest):
-        return F.linear(x, values)
-    return torch.cat([F.linear(x, values), F.linear(x, rest)], -1).index_select(-1, place)
+def _in_order(x: Tensor, places: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Entries of the last axis at `places`, [..., n], which are all in order if all train."""
+    if len(indices) < len(places):
+        x = x.index_select(-1, places)
+    return x if bias is None else x + bias.to(x.dtype)
 
 
 class Correction(torch.autograd.Function):
