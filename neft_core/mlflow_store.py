@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import neft_core
 from neft_core import records
 from neft_core.errors import NeftError
+from neft_core.files import replacing
 from neft_core.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -186,6 +187,7 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
         with _one_at_a_time(workspace):
             if own:
                 _set_aside(own)
+                _make_whole(own)
             client = MlflowClient(tracking_uri=uri)
             found = client.get_experiment_by_name(experiment_name)
             if found is None:
@@ -238,6 +240,15 @@ def _set_aside(database: Path) -> None:
         logging.getLogger(__name__).warning(
             "%s: damaged; kept as %s, made anew from the runs' files", database, aside.name
         )
+
+
+def _make_whole(database: Path) -> None:
+    """Make a missing database under another name: MLflow can't go on with tables half made."""
+    from mlflow import MlflowClient
+
+    if not database.exists():
+        with replacing(database) as temporary:
+            MlflowClient(tracking_uri=f"sqlite:///{temporary}").search_experiments(max_results=1)
 
 
 def is_server(uri: str) -> bool:

@@ -380,6 +380,21 @@ def test_two_first_deliveries_at_once(ws: Workspace) -> None:
     assert not faults
 
 
+def test_a_kill_while_the_database_is_made_leaves_none(ws: Workspace) -> None:
+    (ws.root / "mlflow.db").unlink(missing_ok=True)
+    code = (
+        "from neft_core.mlflow_store import open_store; from neft_core.workspace import Workspace; "
+        f"open_store(Workspace(__import__('pathlib').Path({str(ws.root)!r}))).__enter__()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as making:
+        wait_for(lambda: next(ws.root.glob("*mlflow.db*"), None), 60)
+        making.kill()
+    assert not (ws.root / "mlflow.db").exists()
+    with open_store(ws):
+        pass
+    assert [path.name for path in ws.root.glob("*mlflow.db*")] == ["mlflow.db"]
+
+
 def test_a_moved_workspace_is_told(ws: Workspace) -> None:
     sync(ws, Graph(ws))
     moved = Workspace(ws.root.rename(ws.root.with_name("moved")))
