@@ -121,9 +121,11 @@ def _failure(stage: str, folder: Path, log: Path, status: int) -> Exception:
     faults.sort(key=lambda fault: (not fault["mistake"], fault["time"]))
     if faults and faults[0]["mistake"]:
         return NeftError(faults[0]["text"])
-    # A killed process tells nothing, and those that lost it complain of the connection.
+    # A killed process tells nothing, and those that lost it complain of the connection: so fast at
+    # times that the launcher takes one of them for the cause.
+    ended = r"rank +: (\d+).*\n.*exitcode +: -({})\b"
     cause = told[told.rfind("Root Cause") :]
-    killed = re.search(r"rank +: (\d+).*\n.*exitcode +: -(\d+)", cause)
+    killed = re.search(ended.format(r"\d+"), cause) or re.search(ended.format(9), told)
     if killed:
         number = int(killed[2])
         return LaunchFailed(

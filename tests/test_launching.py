@@ -24,6 +24,19 @@ Root Cause (first observed failure):
   rank      : 1 (local_rank: 1)
   exitcode  : -9 (pid: 14967)  (SIGKILL)
 """
+OUTRUN = """\
+Failures:
+[1]:
+  host      : localhost
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 14967)  (SIGKILL)
+-------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-21_14:48:55
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 14966)
+"""
 MISTAKE = {"mistake": True, "time": 3.0, "rank": 1, "text": "a: found; do"}
 DEFECT = {"mistake": False, "time": 2.0, "rank": 0, "text": "Traceback\nValueError: b"}
 EARLIER = {"mistake": False, "time": 1.0, "rank": 2, "text": "Traceback\nKeyError: c"}
@@ -80,6 +93,12 @@ def test_the_configuration_is_the_users_own_where_there_is_one(tmp_path):
         (
             [DEFECT],
             KILLED,
+            LaunchFailed,
+            "stage train full: process 1 was killed by SIGKILL, as when memory runs out; run again",
+        ),
+        (
+            [DEFECT],
+            OUTRUN,
             LaunchFailed,
             "stage train full: process 1 was killed by SIGKILL, as when memory runs out; run again",
         ),
