@@ -6,6 +6,7 @@ Repeats go in rounds. Each round asks every rival once, in an order shuffled ane
 the machine does falls on all alike; ratios are formed round by round before their median is taken.
 """
 
+import argparse
 import multiprocessing
 import os
 import platform
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from neft_core.errors import NeftError
+from neft_core.errors import NeftError, say
 from neft_core.files import replacing, write_json
 
 Build = Callable[[Any], Callable[[str], Any]]
@@ -210,3 +211,29 @@ def write(out: Path, record: Mapping[str, Any], text: str) -> None:
     write_json(out.with_name(out.name + ".json"), record)
     with replacing(out.with_name(out.name + ".md")) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def main(
+    arguments: Callable[[list[str] | None], argparse.Namespace],
+    run: Callable[[argparse.Namespace], tuple[dict[str, Any], str]],
+    argv: list[str] | None = None,
+) -> int:
+    """Measure, print the tables, write the files; the exit status.
+
+    Args:
+        arguments: the command line, parsed; has `threads` and `out`.
+        run: the record and its tables in Markdown.
+        argv: the command line; None: this process's.
+    """
+    options = arguments(argv)
+    # Read by OpenMP when a rival's process starts: waiting threads must not take a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    try:
+        record, text = run(options)
+    except NeftError as fault:
+        return say(str(fault), 2)
+    print(text)
+    if options.out is not None:
+        write(options.out, record, text)
+    return 0

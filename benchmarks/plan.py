@@ -55,9 +55,9 @@ def measure(spec: Spec) -> dict[str, Any]:
     """Bytes that were forecast and bytes that were seen."""
     import numpy as np
     import torch
-    from transformers import LlamaConfig
 
     from benchmarks import memory
+    from benchmarks.rivals import llama_config
     from neft_core import forecast, models, steps, warmups
     from neft_core.methods import METHODS as OURS
     from neft_core.optimizers import InBackward, per_parameter
@@ -66,17 +66,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     warnings.filterwarnings("ignore", module="transformers|peft")
     torch.set_num_threads(1)
     shape, dtype = SHAPES[spec.shape], getattr(torch, spec.dtype)
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=512 if shape.block else shape.vocab,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    config = llama_config(shape, 512 if shape.block else shape.vocab)
     half = None if dtype == torch.float32 else torch.bfloat16
     subject = forecast.Subject(config, dtype, half)
     budget = {"percent": spec.percent}

@@ -26,23 +26,30 @@ from neft_core.selection import select_neurons
 FAMILY = "llama"
 
 
-def random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
-    """A Llama with random weights."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def llama_config(shape: Shape, vocabulary: int) -> Any:
+    """The configuration of a shape."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocab,
+        vocab_size=vocabulary,
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
         tie_word_embeddings=False,
         use_cache=False,
     )
+
+
+def random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
+    """A Llama with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    config = llama_config(shape, shape.vocab)
     torch.manual_seed(SEED)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

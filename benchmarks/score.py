@@ -278,23 +278,5 @@ def _dtypes(text: str) -> list[str]:
     return pairs
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, print the tables, write the files."""
-    options = arguments(argv)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    record, text = run(options)
-    print(text)
-    if options.out is not None:
-        harness.write(options.out, record, text)
-    return 0
-
-
 if __name__ == "__main__":
-    from neft_core.errors import NeftError
-
-    try:
-        sys.exit(main())
-    except NeftError as fault:
-        print(fault, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(harness.main(arguments, run))

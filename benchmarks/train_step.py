@@ -232,24 +232,5 @@ def _floats(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, print the tables, write the files."""
-    options = arguments(argv)
-    # Read by OpenMP when a rival's process starts: waiting threads must not take a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    record, text = run(options)
-    print(text)
-    if options.out is not None:
-        harness.write(options.out, record, text)
-    return 0
-
-
 if __name__ == "__main__":
-    from neft_core.errors import NeftError
-
-    try:
-        sys.exit(main())
-    except NeftError as fault:
-        print(fault, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(harness.main(arguments, run))

@@ -192,7 +192,8 @@ def base_recipe(steps: Any) -> Any:
 def measured(trainer: Any, micro_batches: Any) -> dict[str, int]:
     """Bytes that are alive before a step, and the most in it; the parts as they are counted."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
+
+    from benchmarks import memory
 
     def size(tensors: Any) -> int:
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
@@ -208,16 +209,9 @@ def measured(trainer: Any, micro_batches: Any) -> dict[str, int]:
     hooks = [p.register_post_accumulate_grad_hook(count) for p in trained]
     weights = size(trainer.raw_model.parameters())
     states = [v for p in trained for v in trainer.optimizer.state[p].values()]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        trainer._step(micro_batches)
+    peak = memory.peak_of(lambda: trainer._step(micro_batches), torch.device("cpu"))
     for hook in hooks:
         hook.remove()
-    events = recorded.profiler.kineto_results.events()
-    deltas = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    total = peak = 0
-    for _, delta in deltas:
-        total += delta
-        peak = max(peak, total)
     return {
         "frozen": weights - size(trained),
         "measured gradients": live["most"],

@@ -5,6 +5,7 @@ DVC decides what is up to date; Prefect shows it, retries, logs and cancels.
 
 import contextlib
 import functools
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -186,8 +187,8 @@ def _make(
 
         def said(line: str) -> str:
             """A stage's line under its heading: without the stage's name, with which it begins."""
-            own = " ".join(filter(None, (stage.family, stage.item)))
-            return "  " + line.removeprefix(own).lstrip(",: ")
+            own = re.escape(" ".join(filter(None, (stage.family, stage.item))))
+            return "  " + re.sub(rf"^{own}[,:] *", "", line)
 
         def told(line: str) -> None:
             log.info("%s", said(line))

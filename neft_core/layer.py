@@ -13,6 +13,7 @@ Shapes: k neurons of an adapter with D weights each; weights are logical [out, i
 
 import warnings
 import weakref
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,17 +36,17 @@ class NeftLayer(BaseTunerLayer):  # type: ignore[misc]
     adapter_layer_names = ("neft_values",)
     other_param_names = ("neft_indices",)
 
+    @abstractmethod
     def refresh(self, force: bool = False) -> None:
         """Write what the forward pass will use: the active or merged adapters, or nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self) -> None:
         """Give the weight its own bits, or those of the merged adapters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def changes(self, names: list[str] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The base's neurons and the trained ones in their place."""
-        raise NotImplementedError
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:  # noqa: ARG002
         """No: whole rows and columns have no low rank."""

@@ -9,6 +9,7 @@ Shapes: a parameter as R rows of n values; b = ceil(n / BLOCK) blocks in each.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
@@ -83,7 +84,7 @@ def dequantise(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     return relative * scales.repeat_interleave(min(BLOCK, n), dim=1)[:, :n]
 
 
-class _Plain(torch.optim.Optimizer):
+class _Plain(torch.optim.Optimizer, ABC):
     """Steps every parameter that has a gradient, each by itself."""
 
     @torch.no_grad()
@@ -100,8 +101,9 @@ class _Plain(torch.optim.Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 self._update(parameter, state, group["lr"], int(state["step"]))
 
+    @abstractmethod
     def _update(self, parameter: Tensor, state: dict[str, Any], lr: float, step: int) -> None:
-        raise NotImplementedError
+        """Move a parameter by its gradient."""
 
 
 class Adam8bit(_Plain):

@@ -58,9 +58,9 @@ def reproduce(
         for path in damaged:
             on_line(f"{path}: damaged in the DVC cache too; making it again")
         outcome = _repro(graph, name, on_line, on_state, force)
-    for line in changes.outputs:
-        done = "restored from the DVC cache" if outcome == "restored" else "made again"
-        on_line(f"{line}; {done}")
+    if outcome == "restored":
+        for line in changes.outputs:
+            on_line(f"{line}; restored from the DVC cache")
     return outcome
 
 

@@ -4,7 +4,8 @@ import contextlib
 import hashlib
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,7 @@ def score(ws: Workspace, name: str) -> None:
         write_json(ws.path("cost", f"score-{name}.json"), {})
         print(f"score {name}: no neurons; the task is only tested on")
         return
-    if origin["base"] != card.hash:
-        raise NeftError(f"{tuned}: made from another base model; run 'neft run'")
+    _check_origin(tuned, origin, card)
     task, section = params.warmed(name)
     began = time.perf_counter()
     found = score_neurons(
@@ -56,6 +56,11 @@ def score(ws: Workspace, name: str) -> None:
     _cost(ws, name, began)
 
 
+def _check_origin(tuned: Path, origin: Mapping[str, Any], card: Any) -> None:
+    if origin["base"] != card.hash:
+        raise NeftError(f"{tuned}: made from another base model; run 'neft run'")
+
+
 def scores(ws: Workspace, name: str) -> None:
     """Scores of an entry of `scores`, from the base model alone."""
     section = ws.params().scores[name]
@@ -70,21 +75,19 @@ def _by_gradient(ws: Workspace, section: Any, name: str) -> Any:
     from neft_core.gradients import gradient_scores
     from neft_core.steps import collate
 
-    params = ws.params()
-    place = loading.device(params)
     card, tokenizer = loading.base_card(ws)
-    model = loading.load_as_base(ws, card, params).to(place)
+    model = loading.load_base(ws)
     arrays, digest = _rows(ws, section.task, "train")
     chosen = _sample(arrays, section.rows, section.seed)
     with _progress(f"scores {name}") as tell:
         return gradient_scores(
             model,
             [
-                {key: value.to(place) for key, value in batch.items()}
+                {key: value.to(model.device) for key, value in batch.items()}
                 for rows in _batches(arrays, chosen, section.batch_size)
                 for batch in [collate(arrays, rows, tokenizer.pad_token_id)]
             ],
-            params.scoring.candidates,
+            ws.params().scoring.candidates,
             relative=section.relative,
             **({} if section.memory is None else {"memory": section.memory * 1e9}),
             provenance=_made(card, section, digest) | {"rows": str(len(chosen))},
@@ -96,21 +99,20 @@ def _by_probe(ws: Workspace, section: Any, name: str) -> Any:
     from neft_core.neurons import candidates, layer_of
     from neft_core.probing import probe_scores, sentence_states
 
-    params = ws.params()
-    place = loading.device(params)
     card, tokenizer = loading.base_card(ws)
-    model = loading.load_as_base(ws, card, params).to(place)
+    model = loading.load_base(ws)
     arrays, digest = _rows(ws, section.task, "train")
     chosen = _sample(arrays, section.rows, section.seed)
     # What is trained of a row is its answer: for a task with few of them, the class.
     prompts, answers = zip(*(_parted(arrays, row) for row in chosen), strict=True)
     labels = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
     order = sorted(range(len(chosen)), key=lambda i: -len(prompts[i]))
+    size = section.batch_size
     batches = [
-        padded([prompts[i] for i in order[start : start + section.batch_size]], tokenizer, place)
-        for start in range(0, len(order), section.batch_size)
+        padded([prompts[i] for i in order[start : start + size]], tokenizer, model.device)
+        for start in range(0, len(order), size)
     ]
-    layout = params.scoring.candidates
+    layout = ws.params().scoring.candidates
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     groups = candidates(shapes, card.model_type, layout)
     layers = list(dict.fromkeys(layer_of(group.module) for group in groups))
@@ -138,8 +140,7 @@ def activations(ws: Workspace, name: str) -> None:
     card, tokenizer = loading.base_card(ws)
     tuned = ws.path("warmup", section.warmup)
     origin = read_json(tuned / "provenance.json")
-    if origin["base"] != card.hash:
-        raise NeftError(f"{tuned}: made from another base model; run 'neft run'")
+    _check_origin(tuned, origin, card)
     # The tuned model's small changes would be lost in half precision.
     before, after = (
         loading.load_as_base(ws, card, params, folder, "float32").to(place)

@@ -32,20 +32,22 @@ def trained_linear(
     indices: Tensor,
     overlay: Overlay,
 ) -> Tensor:
-    """A linear map whose selected neurons stand in its weight; arguments as of `RowLinear`."""
+    """A linear map whose selected neurons stand in its weight; arguments as of `NeuronLinear`."""
     keeper = None if torch.compiler.is_compiling() else overlay
     output: Tensor
     if overlay.pack is None:
-        function: Any = RowLinear if overlay.axis == ROWS else ColumnLinear
-        output = function.apply(x, values, weight, bias, indices, keeper)
+        output = NeuronLinear.apply(x, values, weight, bias, indices, overlay.axis, keeper)
     else:
         packed = (*overlay.pack, overlay.axis, keeper)
         output = PackedLinear.apply(x, values, weight, bias, indices, *packed)
     return output
 
 
-class RowLinear(torch.autograd.Function):
-    """A linear map whose selected rows are trained; needs its input, as every such map must."""
+class NeuronLinear(torch.autograd.Function):
+    """A linear map whose selected neurons are trained.
+
+    Rows need the whole input for that, as every such map does; columns the k inputs they see.
+    """
 
     @staticmethod
     def forward(
@@ -55,6 +57,7 @@ class RowLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         indices: Tensor,
+        axis: int,
         overlay: Overlay | None = None,
     ) -> Tensor:
         """`x @ weight.T + bias`, [..., in] to [..., out].
@@ -65,59 +68,29 @@ class RowLinear(torch.autograd.Function):
             values: the selected neurons, [k, D]; `weight` holds them already.
             weight: [out, in].
             bias: [out].
-            indices: the selected rows, [k].
+            indices: the selected rows or columns, [k].
+            axis: 0 for rows, 1 for columns.
             overlay: what keeps the values in `weight`; without it they stay there until backward.
         """
-        sources, ctx.recipe = factors(x)
-        keep(ctx, sources, values, weight, indices, overlay)
+        ctx.axis = axis
+        keep(ctx, _inputs(ctx, x, indices), values, weight, indices, overlay)
         return _linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the input, [..., in], and of the selected rows, [k, in]."""
+        """Gradients of the input, [..., in], and of the selected neurons, [k, D]."""
         sources, indices, weight = kept(ctx)
         grad_x = grad_values = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight.to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            x = formed(sources, ctx.recipe)
-            grad_values = _outer(grad.index_select(-1, indices), x, ctx.values_dtype)
-        return grad_x, grad_values, None, None, None, None
-
-
-class ColumnLinear(torch.autograd.Function):
-    """A linear map whose selected columns are trained; needs the k inputs that they see."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        values: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        indices: Tensor,
-        overlay: Overlay | None = None,
-    ) -> Tensor:
-        """As that of `RowLinear`, for columns."""
-        sources, ctx.recipe = factors(x)
-        if ctx.recipe is None:
-            sources = [x.index_select(-1, indices)]
-        keep(ctx, sources, values, weight, indices, overlay)
-        return _linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the input, [..., in], and of the selected columns, [k, out]."""
-        sources, indices, weight = kept(ctx)
-        grad_x = grad_values = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight.to(grad.dtype)
-        if ctx.needs_input_grad[1]:
-            seen = formed(sources, ctx.recipe, indices)
-            grad_values = _outer(seen, grad, ctx.values_dtype)
-        return grad_x, grad_values, None, None, None, None
+            if ctx.axis == ROWS:
+                pair = grad.index_select(-1, indices), formed(sources, ctx.recipe)
+            else:
+                pair = formed(sources, ctx.recipe, indices), grad
+            grad_values = _outer(*pair, ctx.values_dtype)
+        return grad_x, grad_values, *[None] * 5
 
 
 class PackedLinear(torch.autograd.Function):
@@ -152,12 +125,9 @@ class PackedLinear(torch.autograd.Function):
             axis: 0 where neurons are rows, 1 for columns.
             overlay: what keeps the weight packed; without it it stays so until backward.
         """
-        sources, ctx.recipe = factors(x)
-        if ctx.recipe is None and axis != ROWS:
-            sources = [x.index_select(-1, indices)]
         ctx.axis = axis
-        keep(ctx, [order, place, *sources], values, neurons if overlay is None else weight,
-             indices, overlay)  # fmt: skip
+        seen = [order, place, *_inputs(ctx, x, indices)]
+        keep(ctx, seen, values, neurons if overlay is None else weight, indices, overlay)
         if axis == ROWS:
             return _in_order(_linear(x, neurons, None), place, indices, bias)
         return _linear(_in_order(x, order, indices), neurons.t(), bias)
@@ -186,6 +156,14 @@ class PackedLinear(torch.autograd.Function):
             pair = (placed[..., : len(indices)], x) if rows else (x, grad)
             grad_values = _outer(*pair, ctx.values_dtype)
         return grad_x, grad_values, *[None] * 8
+
+
+def _inputs(ctx: Any, x: Tensor, indices: Tensor) -> Sequence[Tensor]:
+    """What the gradient of the neurons needs of the input; `ctx.recipe` says how it is formed."""
+    sources, ctx.recipe = factors(x)
+    if ctx.recipe is None and ctx.axis != ROWS:
+        return [x.index_select(-1, indices)]
+    return sources
 
 
 def _in_order(x: Tensor, places: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ TEMPORARY = ".*.[0-9]*"
 REPORTS = "reports"
 """Where the report and its figures lie, from the workspace."""
 
-IGNORED = "/work/\n/reports/\n/.neft/\n/mlflow.db*\n/dvc.lock.damaged\n/mlruns/\n/dvc_plots/\n"
+IGNORED = "/work\n/reports/\n/.neft/\n/mlflow.db*\n/dvc.lock.damaged\n/mlruns/\n/dvc_plots/\n"
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def neft(monkeypatch, capsys):
     from neft_core import cli
 
     def run(ws, *argv: str) -> tuple[int, list[str]]:
-        monkeypatch.chdir(getattr(ws, "root", ws))
+        monkeypatch.chdir(ws if isinstance(ws, Path) else ws.root)
         capsys.readouterr()
         return cli.main(argv), capsys.readouterr().err.splitlines()
 
@@ -175,3 +175,11 @@ def edit(ws, *changes: tuple[str, str]) -> None:
         assert old in text, old
         text = text.replace(old, new, 1)
     ws.params_file.write_text(text)
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

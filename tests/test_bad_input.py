@@ -24,7 +24,8 @@ def one_line(outcome: tuple[int, list[str]], ws) -> str:
     assert len(lines) == 1, lines
     assert code == 2
     assert lines[0].startswith("neft: ")
-    return lines[0].removeprefix("neft: ").replace(str(getattr(ws, "root", ws)), "W")
+    root = ws if isinstance(ws, Path) else ws.root
+    return lines[0].removeprefix("neft: ").replace(f"{root}/", "")
 
 
 def use_local_model(ws, folder: Path | None = None) -> Path:
@@ -47,20 +48,20 @@ def use_local_model(ws, folder: Path | None = None) -> Path:
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (None, f"W/{TRAIN}: not found; put it there, or give another folder: "
+        (None, f"{TRAIN}: not found; put it there, or give another folder: "
          "neft run --set tasks.TASK.source.path=DIR"),
-        (b"", f"W/{TRAIN}: the file is empty; at least one row is needed"),
-        (b"\n\n", f"W/{TRAIN}: no rows; at least one is needed"),
+        (b"", f"{TRAIN}: the file is empty; at least one row is needed"),
+        (b"\n\n", f"{TRAIN}: no rows; at least one is needed"),
         (b'{"source": "a", "target": "b"}\n{"source": "a"}\n',
-         f"W/{TRAIN}:2: no column 'target'; there are 'source'"),
-        (b'{"source": "a", "target": ""}\n', f"W/{TRAIN}:1: 'target' is empty; text is needed"),
+         f"{TRAIN}:2: no column 'target'; there are 'source'"),
+        (b'{"source": "a", "target": ""}\n', f"{TRAIN}:1: 'target' is empty; text is needed"),
         (b'{"source": "a", "target": null}\n',
-         f"W/{TRAIN}:1: 'target' is missing; text is needed"),
+         f"{TRAIN}:1: 'target' is missing; text is needed"),
         (b'{"source": "a", "target": "b"}\n{"source": "\xff", "target": "b"}\n',
-         f"W/{TRAIN}:2: invalid UTF-8 (byte 0xff at position 13 of the line); save the file as "
+         f"{TRAIN}:2: invalid UTF-8 (byte 0xff at position 13 of the line); save the file as "
          "UTF-8"),
         (b'{"source": "a", "target": "b"}\n{"source": "a", "target"}\n',
-         f"W/{TRAIN}:2: invalid JSON (Expecting ':' delimiter at column 25); one object in each "
+         f"{TRAIN}:2: invalid JSON (Expecting ':' delimiter at column 25); one object in each "
          "line is expected"),
     ],
     ids=["missing", "empty", "blank", "no target", "empty target", "null", "UTF-8", "JSON"],
@@ -79,7 +80,7 @@ def test_no_folder_of_data_in_a_template(copied, neft):
     shutil.rmtree(copied.root / "data" / "pairs")
     (copied.root / "README.md").touch()
     assert one_line(neft(copied, "stage", "corpus", "en-fr"), copied) == (
-        f"W/{TRAIN}: not found; put it there (README.md tells of the data), or give another "
+        f"{TRAIN}: not found; put it there (README.md tells of the data), or give another "
         "folder: neft run --set tasks.TASK.source.path=DIR"
     )
 
@@ -87,7 +88,7 @@ def test_no_folder_of_data_in_a_template(copied, neft):
 def test_a_column_that_is_not_there(copied, neft):
     edit(copied, ("      dev: 6", "      columns: {source: source, target: targt}\n      dev: 6"))
     assert one_line(neft(copied, "stage", "corpus", "en-fr"), copied) == (
-        f"W/{TRAIN}:1: no column 'targt'; there are 'source', 'target' (nearest: 'target')"
+        f"{TRAIN}:1: no column 'targt'; there are 'source', 'target' (nearest: 'target')"
     )
 
 
@@ -146,22 +147,22 @@ def test_a_model_directory(copied, neft):
     save_file(bad, place / "model.safetensors", metadata={"format": "pt"})
     assert "up_proj.weight holds a value that is not finite; get a sound copy" in said()
     (place / "model.safetensors").write_bytes(whole[:-1])
-    assert said().startswith("W/own/model.safetensors: not a whole safetensors file (")
+    assert said().startswith("own/model.safetensors: not a whole safetensors file (")
     (place / "model.safetensors").unlink()
-    assert said().startswith("W/own: no weights; *.safetensors are needed")
+    assert said().startswith("own: no weights; *.safetensors are needed")
     torch.save({}, place / "pytorch_model.bin")
-    assert said().startswith("W/own: only pickled weights (pytorch_model.bin); *.safetensors")
+    assert said().startswith("own: only pickled weights (pytorch_model.bin); *.safetensors")
     (place / "model.safetensors").write_bytes(whole)
     (place / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
-    assert said() == "W/own: not a causal language model (BertModel); choose one that is"
+    assert said() == "own: not a causal language model (BertModel); choose one that is"
     (place / "config.json").unlink()
-    assert said().startswith("W/own/config.json: no such file; give a model in the Hub's layout")
+    assert said().startswith("own/config.json: no such file; give a model in the Hub's layout")
     (place / "config.json").write_text(config)
     for path in place.glob("token*"):
         path.unlink()
-    assert said().startswith("W/own: no usable tokenizer (")
+    assert said().startswith("own: no usable tokenizer (")
     shutil.rmtree(place)
-    assert said() == "W/own: no such directory; set model.path to a model's directory"
+    assert said() == "own: no such directory; set model.path to a model's directory"
 
 
 def swap_base(ws, neft, **changes) -> None:
@@ -183,7 +184,7 @@ def test_masks_scores_and_adapters_of_another_model(copied, neft, changes):
     swap_base(copied, neft, **changes)
     here = models.Base.load(copied.path("base")).hash
     assert one_line(neft(copied, "stage", "train", "neft"), copied) == (
-        f"W/work/masks/neft.safetensors: made for base {made_for[:12]}..., this model is "
+        f"work/masks/neft.safetensors: made for base {made_for[:12]}..., this model is "
         f"{here[:12]}...; run 'neft stage select'"
     )
     for command, file in (
@@ -192,10 +193,10 @@ def test_masks_scores_and_adapters_of_another_model(copied, neft, changes):
         (("generate", "--run", "full"), "full/seed-1/adapter.safetensors"),
     ):
         assert one_line(neft(copied, *command), copied) == (
-            f"W/work/train/{file}: trained on another base model; train the run again"
+            f"work/train/{file}: trained on another base model; train the run again"
         )
     assert one_line(neft(copied, "stage", "score", "en-fr"), copied) == (
-        "W/work/warmup/en-fr: made from another base model; run 'neft run'"
+        "work/warmup/en-fr: made from another base model; run 'neft run'"
     )
 
 
@@ -251,7 +252,7 @@ def test_several_faults_of_params(copied, neft):
 def test_yaml_that_is_broken(copied, neft):
     copied.params_file.write_text("a: 1\nb: [\n")
     assert one_line(neft(copied, "stage", "base"), copied) == (
-        "W/params.yaml: line 3: did not find expected node content; mend the YAML"
+        "params.yaml: line 3: did not find expected node content; mend the YAML"
     )
 
 
@@ -355,7 +356,7 @@ def test_stages_and_items_that_do_not_exist(copied, neft):
                                      ("generate", "--run", "a")])  # fmt: skip
 def test_no_workspace(tmp_path, neft, command):
     assert one_line(neft(tmp_path, *command), tmp_path) == (
-        "W: no workspace here (dvc.yaml and params.yaml); run 'neft init DIR' to make one"
+        f"{tmp_path}: no workspace here (dvc.yaml and params.yaml); run 'neft init DIR' to make one"
     )
 
 

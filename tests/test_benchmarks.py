@@ -271,7 +271,10 @@ def test_a_mask_for_more_than_all_takes_all_and_skew_crowds_it():
 def test_the_command_end_to_end(tmp_path, capsys):
     out = tmp_path / "step"
     command = "--shape micro --length 8 --repeats 2 --threads 1 --methods floor,neft --percent 9"
-    assert train_step.main([*command.split(), "--out", str(out)]) == 0
+    assert (
+        harness.main(train_step.arguments, train_step.run, [*command.split(), "--out", str(out)])
+        == 0
+    )
     text = out.with_suffix(".md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
     record = json.loads(out.with_suffix(".json").read_text())

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 
 import pytest
-from test_corpus import ADJECTIVE, PLACE, RELATION, TIME, act, n, name, the
+from test_grammars import ADJECTIVE, PLACE, RELATION, TIME, act, n, name, the
 
 from neft_core import corpus
 from neft_core.corpus import constructed, grammar_de, grammar_en, inferences, summaries

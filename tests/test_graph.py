@@ -179,9 +179,8 @@ def test_lost_outputs_are_made_again_where_the_cache_is_damaged_too(
         same.write_bytes(good[:3] if harm == "truncate" else good.upper())
         same.chmod(mode)
     shutil.rmtree(made.root / "work/part/a")
-    outcomes, told = make(made, "part@a")
+    outcomes, _ = make(made, "part@a")
     assert outcomes == ["ran"]
-    assert "work/part/a: missing; made again" in told
     assert (made.root / "work/part/a/copy").read_bytes() == good
     assert (made.root / "log-a").read_text() == "once\nonce\n"
     assert not Graph(made).changes("part@a")

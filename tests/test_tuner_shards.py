@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_methods import mask_for
-from test_sparse import selected
+from test_sparse_models import selected
 from two_processes import WAYS, model_for, results, tiny_llama, train
 
 HERE = Path(__file__).parent

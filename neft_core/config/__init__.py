@@ -1,0 +1,49 @@
+"""params.yaml as typed sections: one class a section, one docstring a key."""
+
+from neft_core.config.model import BuiltModel, HubModel, LocalModel
+from neft_core.config.params import Params
+from neft_core.config.reading import load_params, parse_params, read_yaml
+from neft_core.config.runs import BUDGETS, Method, Neft, Run, Selection
+from neft_core.config.scores import GradientScores
+from neft_core.config.section import NO_FILE
+from neft_core.config.tasks import (
+    GeneratedSource,
+    HubSource,
+    Instruction,
+    LocalSource,
+    Nli,
+    Summarisation,
+    Task,
+    Translation,
+    has_pretraining,
+)
+from neft_core.config.training import Compute, Optimisation, Warmup
+
+__all__ = [
+    "BUDGETS",
+    "NO_FILE",
+    "BuiltModel",
+    "Compute",
+    "GeneratedSource",
+    "GradientScores",
+    "HubModel",
+    "HubSource",
+    "Instruction",
+    "LocalModel",
+    "LocalSource",
+    "Method",
+    "Neft",
+    "Nli",
+    "Optimisation",
+    "Params",
+    "Run",
+    "Selection",
+    "Summarisation",
+    "Task",
+    "Translation",
+    "Warmup",
+    "has_pretraining",
+    "load_params",
+    "parse_params",
+    "read_yaml",
+]

@@ -1,0 +1,191 @@
+"""The whole of params.yaml, and what its sections must agree on."""
+
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+
+from neft_core.config.model import BuiltModel, Model
+from neft_core.config.runs import KINDS, Embed, Evaluation, InOut, Run, Tracking, Transfer
+from neft_core.config.scores import ActivationScores, MoreWarmup, Scores, Scoring
+from neft_core.config.section import NAME, Section, known, refuse
+from neft_core.config.tasks import Task, has_pretraining
+from neft_core.config.training import Compute, Training, Warmup
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    FILE: ClassVar[str] = "params.yaml"
+
+    model: Model
+    """The base model."""
+    tasks: dict[str, Task] = Field(min_length=1)
+    """Data sets by name."""
+    compute: Compute = Compute()
+    """Device and precision."""
+    warmup: Warmup
+    """The limited-step full fine-tune."""
+    warmups: dict[str, MoreWarmup] = Field(default_factory=dict)
+    """More warm-ups than each task's own, by name: other steps, seeds, rates."""
+    scoring: Scoring = Scoring()
+    """Candidates."""
+    scores: dict[str, Scores] = Field(default_factory=dict)
+    """Scores that need no warm-up, by name."""
+    activations: dict[str, ActivationScores] = Field(default_factory=dict)
+    """Scores by activations, by name."""
+    training: Training
+    """Defaults of every run."""
+    runs: dict[str, Run] = Field(min_length=1)
+    """What to train and compare, by name."""
+    transfers: dict[str, Transfer] = Field(default_factory=dict)
+    """Which runs to test on which other tasks too, by name."""
+    evaluation: Evaluation
+    """Generation and scoring."""
+    tracking: Tracking = Tracking()
+    """MLflow."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Params":
+        for section in ("tasks", "runs", "warmups", "scores", "activations", "transfers"):
+            for name in getattr(self, section):
+                if not NAME.fullmatch(name):
+                    raise refuse(
+                        f"{section}: got the name '{name}'; "
+                        "names are lower-case letters, digits, '_', '-'"
+                    )
+        self._names_known()
+        self._trained_on_tasks_that_train()
+        self._transfers_go_elsewhere()
+        self._autocast_where_types_differ()
+        self._warmup_fits()
+        if isinstance(self.model, BuiltModel):
+            for name, task in self.tasks.items():
+                if task.format.max_tokens > self.model.context:
+                    raise refuse(
+                        f"tasks.{name}.format.max_tokens: got {task.format.max_tokens}; "
+                        f"at most model.context, {self.model.context}"
+                    )
+            if not any(has_pretraining(task.source) for task in self.tasks.values()):
+                raise refuse(
+                    "model: kind 'built' needs a task with pre-training rows; "
+                    "set source.pretrain or splits.pretrain of one task"
+                )
+        return self
+
+    def _names_known(self) -> None:
+        """Tasks, warm-ups and scores that sections name exist, each name once."""
+        for section in ("runs", "warmups", "scores", "activations"):
+            for name, entry in getattr(self, section).items():
+                known(f"{section}.{name}.task", entry.task, list(self.tasks))
+        for name, activation in self.activations.items():
+            where = f"activations.{name}.warmup"
+            known(where, activation.warmup, [*self.tasks, *self.warmups])
+        makers = {"tasks": "similarity", "warmups": "similarity", "activations": "activation"}
+        criteria: dict[str, str] = {}
+        for section in ("tasks", "warmups", "scores", "activations"):
+            for name, entry in getattr(self, section).items():
+                if name in criteria:
+                    raise refuse(
+                        f"{section}.{name}: the name is taken; tasks, warmups, scores and "
+                        "activations share theirs"
+                    )
+                criteria[name] = makers.get(section) or entry.criterion
+        for name, run in self.runs.items():
+            for where, part in run.selections(f"runs.{name}.method"):
+                for scores in part.read(run.task):
+                    known(f"{where}.scores", scores, list(criteria))
+                    wanted = part.policy if part.policy in KINDS else "similarity"
+                    if part.policy != "random" and criteria[scores] != wanted:
+                        raise refuse(
+                            f"{where}.scores: got '{scores}', scores by {criteria[scores]}; policy "
+                            f"{part.policy} takes scores by {wanted}"
+                        )
+
+    def scored(self, run: str) -> list[str]:
+        """Names of the scores that a run selects from; none for a method without a mask."""
+        entry = self.runs[run]
+        names = [n for _, part in entry.selections("") for n in part.read(entry.task)]
+        return list(dict.fromkeys(names))
+
+    def scorer(self, scores: str) -> str:
+        """The stage that makes scores of a name, as DVC calls it."""
+        families = {"tasks": "score", "warmups": "similarity"}
+        for section in ("tasks", "warmups", "scores", "activations"):
+            if scores in getattr(self, section):
+                return f"{families.get(section, section)}@{scores}"
+        raise KeyError(scores)
+
+    def warmed(self, name: str) -> tuple[str, Warmup]:
+        """Task and section of a warm-up: a task's own, or one of `warmups`."""
+        if name in self.tasks:
+            return name, self.warmup
+        more = self.warmups[name]
+        changes = more.model_dump(exclude_none=True, exclude={"task"})
+        return more.task, self.warmup.model_copy(update=changes)
+
+    def _trained_on_tasks_that_train(self) -> None:
+        """A task without training rows is tested on, and nothing else."""
+        named = [
+            (f"{section}.{name}.task", entry.task)
+            for section in ("runs", "warmups", "scores", "activations")
+            for name, entry in getattr(self, section).items()
+        ]
+        named += [(f"activations.{name}.warmup", a.warmup) for name, a in self.activations.items()]
+        for name, run in self.runs.items():
+            for where, part in run.selections(f"runs.{name}.method"):
+                named += [(f"{where}.scores", scores) for scores in part.read(run.task)]
+        for where, task in named:
+            if task in self.tasks and not self.tasks[task].trains:
+                raise refuse(
+                    f"{where}: got '{task}', which has no rows to train on; another, or give it "
+                    "some"
+                )
+
+    def _transfers_go_elsewhere(self) -> None:
+        pairs: dict[tuple[str, str], str] = {}
+        for name, entry in self.transfers.items():
+            known(f"transfers.{name}.run", entry.run, list(self.runs))
+            known(f"transfers.{name}.task", entry.task, list(self.tasks))
+            if entry.task == self.runs[entry.run].task:
+                raise refuse(
+                    f"transfers.{name}.task: got '{entry.task}', on which run {entry.run} is "
+                    "tested anyway; another"
+                )
+            first = pairs.setdefault((entry.run, entry.task), name)
+            if first != name:
+                raise refuse(f"transfers.{name}: the same as transfers.{first}; give it once")
+
+    def _warmup_fits(self) -> None:
+        """What the warm-up trains is scored; an update in the backward has no loss to unscale."""
+        warmup = self.warmup
+        if warmup.layout not in (None, self.scoring.layout):
+            raise refuse(
+                f"warmup.layout: got '{warmup.layout}'; the same as scoring.layout, "
+                f"'{self.scoring.layout}'"
+            )
+        if warmup.update == "in_backward" and self.compute.processes > 1:
+            raise refuse(
+                "warmup.update: got 'in_backward' with compute.processes "
+                f"{self.compute.processes}; one process, or after_backward"
+            )
+        if warmup.update == "in_backward" and self.compute.mixed_precision == "fp16":
+            raise refuse(
+                "warmup.update: got 'in_backward' with compute.mixed_precision fp16, which scales "
+                "all gradients at once; use bf16"
+            )
+
+    def _autocast_where_types_differ(self) -> None:
+        """What trains is float32; amid frozen layers of another type it needs autocast."""
+        if self.compute.mixed_precision == "no" and self.compute.dtype in ("bfloat16", "float16"):
+            if self.warmup.modules == "candidates":
+                raise refuse(
+                    f"compute.mixed_precision: got 'no' with dtype {self.compute.dtype} and "
+                    "warmup.modules candidates; set dtype: float32, or mixed_precision: auto"
+                )
+            for name, run in self.runs.items():
+                if isinstance(run.method, InOut | Embed):
+                    raise refuse(
+                        f"compute.mixed_precision: got 'no' with dtype {self.compute.dtype} and "
+                        f"method {run.method.name} of run {name}; set dtype: float32, or "
+                        "mixed_precision: auto"
+                    )

@@ -1,0 +1,125 @@
+"""params.yaml read from a file, and its faults told in one line each."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from neft_core.config.params import Params
+from neft_core.errors import NeftError
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML 1.2 mapping by the safe loader.
+
+    Raises:
+        NeftError: the file is missing, is not UTF-8 YAML, or holds no mapping.
+    """
+    try:
+        data = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NeftError(f"{path}: not found; run 'neft init DIR' to make a workspace") from None
+    except OSError as fault:
+        raise NeftError(f"{path}: {fault.strerror}; give a file that can be read") from None
+    except (YAMLError, UnicodeDecodeError) as fault:
+        line = getattr(getattr(fault, "problem_mark", None), "line", None)
+        at = "" if line is None else f"line {line + 1}: "
+        what = getattr(fault, "problem", None) or "not UTF-8 text"
+        raise NeftError(f"{path}: {at}{what}; mend the YAML") from None
+    if not isinstance(data, dict):
+        raise NeftError(f"{path}: holds no mapping; see the README for its sections")
+    return data
+
+
+def parse_params(data: dict[str, Any], where: str) -> Params:
+    """Check a params mapping whole.
+
+    Args:
+        data: what the YAML file holds.
+        where: the file's name, for messages.
+
+    Raises:
+        NeftError: one line for each fault, naming file, key, value and what is allowed.
+    """
+    try:
+        return Params.model_validate(data)
+    except ValidationError as fault:
+        lines = []
+        for error in fault.errors(include_url=False):
+            lines.append(f"{where}: {_describe(error, data)}")
+        raise NeftError("\n".join(dict.fromkeys(lines))) from None
+
+
+def load_params(path: Path) -> Params:
+    """Read and check a params file (see `read_yaml`, `parse_params`)."""
+    return parse_params(read_yaml(path), path.name)
+
+
+def _describe(error: Any, data: Any) -> str:
+    """`runs.neft.method.percent: got 140; at most 100` of one pydantic error."""
+    keys: list[str] = []
+    last = len(error["loc"]) - 1
+    for position, part in enumerate(error["loc"]):
+        # The tag of a discriminated union stands in the location, but not in the file.
+        if isinstance(data, dict) and part not in data and position != last:
+            continue
+        if isinstance(data, dict) and part not in data and error["type"] != "missing":
+            continue
+        keys.append(str(part))
+        if isinstance(data, dict):
+            data = data.get(part)
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+    where = ".".join(keys)
+    kind, context, message = error["type"], error.get("ctx", {}), error["msg"]
+    if kind == "neft":
+        # A message that names its own key continues the path ("budget: got none").
+        joint = "." if where and re.match(r"[a-z_.]+: ", message) else ": "
+        return f"{where}{joint}{message}" if where else message
+    if kind == "missing":
+        return f"{where}: missing; it is required"
+    if kind.startswith("union_tag"):
+        tag = str(context.get("discriminator", "")).strip("'")
+        allowed = str(context.get("expected_tags", "")).replace("'", "")
+        if kind == "union_tag_not_found":
+            return f"{where}.{tag}: missing; it is required"
+        return f"{where}.{tag}: got '{context.get('tag')}'; allowed are {allowed}"
+    if error["loc"][-1] == "[key]":
+        return f"{where}: got a name that is no text; put it in quotes"
+    bounds = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    limits = [f"{text} {context[key]:g}" for key, text in bounds.items() if key in context]
+    if kind == "literal_error":
+        limits = [f"allowed are {context['expected']}".replace("'", "").replace(" or ", ", ")]
+    if kind in ("too_short", "too_long"):
+        few = kind == "too_short"
+        number = context["min_length" if few else "max_length"]
+        limits = [f"at {'least' if few else 'most'} {number} of them"]
+    allowed = limits[0] if limits else _NEEDED.get(kind, message[0].lower() + message[1:])
+    return f"{where}: got {_as_yaml(data)}; {allowed}"
+
+
+_NEEDED = {
+    "int_type": "a whole number is needed",
+    "float_type": "a number is needed",
+    "finite_number": "a finite number is needed",
+    "bool_type": "true or false is needed",
+    "string_type": "text is needed",
+    "string_too_short": "text is needed",
+    "list_type": "a list is needed",
+    "dict_type": "a mapping of keys is needed",
+    "model_type": "a mapping of keys is needed",
+    "model_attributes_type": "a mapping of keys is needed",
+}
+"""What the types of pydantic's errors ask for."""
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as the user wrote it: `true`, not `True`."""
+    return (
+        {True: "true", False: "false"}[value]
+        if isinstance(value, bool)
+        else ("nothing" if value is None else repr(value))
+    )
