@@ -25,6 +25,7 @@ def split_rows(
     dev: int | None = None,
     test: int | None = None,
     pretrain: int | None = None,
+    skip: int = 0,
     seed: int,
 ) -> tuple[dict[str, list[Row]], Stats]:
     """Make clean splits: normalised, without duplicates, without leakage, within limits.
@@ -41,7 +42,8 @@ def split_rows(
 
     A limit keeps the rows that come first in the order of a seeded hash of their text, in the
     order of the file. So a bigger limit contains the smaller one, and rows that come or go
-    elsewhere in the file do not reshuffle the sample.
+    elsewhere in the file do not reshuffle the sample. Of `train`, `skip` leaves out the first in
+    that order: with the limit of another sample, the two share no row.
 
     Args:
         rows_by_split: rows under `train`, `dev`, `test`, `pretrain`, or under `all`.
@@ -49,6 +51,7 @@ def split_rows(
         dev: as `train`; needed where it is cut from the pool.
         test: as `dev`, counted in distinct sources.
         pretrain: as `train`.
+        skip: training rows that are left out before `train` counts.
         seed: of the hash.
 
     Returns:
@@ -76,7 +79,7 @@ def split_rows(
         unique = list(first.values())
         merged = _merged(unique) if name == "test" else unique
         clean = [row for row in merged if not _leaks(row, held_sources, held_targets)]
-        kept = _sample(clean, limits[name], seed)
+        kept = _sample(clean, limits[name], seed, skip if name == "train" else 0)
         stats[name] = {
             "read": len(read),
             "duplicates": len(read) - len(unique),
@@ -193,11 +196,11 @@ def _leaks(row: Row, sources: set[str], targets: set[str]) -> bool:
     return "target" in row and any(target in targets for target in answers(row))
 
 
-def _sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
-    if limit is None or limit >= len(rows):
+def _sample(rows: list[Row], limit: int | None, seed: int, skip: int) -> list[Row]:
+    if not skip and (limit is None or limit >= len(rows)):
         return rows
     ranks = [_rank(seed, _asked(row)[-1], answers(row)[0]) for row in rows]
-    kept = sorted(range(len(rows)), key=ranks.__getitem__)[:limit]
+    kept = sorted(range(len(rows)), key=ranks.__getitem__)[skip:][:limit]
     return [rows[index] for index in sorted(kept)]
 
 

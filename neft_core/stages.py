@@ -41,6 +41,7 @@ def corpus(ws: Workspace, task: str) -> None:
             dev=source.dev,
             test=source.test,
             pretrain=source.pretrain,
+            skip=source.skip,
             seed=source.seed,
         )
     with replacing(ws.path("corpus", task)) as folder:

@@ -134,6 +134,21 @@ def test_a_bigger_limit_contains_the_smaller_and_a_new_row_moves_at_most_one():
     assert len(set(small) - set(sample(30, [pair("new", "new")]))) <= 1
 
 
+def test_skip_gives_a_sample_that_shares_no_row_and_the_two_are_the_larger_one():
+    def sample(**limits):
+        kept, stats = split_rows(given(pairs(200)), seed=7, **limits)
+        assert stats["train"]["over_limit"] == 200 - len(kept["train"])
+        return {row["source"] for row in kept["train"]}
+
+    first, second = sample(train=60), sample(train=60, skip=60)
+    assert len(first) == len(second) == 60
+    assert first.isdisjoint(second)
+    assert first | second == sample(train=120)
+    assert len(sample(skip=150)) == 50
+    with pytest.raises(NeftError, match="split 'train': no rows left"):
+        sample(skip=200)
+
+
 @pytest.mark.parametrize("limit", [20, 60])
 def test_every_row_read_is_accounted_for(limit):
     train = pairs(80) + pairs(10) + [pair("test s", str(i)) for i in range(7)]

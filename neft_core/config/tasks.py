@@ -83,6 +83,9 @@ class Rows(Section):
     """At most so many test rows; how many to split off where there is no test part."""
     pretrain: int | None = Field(default=None, ge=1)
     """At most so many pre-training rows."""
+    skip: int = Field(default=0, ge=0)
+    """Leave out so many training rows of the sample's order first: with the `train` of another task
+    here, the two samples share no row."""
     seed: int = Field(default=1, ge=0)
     """Seed of the sample and of the split."""
 
