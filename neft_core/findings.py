@@ -46,6 +46,11 @@ class Findings:
                     masks[run] = mask
         return cls(ws, params, masks)
 
+    @property
+    def failed(self) -> Mapping[str, str]:
+        """Stages of a study that could not be made, as DVC calls them, and why."""
+        return self.params.study.failed if self.params.study else {}
+
     def runs(self, task: str) -> list[str]:
         """Names of a task's runs."""
         return [name for name, run in self.params.runs.items() if run.task == task]

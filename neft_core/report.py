@@ -7,10 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from neft_core import __version__, neuron_sections, page, result_sections, sections
+from neft_core import __version__, neuron_sections, page, result_sections, sections, study_parts
 from neft_core.files import replacing
 from neft_core.findings import Findings
 from neft_core.page import Gallery, Html, code, facts, fill, join, paragraph, table
+from neft_core.study_tables import Table
 from neft_core.workspace import REPORTS, Workspace
 
 Section = Callable[[Findings, Gallery], Html | str]
@@ -34,23 +35,33 @@ def report(ws: Workspace) -> None:
     Nothing in them tells of the time, so equal results give equal bytes.
     """
     found, gallery = Findings.read(ws), Gallery()
-    whole = _page(found, gallery)
+    study = study_parts.made(found, gallery)
+    whole = _page(found, gallery, study)
     target = ws.root / REPORTS
     with replacing(target / "figures") as folder:
         (folder / "png").mkdir(parents=True)
         for name, drawn in gallery.svgs.items():
             (folder / f"{name}.svg").write_text(drawn, encoding="utf-8")
             (folder / "png" / f"{name}.png").write_bytes(gallery.pngs[name])
+    with replacing(target / "study") as folder:
+        folder.mkdir(parents=True)
+        for name, said in study_parts.files(found, study).items():
+            (folder / name).write_text(said, encoding="utf-8")
     with replacing(target / "report.html") as temporary:
         temporary.write_text(whole, encoding="utf-8")
     print(f"report: {Path(REPORTS, 'report.html')}, {len(gallery.svgs)} figures")
 
 
-def _page(found: Findings, gallery: Gallery) -> str:
-    made = {title: section(found, gallery) for title, section in SECTIONS.items()}
+def _page(found: Findings, gallery: Gallery, study: list[Table | Html]) -> str:
+    made: dict[str, Html | str] = {}
+    if found.params.study:
+        made["Study"] = study_parts.section(found, study)
+    made |= {title: section(found, gallery) for title, section in SECTIONS.items()}
     made["What was run"] = provenance(found)
     params, base = found.params, found.base()
     title = f"{', '.join(params.tasks)}: {len(params.runs)} runs compared"
+    if params.study:
+        title = params.study.title
     links = (fill('<a href="#{id}">{title}</a>', id=_id(name), title=name) for name in made)
     tuned = sum(len(run.seeds) for run in params.runs.values())
     seconds = sum(e.get("seconds", 0) for entries in found.costs().values() for e in entries)

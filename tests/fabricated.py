@@ -133,6 +133,7 @@ def stage(name: str, item: str) -> None:
     elif name == "report":
         _put(Path("reports/report.html"), "<p>21.5</p>")
         _put(Path("reports/figures/png/bleu.png"), "drawn")
+        Path("reports/study").mkdir(parents=True, exist_ok=True)
     else:
         folder = {"prepare": "prepared", "baseline": "baseline"}[name]
         _put(work / f"{folder}/{item}/out.json", "{}")

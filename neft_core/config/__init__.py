@@ -6,6 +6,7 @@ from neft_core.config.reading import load_params, parse_params, read_yaml
 from neft_core.config.runs import BUDGETS, Method, Neft, Run, Selection
 from neft_core.config.scores import GradientScores
 from neft_core.config.section import NO_FILE
+from neft_core.config.study import Study
 from neft_core.config.tasks import (
     GeneratedSource,
     HubSource,
@@ -38,6 +39,7 @@ __all__ = [
     "Params",
     "Run",
     "Selection",
+    "Study",
     "Summarisation",
     "Task",
     "Translation",

@@ -8,6 +8,7 @@ from neft_core.config.model import BuiltModel, Model
 from neft_core.config.runs import KINDS, Embed, Evaluation, InOut, Run, Tracking, Transfer
 from neft_core.config.scores import ActivationScores, MoreWarmup, Scores, Scoring
 from neft_core.config.section import NAME, Section, known, refuse
+from neft_core.config.study import Study
 from neft_core.config.tasks import Task, has_pretraining
 from neft_core.config.training import Compute, Training, Warmup
 
@@ -43,6 +44,8 @@ class Params(Section):
     """Generation and scoring."""
     tracking: Tracking = Tracking()
     """MLflow."""
+    study: Study | None = None
+    """What the runs are compared for, where they are a study's."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Params":

@@ -1,0 +1,51 @@
+"""What a study shows: its parts in order, as a section of the page and as files of tables."""
+
+from collections.abc import Callable
+from typing import Any
+
+from neft_core import study_results
+from neft_core.findings import Findings
+from neft_core.page import Gallery, Html, join, paragraph
+from neft_core.study_tables import Table
+
+Part = Callable[[Findings, Any, Gallery], list[Table | Html]]
+"""Tables and figures of a part, from its section of `study.parts`."""
+
+PARTS: dict[str, Part] = {
+    "table": study_results.table,
+    "rates": study_results.rates,
+}
+"""The parts by `show`."""
+
+
+def made(found: Findings, gallery: Gallery) -> list[Table | Html]:
+    """Everything that the study of a workspace shows, in order; nothing where there is none."""
+    study = found.params.study
+    return [
+        piece
+        for part in (study.parts if study else [])
+        for piece in PARTS[part.show](found, part, gallery)
+    ]
+
+
+def section(found: Findings, pieces: list[Table | Html]) -> Html:
+    """The study as the page's first section."""
+    said = [paragraph(text) for text in _said(found)]
+    return join([*said, *(p.html() if isinstance(p, Table) else p for p in pieces)])
+
+
+def files(found: Findings, pieces: list[Table | Html]) -> dict[str, str]:
+    """The tables as files, by name: study.md with all of them, and one CSV for each."""
+    study = found.params.study
+    if study is None:
+        return {}
+    tables = [piece for piece in pieces if isinstance(piece, Table)]
+    text = "\n\n".join([f"# {study.title}", *_said(found)])
+    whole = "\n".join([text + "\n", *(table.markdown("../") for table in tables)])
+    return {"study.md": whole} | {f"{table.name}.csv": table.csv() for table in tables}
+
+
+def _said(found: Findings) -> list[str]:
+    """What is asked, and how learning rates were chosen."""
+    study = found.params.study
+    return [text for text in ((study.about, study.rates) if study else ()) if text]
