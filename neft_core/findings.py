@@ -51,6 +51,22 @@ class Findings:
         """Stages of a study that could not be made, as DVC calls them, and why."""
         return self.params.study.failed if self.params.study else {}
 
+    def why_failed(self, run: str | None, task: str) -> str | None:
+        """Why a study has no score of a run on a task (of no run: of base and tuned model)."""
+        if run is None:
+            return self.failed.get(f"baseline@{task}")
+        if self.params.runs[run].task == task:
+            return self.failed.get(f"evaluate@{run}")
+        moved = (n for n, t in self.params.transfers.items() if (t.run, t.task) == (run, task))
+        return self.failed.get(f"transfer@{next(moved, None)}")
+
+    def numbered(self, show: str, part: object) -> str:
+        """A name for a part of the study: what it shows, with a number where there are several."""
+        parts = self.params.study.parts if self.params.study else []
+        alike = [other for other in parts if other.show == show]
+        place = next((n for n, other in enumerate(alike, 1) if other is part), 0)
+        return f"{show}-{place}" if len(alike) > 1 else show
+
     def runs(self, task: str) -> list[str]:
         """Names of a task's runs."""
         return [name for name, run in self.params.runs.items() if run.task == task]

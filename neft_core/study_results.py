@@ -1,16 +1,194 @@
 """Parts of a study that show results: the table in the paper's form, and learning rates."""
 
-from neft_core.config.study import RatesSection, TableSection
-from neft_core.findings import Findings
+from collections.abc import Iterable, Sequence
+
+from neft_core.config.study import BEFORE, RatesSection, TableSection
+from neft_core.findings import Findings, Row, mean, number
+from neft_core.metrics import TITLES
 from neft_core.page import Gallery, Html
-from neft_core.study_tables import Table
+from neft_core.study_tables import Cell, Table
+
+NOTHING = Cell("–")
+"""What was not asked for."""
+
+RIVALS = {"full": "full fine-tuning", "lora": "LoRA"}
+"""What every run is compared with."""
 
 
 def table(found: Findings, part: TableSection, _gallery: Gallery) -> list[Table | Html]:
     """Methods against tasks, and their differences to full fine-tuning and to LoRA."""
-    raise NotImplementedError
+    metrics = {task: part.metrics or found.metrics(task)[:1] for task in part.headings}
+    titles = [TITLES[m] for m in dict.fromkeys(m for names in metrics.values() for m in names)]
+    name = part.name or found.numbered("table", part)
+    title = part.title or "Results"
+    heads = ["method", "trained parameters", "% of model"]
+    for task, heading in part.headings.items():
+        several = len(titles) > 1
+        heads += [f"{heading} {TITLES[m]}" if several else heading for m in metrics[task]]
+    rows = [
+        [
+            Cell(label),
+            *_sizes(found, part, method),
+            *(
+                _score(found, part, label, task, metric)
+                for task in part.headings
+                for metric in metrics[task]
+            ),
+        ]
+        for label, method in part.rows.items()
+    ]
+    said = [
+        f"{', '.join(titles)}: mean over seeds ± one standard deviation (n − 1); bold: the best."
+    ]
+    said += ["In brackets what the paper reports."] * bool(part.paper)
+    signatures = {
+        row[f"{metric}_signature"]: None
+        for task in part.headings
+        for metric in metrics[task]
+        for row in found.rows(task)
+        if row.get(f"{metric}_signature")
+    }
+    said += [f"Signature: {', '.join(signatures)}."] * bool(signatures)
+    return [
+        Table(name, title, heads, _best_in_bold(rows, 3), [*said, *part.notes]),
+        *_differences(found, part, f"{name}-differences", f"{title}: differences"),
+    ]
+
+
+def _sizes(found: Findings, part: TableSection, method: str) -> list[Cell]:
+    """What a row's runs train: of some methods it differs from task to task."""
+    rows = [row for task in part.headings if (row := _row(found, part, method, task))]
+    cells = []
+    for key, form in (("parameters", "{:,.0f}"), ("percent", "{:.2f}")):
+        values = sorted({value for row in rows if (value := number(row.get(key))) is not None})
+        if not values:
+            cells.append(NOTHING)
+        elif len(values) == 1:
+            cells.append(Cell(form.format(values[0]), values[0]))
+        else:
+            cells.append(Cell(f"{form.format(values[0])} – {form.format(values[-1])}"))
+    return cells
+
+
+def _row(found: Findings, part: TableSection, method: str, task: str) -> Row | None:
+    """The row of the result table that tells of a method on a task."""
+    name = part.run(method, task, found.params.runs) or method
+    return next((row for row in found.rows(task) if row["name"] == name), None)
+
+
+def _score(found: Findings, part: TableSection, label: str, task: str, metric: str) -> Cell:
+    """A mean with its deviation, or why there is none."""
+    method = part.rows[label]
+    run = part.run(method, task, found.params.runs)
+    reported = part.reported(label, task, metric)
+    beside = "" if reported is None else f" ({reported:.2f})"
+    reason = found.why_failed(run, task) if run or method in BEFORE else None
+    if reason is not None:
+        return Cell(f"failed: {reason}{beside}", more=_paper(reported))
+    row = _row(found, part, method, task)
+    value = number(row.get(metric)) if row else None
+    if row is None or value is None:
+        return Cell(f"–{beside}", more=_paper(reported))
+    deviation = number(row.get(f"{metric}_std"))
+    spread = "" if deviation is None else f" ± {deviation:.2f}"
+    more = {} if deviation is None else {"sd": deviation}
+    return Cell(f"{value:.2f}{spread}{beside}", value, run=run, more=more | _paper(reported))
+
+
+def _paper(reported: float | None) -> dict[str, float | int | str]:
+    return {} if reported is None else {"paper": reported}
+
+
+def _best_in_bold(rows: Sequence[Sequence[Cell]], first: int) -> list[list[Cell]]:
+    """The rows with the highest value of each column of runs in bold."""
+    from dataclasses import replace
+
+    done = [list(row) for row in rows]
+    for column in range(first, len(rows[0])):
+        values = [row[column].value for row in rows if row[column].run]
+        top = max((value for value in values if value is not None), default=None)
+        for row in done:
+            cell = row[column]
+            if cell.run and cell.value is not None and cell.value == top:
+                row[column] = replace(cell, best=True)
+    return done
+
+
+def _differences(found: Findings, part: TableSection, name: str, title: str) -> list[Table]:
+    """Each run against full fine-tuning and LoRA, with the probability of chance."""
+    heads, columns = ["method"], []
+    for task, heading in part.headings.items():
+        for rival in RIVALS:
+            cells = [_difference(_row(found, part, m, task), rival) for m in part.rows.values()]
+            if any(cell.value is not None for cell in cells):
+                heads.append(f"{heading}, to {rival}")
+                columns.append(cells)
+    if not columns:
+        return []
+    rows = [[Cell(label), *cells] for label, *cells in zip(part.rows, *columns, strict=True)]
+    samples = found.params.evaluation.bootstrap
+    note = (
+        "Difference of the first metric to full fine-tuning, and to the LoRA that trains about as "
+        f"many parameters. p: paired bootstrap over the test rows ({samples:,} samples), seed by "
+        "seed, of which the largest counts; * p < 0.05, ** p < 0.01."
+    )
+    return [Table(name, title, heads, rows, [note])]
+
+
+def _difference(row: Row | None, rival: str) -> Cell:
+    delta, p = (number((row or {}).get(f"{key}_{rival}")) for key in ("delta", "p"))
+    if delta is None or p is None:
+        return NOTHING
+    mark = "**" if p < 0.01 else "*" if p < 0.05 else ""
+    return Cell(f"{delta:+.2f}{mark} (p {p:.3f})".replace("-", "−"), delta, more={"p": p})
 
 
 def rates(found: Findings, part: RatesSection, _gallery: Gallery) -> list[Table | Html]:
     """Dev losses by method and learning rate."""
-    raise NotImplementedError
+    losses: dict[str, dict[float, list[float]]] = {}
+    failed: dict[str, dict[float, str]] = {}
+    runs = {}
+    for name in found.runs(part.task):
+        run = found.params.runs[name]
+        method, rate = run.method.words(), run.lr or found.params.training.lr
+        runs[method, rate] = name
+        of_method = losses.setdefault(method, {})
+        reason = found.why_failed(name, part.task)
+        if reason is not None:
+            failed.setdefault(method, {})[rate] = reason
+        else:
+            of_method[rate] = [s["best_dev_loss"] for s in found.seeds(name)]
+    columns = sorted({rate for _, rate in runs})
+    rows, edges = [], []
+    for method, by_rate in losses.items():
+        means = {rate: mean(values)[0] for rate, values in by_rate.items() if values}
+        best = min(means, key=lambda rate: means[rate]) if means else None
+        if best in (min(means, default=None), max(means, default=None)):
+            edges.append(method)
+        cells = [Cell(method)]
+        for rate in columns:
+            reason = failed.get(method, {}).get(rate)
+            cells.append(
+                Cell(f"failed: {reason}")
+                if reason
+                else _loss(by_rate.get(rate, []), rate == best, runs.get((method, rate)))
+            )
+        rows.append([*cells, Cell("–") if best is None else Cell(f"{best:g}", best)])
+    said = ["Lowest dev loss in nats per token, mean over seeds; bold: the best of a method."]
+    said += [f"The best is the lowest or highest rate that was tried: {_and(edges)}."] * bool(edges)
+    heads = ["method", *(f"{rate:g}" for rate in columns), "best"]
+    name = part.name or found.numbered("rates", part)
+    return [Table(name, part.title or "Learning rates", heads, rows, [*said, *part.notes])]
+
+
+def _loss(values: Sequence[float], best: bool, run: str | None) -> Cell:
+    if not values:
+        return NOTHING
+    value, deviation = mean(values)
+    spread = "" if deviation is None else f" ± {deviation:.3f}"
+    more = {} if deviation is None else {"sd": deviation}
+    return Cell(f"{value:.3f}{spread}", value, best, run, more)
+
+
+def _and(names: Iterable[str]) -> str:
+    return "; ".join(names)

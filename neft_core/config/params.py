@@ -61,6 +61,8 @@ class Params(Section):
         self._transfers_go_elsewhere()
         self._autocast_where_types_differ()
         self._warmup_fits()
+        for place, part in enumerate(self.study.parts if self.study else []):
+            part.check(f"study.parts.{place}", self)
         if isinstance(self.model, BuiltModel):
             for name, task in self.tasks.items():
                 if task.format.max_tokens > self.model.context:

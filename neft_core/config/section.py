@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Collection
 from typing import Any, Final, Self
 
 from pydantic import (
@@ -58,7 +59,7 @@ def _unknown(key: str, known: list[str]) -> PydanticCustomError:
     return refuse(f"unknown key; {hint}")
 
 
-def known(where: str, name: str, names: list[str]) -> None:
+def known(where: str, name: str, names: Collection[str]) -> None:
     """Refuse a name that isn't one of those, with the nearest."""
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)

@@ -1,13 +1,17 @@
 """Section `study`: the question that a study's runs answer, and how the answer is shown."""
 
-from typing import Annotated, Literal
+from collections.abc import Container
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
-from neft_core.config.section import Section, refuse
+from neft_core.config.section import Section, known, refuse
 
-Metric = Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "accuracy"]
-"""A key of `METRICS` in neft_core/metrics.py."""
+if TYPE_CHECKING:
+    from neft_core.config.params import Params
+
+BEFORE: Final = ("base", "tuned")
+"""Rows of the models before any run."""
 
 
 class Shown(Section):
@@ -15,8 +19,13 @@ class Shown(Section):
 
     title: str = Field(default="", max_length=200)
     """Heading; empty: the part's own."""
+    name: str = Field(default="", pattern=r"^[a-z0-9_-]*$")
+    """Of its files; empty: what is shown, with a number where there are several."""
     notes: list[str] = Field(default_factory=list)
     """Sentences below it."""
+
+    def check(self, where: str, params: "Params") -> None:
+        """Refuse names that params don't know; `where` are the keys of this section."""
 
 
 class TableSection(Shown):
@@ -31,7 +40,7 @@ class TableSection(Shown):
     or `base` or `tuned`, the models before."""
     trained: str | None = None
     """The task that the runs were trained on; null: each on its column's."""
-    metrics: list[Metric] | None = Field(default=None, min_length=1)
+    metrics: list[str] | None = Field(default=None, min_length=1)
     """Columns of each task; null: the first metric of its kind."""
     paper: dict[str, dict[str, float | list[float]]] = Field(default_factory=dict)
     """By label and task what the paper reports where its setting is this one; of several metrics a
@@ -50,6 +59,48 @@ class TableSection(Shown):
                     raise refuse(f"paper.{label}.{task}: got {value}; a number for each metric")
         return self
 
+    def check(self, where: str, params: "Params") -> None:
+        """Tasks are known, and each row has a run in some column."""
+        from neft_core.metrics import OF_TASK
+
+        for task in [*self.tasks, *([self.trained] if self.trained else [])]:
+            known(f"{where}.{'trained' if task == self.trained else 'tasks'}", task, params.tasks)
+        for task in self.tasks:
+            kind = params.tasks[task].format.task
+            for metric in self.metrics or []:
+                if metric not in OF_TASK[kind]:
+                    raise refuse(
+                        f"{where}.metrics: got '{metric}'; of {kind} there are "
+                        f"{', '.join(OF_TASK[kind])}"
+                    )
+        for label, method in self.rows.items():
+            if method in BEFORE or any(self.run(method, t, params.runs) for t in self.tasks):
+                continue
+            methods = {
+                name.removesuffix(f"-{self.trained or task}"): None
+                for name, run in params.runs.items()
+                for task in self.tasks
+                if run.task == (self.trained or task)
+            }
+            known(f"{where}.rows.{label}", method, [*methods, *BEFORE])
+
+    @property
+    def headings(self) -> dict[str, str]:
+        """For each task its heading."""
+        return self.tasks if isinstance(self.tasks, dict) else {t: t for t in self.tasks}
+
+    def run(self, method: str, task: str, runs: Container[str]) -> str | None:
+        """The run that a row's method names in a task's column; None: there is none."""
+        name = f"{method}-{self.trained or task}"
+        return name if name in runs else method if method in runs else None
+
+    def reported(self, label: str, task: str, metric: str) -> float | None:
+        """What the paper reports, where it is given."""
+        value = self.paper.get(label, {}).get(task)
+        if isinstance(value, list):
+            return dict(zip(self.metrics or [metric], value, strict=True))[metric]
+        return value
+
 
 class RatesSection(Shown):
     """Dev losses by method and learning rate: which rate is the best of each."""
@@ -58,6 +109,10 @@ class RatesSection(Shown):
     """What is shown."""
     task: str
     """A key of `tasks`."""
+
+    def check(self, where: str, params: "Params") -> None:
+        """The task is known."""
+        known(f"{where}.task", self.task, params.tasks)
 
 
 PartSection = Annotated[TableSection | RatesSection, Field(discriminator="show")]
