@@ -8,7 +8,7 @@ import functools
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,9 @@ from neft_core.config import HubModel, HubSource, Params
 from neft_core.errors import NeftError
 from neft_core.graph import Changes, Graph, Stage
 from neft_core.pages import pages
+from neft_core.remaining import Remaining
 from neft_core.repro import StageFailed, reproduce
+from neft_core.studies import note_failures
 from neft_core.workspace import Workspace, find_workspace, hold
 
 RETRY_DELAYS = [2.0, 10.0]
@@ -38,6 +40,9 @@ ON_DEVICE = {
     "transfer",
 }  # fmt: skip
 """Families that compute on the device."""
+
+SHOWING = ("summary", "report")
+"""Stages that show what there is; in a study also where something failed."""
 
 
 @dataclass
@@ -65,12 +70,14 @@ def _run_name() -> str:
     description="Base model and corpus to a comparison of methods.",
     flow_run_name=_run_name,
 )
-def pipeline(workspace: str = ".", force: bool = False) -> Result:
+def pipeline(workspace: str = ".", force: bool = False, study: bool = False) -> Result:
     """Make every stage that is not up to date.
 
     Args:
         workspace: a directory with dvc.yaml and params.yaml.
         force: run each stage even if nothing changed.
+        study: whether it is a study's own workspace: the time left is told, and what could not be
+            made is written into its params.yaml, so that summary and report tell of the rest.
 
     Raises:
         NeftError: each failure was a user's mistake; one line for each.
@@ -78,19 +85,19 @@ def pipeline(workspace: str = ".", force: bool = False) -> Result:
     """
     found = find_workspace(Path(workspace))
     with hold(found.state("lock"), str(found.root)):
-        return _walk(found, force)
+        return _walk(found, force, study)
 
 
-def run_pipeline(workspace: Workspace, force: bool = False) -> Result:
+def run_pipeline(workspace: Workspace, force: bool = False, study: bool = False) -> Result:
     """Run the flow, with a Prefect server of its own where none is configured (see `pipeline`)."""
     # Said before a server starts; the flow itself holds the lock for as long as it runs.
     with hold(workspace.state("lock"), str(workspace.root)):
         pass
     with server.api() as lasting, console(lasting):
-        return pipeline(str(workspace.root), force)
+        return pipeline(str(workspace.root), force, study)
 
 
-def _walk(workspace: Workspace, force: bool) -> Result:
+def _walk(workspace: Workspace, force: bool, study: bool) -> Result:
     began = time.monotonic()
     log = get_run_logger()
     params = workspace.params()
@@ -103,30 +110,44 @@ def _walk(workspace: Workspace, force: bool) -> Result:
     log.info("%d stages, %d up to date", len(changes), 0 if force else len(changes) - stale)
     result = Result()
     reasons: list[Exception] = []
+    causes: dict[str, str] = {}
     states: dict[str, State] = {}
-    for stage in graph.stages:
+    clock = Remaining(workspace.host.state("seconds.json")) if study else None
+    for place, stage in enumerate(graph.stages):
+        if study and causes and stage.family == "summary" and _any_result(result.outcomes):
+            note_failures(workspace, causes)
+            graph = Graph(workspace)
+            changes |= {name: graph.changes(name) for name in SHOWING}
         before = {result.outcomes[name] for name in stage.upstream}
         if before & {"ran", "restored"}:
             changes[stage.name] = graph.changes(stage.name)
         broken = [n for n in stage.upstream if result.outcomes[n] in ("failed", "skipped")]
+        if study and stage.family in SHOWING and _any_result(result.outcomes):
+            broken = [name for name in broken if name in SHOWING]
         if broken and stage.family != "assign":  # it leaves out what isn't there
             work = _skip(broken[0])
+            causes[stage.name] = causes[broken[0]]
         elif force or changes[stage.name]:
-            work = _make(stage, graph, changes[stage.name], tracker, params, force)
+            left = _left(clock, graph.stages[place:], changes, result.outcomes, force)
+            work = _make(stage, graph, changes[stage.name], tracker, params, force, left)
         else:
             work = functools.partial(_cached, stage)
         # What a task waits for is drawn as lines in Prefect's graph; it would refuse a failed one.
         done = [states[name] for name in stage.upstream if name in states]
+        started = time.monotonic()
         try:
             state = _task(stage, params, work)(wait_for=done)
         except (NeftError, StageFailed) as fault:
             reasons.append(fault)
+            causes[stage.name] = str(fault).partition("\n")[0]
             result.outcomes[stage.name] = "failed"
             log.error("%s failed: %s", stage.name, fault)
         else:
             result.outcomes[stage.name] = state.name.lower() if state.name else "ran"
             if state.is_completed():
                 states[stage.name] = state
+            if clock and result.outcomes[stage.name] in ("ran", "restored"):
+                clock.took(stage.family, time.monotonic() - started)
     skipped = [name for name, outcome in result.outcomes.items() if outcome == "skipped"]
     if skipped:
         log.warning("skipped, as they need what failed: %s", ", ".join(skipped))
@@ -147,6 +168,40 @@ def _walk(workspace: Workspace, force: bool) -> Result:
         kind = StageFailed if any(isinstance(r, StageFailed) for r in reasons) else NeftError
         raise kind("\n".join(dict.fromkeys(map(str, reasons))))
     return result
+
+
+def _any_result(outcomes: Mapping[str, str]) -> bool:
+    """Whether something could be evaluated, so that there is something to show."""
+    return any(
+        name.startswith("evaluate@") and outcome not in ("failed", "skipped")
+        for name, outcome in outcomes.items()
+    )
+
+
+def _left(
+    clock: Remaining | None,
+    ahead: Sequence[Stage],
+    changes: Mapping[str, Changes],
+    outcomes: Mapping[str, str],
+    force: bool,
+) -> str:
+    """How many stages are still to be made, and how long that takes; empty without a clock."""
+    if clock is None:
+        return ""
+    due: dict[str, Stage] = {}
+    for stage in ahead:
+        above = {outcomes.get(name) for name in stage.upstream}
+        if above & {"failed", "skipped"} and stage.name not in SHOWING:
+            continue
+        if (
+            force
+            or changes[stage.name]
+            or above & {"ran", "restored"}
+            or due.keys() & stage.upstream
+        ):
+            due[stage.name] = stage
+    said = clock.words([stage.family for stage in due.values()])
+    return f"{len(due)} to go" + (f", {said}" if said else "")
 
 
 def _task(stage: Stage, params: Params, work: Callable[[], State]) -> Callable[..., State]:
@@ -180,6 +235,7 @@ def _make(
     tracker: tracking.Tracker,
     params: Params,
     force: bool,
+    left: str,
 ) -> Callable[[], State]:
     def make() -> State:
         log = get_run_logger()
@@ -194,7 +250,7 @@ def _make(
             log.info("%s", said(line))
 
         why = "; ".join([*changes.inputs, *changes.outputs][:3]) or "forced"
-        log.info("%s: starts (%s)", stage.name, why)
+        log.info("%s: starts (%s)%s", stage.name, why, f"; {left}" if left else "")
         with contextlib.ExitStack() as stack:
             if stage.family in ON_DEVICE and _on_accelerator(params):
                 stack.enter_context(concurrency("gpu", occupy=1, strict=False))

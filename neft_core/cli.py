@@ -1,4 +1,4 @@
-"""The command line: `neft run | plan | stage | init | track | ui | analyse | generate | export`."""
+"""The command line: `neft run | study | plan | stage | init | track | ui | analyse | ...`."""
 
 import argparse
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from neft_core import __version__, commands, questions
+from neft_core import __version__, commands, questions, study_command
 from neft_core.errors import NeftError, say
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -104,6 +104,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="check params, tell what would run")
     run.add_argument("--force", action="store_true", help="run every stage anew")
     run.set_defaults(command=commands.run)
+
+    study_command.add(
+        command(
+            "study",
+            "run an experiment of the paper's kind, and show its tables and figures",
+            "A study is a params file that says what is compared. It runs in a workspace of its "
+            "own below .neft/workspaces, which shares what other studies made. Interrupted, it "
+            "goes on from there. A run that fails is shown as failed, and tried again next time.",
+        )
+    )
 
     plan = command("plan", "forecast memory, time and disk of every method")
     plan.add_argument("--params", type=Path, metavar="FILE", help="another params file")

@@ -174,7 +174,11 @@ def _score(store: Store, run_id: str, item: Mapping[str, Any], key: str) -> None
 
 def _summarise(store: Store, run_id: str, key: str) -> None:
     """Deliver the execution's params, result table and report."""
-    store.log(run_id, params=records.flat(store.workspace.params().model_dump(mode="json")))
+    params = store.workspace.params()
+    # How a study shows its results is no param of a run.
+    asked = params.model_dump(mode="json", exclude={"study"})
+    asked |= {"study": params.study.title} if params.study else {}
+    store.log(run_id, params=records.flat(asked))
     store.client.log_artifacts(run_id, str(store.workspace.path("summary")), "summary")
     if (reports := store.workspace.root / REPORTS).is_dir():
         store.client.log_artifacts(run_id, str(reports), REPORTS)

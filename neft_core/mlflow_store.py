@@ -58,8 +58,9 @@ _PAGE = {
 
 
 def tracking_uri(workspace: Workspace) -> str:
-    """MLFLOW_TRACKING_URI, or the workspace's own SQLite file."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.root / 'mlflow.db'}"
+    """MLFLOW_TRACKING_URI, or the workspace's own SQLite file (of a private one: its host's)."""
+    own = f"sqlite:///{workspace.host.root / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or own
 
 
 class Store:
@@ -70,6 +71,7 @@ class Store:
         experiment: id of the experiment.
         workspace: whose runs it shows.
         new: ids of the runs made here.
+        ids: for each key that was asked for or made, the id of its run.
     """
 
     def __init__(self, client: "MlflowClient", experiment: str, workspace: Workspace) -> None:
@@ -77,12 +79,16 @@ class Store:
         self.experiment = experiment
         self.workspace = workspace
         self.new: set[str] = set()
+        self.ids: dict[str, str] = {}
 
     def find(self, key: str) -> Any | None:
         """The MLflow run with this key."""
         query = f"tags.`neft.key` = '{key}'"
         found = self.client.search_runs([self.experiment], query, max_results=1)
-        return found[0] if found else None
+        if not found:
+            return None
+        self.ids[key] = found[0].info.run_id
+        return found[0]
 
     def create(self, key: str, name: str, tags: Mapping[str, str], start: int | None = None) -> Any:
         """A new MLflow run, which started in that millisecond or now."""
@@ -100,6 +106,7 @@ class Store:
         tags = {**source, **tags}
         made = self.client.create_run(self.experiment, start, tags, run_name=name)
         self.new.add(made.info.run_id)
+        self.ids[key] = made.info.run_id
         return made
 
     def log(
@@ -176,8 +183,8 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     uri = tracking_uri(workspace)
-    own = workspace.root / "mlflow.db" if uri.endswith(f"{workspace.root}/mlflow.db") else None
-    home = workspace.root
+    home = workspace.host.root
+    own = home / "mlflow.db" if uri.endswith(f"{home}/mlflow.db") else None
     if uri.startswith("sqlite:///"):
         home = Path(uri.removeprefix("sqlite:///")).resolve().parent
     # Without a root MLflow would write below the current directory.
@@ -218,7 +225,7 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
 @contextlib.contextmanager
 def _one_at_a_time(workspace: Workspace) -> Iterator[None]:
     """Several clients that make the same new database would all fail."""
-    path = workspace.state("mlflow.lock")
+    path = workspace.host.state("mlflow.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -45,7 +45,7 @@ def preview(file: Path | None, settings: Sequence[str]) -> Preview:
     ws = _owner(file)
     path = file or (ws or find_workspace()).params_file
     text, changes = _changed(path, settings)
-    return Preview(*_checked(text, path.name), ws, bool(changes))
+    return Preview(*checked(text, path.name), ws, bool(changes))
 
 
 def apply(file: Path | None, settings: Sequence[str]) -> Workspace:
@@ -59,7 +59,7 @@ def apply(file: Path | None, settings: Sequence[str]) -> Workspace:
         assert file is not None
         ws = _private_workspace(file)
     text, changes = _changed(ws.params_file, settings)
-    _checked(text, Params.FILE)
+    checked(text, Params.FILE)
     if changes:
         with replacing(ws.params_file) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -81,27 +81,45 @@ def _owner(file: Path | None) -> Workspace | None:
 
 
 def _private_workspace(file: Path) -> Workspace:
-    host = find_workspace()
     name = file.resolve().parent.name if file.name == Params.FILE else file.stem
     parse_params(read_yaml(file), file.name)
+    document = _round_trip().load(file.read_text(encoding="utf-8"))
+    absolute(document, file.resolve().parent)
+    ws = private(name, file, _dumped(document))
+    print(f"{file}: runs in its own workspace, {ws.root}")
+    return ws
+
+
+def private(name: str, file: Path, params: str) -> Workspace:
+    """A workspace of a file's own, below the current one, whose DVC cache it shares.
+
+    Args:
+        name: of its folder.
+        file: whose it is; another file of the same name gets another folder.
+        params: the text of its params.yaml.
+    """
+    host = find_workspace()
+    folder = place(host, name, file)
+    ws = init_workspace(folder, "", cache=host.root / ".dvc" / "cache")
+    with replacing(ws.state("params-file")) as temporary:
+        temporary.write_text(str(file.resolve()), encoding="utf-8")
+    with replacing(ws.params_file) as temporary:
+        temporary.write_text(params, encoding="utf-8")
+    return ws
+
+
+def place(host: Workspace, name: str, file: Path) -> Path:
+    """Where a file's own workspace lies, or will lie."""
     folder = host.state("workspaces", name)
     owner = Workspace(folder).state("params-file")
     if owner.exists() and owner.read_text(encoding="utf-8") != str(file.resolve()):
         # A file of the same name, elsewhere, was here first.
         mark = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:6]
-        folder = folder.with_name(f"{name}-{mark}")
-    ws = init_workspace(folder, "", cache=host.root / ".dvc" / "cache")
-    with replacing(ws.state("params-file")) as temporary:
-        temporary.write_text(str(file.resolve()), encoding="utf-8")
-    document = _round_trip().load(file.read_text(encoding="utf-8"))
-    _absolute(document, file.resolve().parent)
-    with replacing(ws.params_file) as temporary, temporary.open("w", encoding="utf-8") as handle:
-        _round_trip().dump(document, handle)
-    print(f"{file}: runs in its own workspace, {folder}")
-    return ws
+        return folder.with_name(f"{name}-{mark}")
+    return folder
 
 
-def _absolute(node: Any, folder: Path) -> None:
+def absolute(node: Any, folder: Path) -> None:
     """Paths of local files keep their meaning where the params file moves to."""
     if isinstance(node, dict):
         for key, value in node.items():
@@ -110,7 +128,7 @@ def _absolute(node: Any, folder: Path) -> None:
             elif key == "id" and isinstance(value, str) and (folder / value).is_dir():
                 node[key] = str(folder / value)
             else:
-                _absolute(value, folder)
+                absolute(value, folder)
 
 
 def _changed(path: Path, settings: Sequence[str]) -> tuple[str, list[str]]:
@@ -119,39 +137,50 @@ def _changed(path: Path, settings: Sequence[str]) -> tuple[str, list[str]]:
     text = path.read_text(encoding="utf-8")
     if not settings:
         return text, []
-    yaml = _round_trip()
-    document = yaml.load(text)
-    changes = []
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise NeftError(f"--set {setting}: got no value; write --set key.path=value")
-        try:
-            wanted = YAML(typ="safe").load(value)
-        except YAMLError:
-            raise NeftError(f"--set {setting}: the value is no YAML; quote it") from None
-        *parents, last = key.split(".")
-        node = document
-        for parent in parents:
-            if not isinstance(node, dict) or parent not in node:
-                known = ", ".join(map(str, node)) if isinstance(node, dict) else "no keys"
-                raise NeftError(f"--set {setting}: no '{parent}' there; known: {known}")
-            node = node[parent]
-        if not isinstance(node, dict):
-            raise NeftError(f"--set {setting}: {'.'.join(parents)} holds no keys")
-        before = node.get(last)
-        if before != wanted or last not in node:
-            was = _shown(before) if last in node else "unset"
-            changes.append(f"{key}: {was} is now {_shown(wanted)}")
-            node[last] = wanted
-    buffer = io.StringIO()
-    yaml.dump(document, buffer)
-    return buffer.getvalue(), changes
+    document = _round_trip().load(text)
+    changes = [assign(document, setting) for setting in settings]
+    return _dumped(document), [change for change in changes if change]
+
+
+def assign(document: Any, setting: str) -> str:
+    """Set a key of nested mappings, `KEY.PATH=VALUE`; what that changed, in words.
+
+    Raises:
+        NeftError: no value, no YAML, or keys that are not there.
+    """
+    key, equals, value = setting.partition("=")
+    if not equals or not key:
+        raise NeftError(f"--set {setting}: got no value; write --set key.path=value")
+    try:
+        wanted = YAML(typ="safe").load(value)
+    except YAMLError:
+        raise NeftError(f"--set {setting}: the value is no YAML; quote it") from None
+    *parents, last = key.split(".")
+    node = document
+    for parent in parents:
+        if not isinstance(node, dict) or parent not in node:
+            known = ", ".join(map(str, node)) if isinstance(node, dict) else "no keys"
+            raise NeftError(f"--set {setting}: no '{parent}' there; known: {known}")
+        node = node[parent]
+    if not isinstance(node, dict):
+        raise NeftError(f"--set {setting}: {'.'.join(parents)} holds no keys")
+    before = node.get(last)
+    if before == wanted and last in node:
+        return ""
+    was = _shown(before) if last in node else "unset"
+    node[last] = wanted
+    return f"{key}: {was} is now {_shown(wanted)}"
 
 
 def _shown(value: Any) -> str:
     """A value in one line of YAML, of which JSON is a part."""
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _dumped(document: Any) -> str:
+    buffer = io.StringIO()
+    _round_trip().dump(document, buffer)
+    return buffer.getvalue()
 
 
 def _round_trip() -> YAML:
@@ -162,7 +191,7 @@ def _round_trip() -> YAML:
     return yaml
 
 
-def _checked(text: str, where: str) -> tuple[Params, dict[str, Any]]:
+def checked(text: str, where: str) -> tuple[Params, dict[str, Any]]:
     """Params, with what only the stages would find out of them: the prompts' placeholders."""
     data = YAML(typ="safe").load(text)
     assert isinstance(data, dict)

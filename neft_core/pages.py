@@ -76,6 +76,12 @@ def near(path: Path) -> Path:
     return min(path, Path(os.path.relpath(path)), key=lambda found: len(str(found)))
 
 
+def run_page(workspace: Workspace, run_id: str) -> str:
+    """The address of one MLflow run's page."""
+    root, _, rest = pages(workspace)[0].url.partition("/#/experiments/")
+    return f"{root}/#/experiments/{rest.partition('/')[0]}/runs/{run_id}"
+
+
 def _runs(workspace: Workspace, root: str) -> str:
     """The list of the workspace's MLflow runs; the front page where there are none yet."""
     found = experiment(workspace)

@@ -5,9 +5,9 @@ import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from neft_core import __version__, neuron_sections, page, result_sections, sections, study_parts
+from neft_core.config import yaml_text
 from neft_core.files import replacing
 from neft_core.findings import Findings
 from neft_core.page import Gallery, Html, code, facts, fill, join, paragraph, table
@@ -118,7 +118,7 @@ def provenance(found: Findings) -> Html:
         if piece:
             parts.append(fill("<h3>{title}</h3>\n{piece}", title=title, piece=piece))
     parts.append(fill("<h3>Versions</h3>\n{facts}", facts=facts(_versions())))
-    said = fill("<pre>{text}</pre>", text=_yaml(found.settings()))
+    said = fill("<pre>{text}</pre>", text=yaml_text(found.settings()))
     note = (
         "The signature is the SHA-256 of params.yaml with its defaults filled in, as below, except "
         "for where results are tracked. Hashes of data are MD5, as DVC has them."
@@ -195,17 +195,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             known[name] = "–"
     return known
-
-
-def _yaml(settings: dict[str, Any]) -> str:
-    import io
-
-    from ruamel.yaml import YAML
-
-    out = io.StringIO()
-    yaml: Any = YAML(typ="safe")
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
-    yaml.allow_unicode = True
-    yaml.dump(settings, out)
-    return out.getvalue()

@@ -1,23 +1,25 @@
 """Parts of a study that show results: the table in the paper's form, and learning rates."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from neft_core.config.study import BEFORE, RatesSection, TableSection
 from neft_core.findings import Findings, Row, mean, number
-from neft_core.metrics import TITLES
+from neft_core.metrics import OF_TASK, TITLES
 from neft_core.page import Gallery, Html
 from neft_core.study_tables import Cell, Table
 
 NOTHING = Cell("–")
 """What was not asked for."""
 
-RIVALS = {"full": "full fine-tuning", "lora": "LoRA"}
+RIVALS = {"full": "full", "lora": "LoRA"}
 """What every run is compared with."""
 
 
 def table(found: Findings, part: TableSection, _gallery: Gallery) -> list[Table | Html]:
     """Methods against tasks, and their differences to full fine-tuning and to LoRA."""
-    metrics = {task: part.metrics or found.metrics(task)[:1] for task in part.headings}
+    reasons: dict[str, int] = {}
+    kinds = {task: found.params.tasks[task].format.task for task in part.headings}
+    metrics = {task: part.metrics or list(OF_TASK[kind][:1]) for task, kind in kinds.items()}
     titles = [TITLES[m] for m in dict.fromkeys(m for names in metrics.values() for m in names)]
     name = part.name or found.numbered("table", part)
     title = part.title or "Results"
@@ -30,7 +32,7 @@ def table(found: Findings, part: TableSection, _gallery: Gallery) -> list[Table 
             Cell(label),
             *_sizes(found, part, method),
             *(
-                _score(found, part, label, task, metric)
+                _score(found, part, label, task, metric, reasons)
                 for task in part.headings
                 for metric in metrics[task]
             ),
@@ -49,6 +51,7 @@ def table(found: Findings, part: TableSection, _gallery: Gallery) -> list[Table 
         if row.get(f"{metric}_signature")
     }
     said += [f"Signature: {', '.join(signatures)}."] * bool(signatures)
+    said = [*failures(reasons), *said]
     return [
         Table(name, title, heads, _best_in_bold(rows, 3), [*said, *part.notes]),
         *_differences(found, part, f"{name}-differences", f"{title}: differences"),
@@ -64,7 +67,8 @@ def _sizes(found: Findings, part: TableSection, method: str) -> list[Cell]:
         if not values:
             cells.append(NOTHING)
         elif len(values) == 1:
-            cells.append(Cell(form.format(values[0]), values[0]))
+            whole = key == "parameters"
+            cells.append(Cell(form.format(values[0]), int(values[0]) if whole else values[0]))
         else:
             cells.append(Cell(f"{form.format(values[0])} – {form.format(values[-1])}"))
     return cells
@@ -76,15 +80,35 @@ def _row(found: Findings, part: TableSection, method: str, task: str) -> Row | N
     return next((row for row in found.rows(task) if row["name"] == name), None)
 
 
-def _score(found: Findings, part: TableSection, label: str, task: str, metric: str) -> Cell:
-    """A mean with its deviation, or why there is none."""
+def failed(
+    reasons: dict[str, int], reason: str, more: Mapping[str, float | int | str] | None = None
+) -> Cell:
+    """A cell whose reason stands below the table, under a number; equal reasons have one."""
+    number = reasons.setdefault(reason, len(reasons) + 1)
+    return Cell(f"failed ({number})", more={"failed": reason} | dict(more or {}))
+
+
+def failures(reasons: Mapping[str, int]) -> list[str]:
+    """The reasons as sentences below a table."""
+    return [f"({number}) {reason}" for reason, number in reasons.items()]
+
+
+def _score(
+    found: Findings,
+    part: TableSection,
+    label: str,
+    task: str,
+    metric: str,
+    reasons: dict[str, int],
+) -> Cell:
+    """A mean with its deviation, or that it failed."""
     method = part.rows[label]
     run = part.run(method, task, found.params.runs)
     reported = part.reported(label, task, metric)
     beside = "" if reported is None else f" ({reported:.2f})"
     reason = found.why_failed(run, task) if run or method in BEFORE else None
     if reason is not None:
-        return Cell(f"failed: {reason}{beside}", more=_paper(reported))
+        return failed(reasons, reason, _paper(reported))
     row = _row(found, part, method, task)
     value = number(row.get(metric)) if row else None
     if row is None or value is None:
@@ -118,10 +142,10 @@ def _differences(found: Findings, part: TableSection, name: str, title: str) -> 
     """Each run against full fine-tuning and LoRA, with the probability of chance."""
     heads, columns = ["method"], []
     for task, heading in part.headings.items():
-        for rival in RIVALS:
+        for rival, called in RIVALS.items():
             cells = [_difference(_row(found, part, m, task), rival) for m in part.rows.values()]
             if any(cell.value is not None for cell in cells):
-                heads.append(f"{heading}, to {rival}")
+                heads.append(f"{heading}: Δ {called}")
                 columns.append(cells)
     if not columns:
         return []
@@ -146,7 +170,8 @@ def _difference(row: Row | None, rival: str) -> Cell:
 def rates(found: Findings, part: RatesSection, _gallery: Gallery) -> list[Table | Html]:
     """Dev losses by method and learning rate."""
     losses: dict[str, dict[float, list[float]]] = {}
-    failed: dict[str, dict[float, str]] = {}
+    broken: dict[str, dict[float, str]] = {}
+    reasons: dict[str, int] = {}
     runs = {}
     for name in found.runs(part.task):
         run = found.params.runs[name]
@@ -155,7 +180,7 @@ def rates(found: Findings, part: RatesSection, _gallery: Gallery) -> list[Table 
         of_method = losses.setdefault(method, {})
         reason = found.why_failed(name, part.task)
         if reason is not None:
-            failed.setdefault(method, {})[rate] = reason
+            broken.setdefault(method, {})[rate] = reason
         else:
             of_method[rate] = [s["best_dev_loss"] for s in found.seeds(name)]
     columns = sorted({rate for _, rate in runs})
@@ -167,15 +192,16 @@ def rates(found: Findings, part: RatesSection, _gallery: Gallery) -> list[Table 
             edges.append(method)
         cells = [Cell(method)]
         for rate in columns:
-            reason = failed.get(method, {}).get(rate)
+            reason = broken.get(method, {}).get(rate)
             cells.append(
-                Cell(f"failed: {reason}")
+                failed(reasons, reason)
                 if reason
                 else _loss(by_rate.get(rate, []), rate == best, runs.get((method, rate)))
             )
         rows.append([*cells, Cell("–") if best is None else Cell(f"{best:g}", best)])
     said = ["Lowest dev loss in nats per token, mean over seeds; bold: the best of a method."]
     said += [f"The best is the lowest or highest rate that was tried: {_and(edges)}."] * bool(edges)
+    said = [*failures(reasons), *said]
     heads = ["method", *(f"{rate:g}" for rate in columns), "best"]
     name = part.name or found.numbered("rates", part)
     return [Table(name, part.title or "Learning rates", heads, rows, [*said, *part.notes])]

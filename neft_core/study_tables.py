@@ -105,6 +105,27 @@ class Table:
         return join([title, table(heads, rows, label=self.title), *notes])
 
 
+def readable(markdown: str) -> str:
+    """Markdown for a terminal: without links and marks, columns aligned."""
+    markdown = re.sub(r"\[((?:[^\]\\]|\\.)*)\]\([^)]*\)", r"\1", markdown)
+    found: list[str] = []
+    for block in re.split(r"((?:^\|.*\n?)+)", markdown, flags=re.MULTILINE):
+        if not block.startswith("|"):
+            found.append(re.sub(r"^#+ ", "", block, flags=re.MULTILINE))
+            continue
+        rows = [re.split(r" \| ", line[2:-2]) for line in block.splitlines()]
+        numeric = [cell.endswith(":") for cell in rows.pop(1)]
+        rows = [[re.sub(r"\*\*|\\(?=.)", "", cell) for cell in row] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = (
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(row, widths, numeric, strict=True)
+            )
+            found.append("  ".join(cells).rstrip() + "\n")
+    return "".join(found)
+
+
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 

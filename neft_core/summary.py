@@ -43,9 +43,10 @@ def summarise(ws: Workspace) -> None:
 
     Significance is sacrebleu's paired bootstrap on the first metric of the kind of task, seed by
     seed: each seed of a run against the same seed (by position) of the first run with method `full`
-    on the same task, of the first with `lora` (in summary.csv and the report alone), and against
-    the base. With several seeds the largest p-value stands in the table. A run that is tested on
-    another task too has a row there.
+    on the same task, of the one with `lora` that trains about as many parameters (in summary.csv
+    and the report alone), and against the base. With several seeds the largest p-value stands in
+    the table. A run that is tested on another task too has a row there. What a study tells to have
+    failed is left out.
     """
     params = ws.params()
     rows: list[Row] = []
@@ -75,16 +76,26 @@ def _metrics(params: config.Params, task: str) -> tuple[str, ...]:
 
 def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[Row]:
     """Base and tuned model, the runs on a task, and runs of other tasks that were tested on it."""
-    names = _metrics(params, task)
-    baseline = read_json(ws.path("baseline", task, "metrics.json"))
-    base_text = _texts(ws.path("baseline", task, "base.jsonl"))
+    names, failed = _metrics(params, task), _failed(params)
+    baseline, base_text = {}, None
+    if f"baseline@{task}" not in failed:
+        baseline = read_json(ws.path("baseline", task, "metrics.json"))
+        base_text = _texts(ws.path("baseline", task, "base.jsonl"))
     rows = []
     for name, method in (("base", "-"), ("tuned", f"warm-up, {params.warmup.steps} steps")):
         if name in baseline:
             rows.append({"name": name, "method": method, **_mean([baseline[name]], names)})
     # Runs of one task are compared with each other, wherever they are tested.
-    tested = [(name, name) for name, run in params.runs.items() if run.task == task]
-    tested += [(t.run, f"{t.run}.{t.task}") for t in params.transfers.values() if t.task == task]
+    tested = [
+        (name, name)
+        for name, run in params.runs.items()
+        if run.task == task and f"evaluate@{name}" not in failed
+    ]
+    tested += [
+        (t.run, f"{t.run}.{t.task}")
+        for name, t in params.transfers.items()
+        if t.task == task and f"transfer@{name}" not in failed
+    ]
     texts = {
         name: [
             _texts(ws.path("evaluation", place, f"seed-{seed}.jsonl"))
@@ -92,12 +103,16 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[Row]:
         ]
         for name, place in tested
     }
-    for name, place in tested:
-        run = params.runs[name]
-        found = read_json(ws.path("evaluation", place, "metrics.json"))["seeds"]
-        trained = [
-            read_json(ws.path("train", name, f"seed-{s}", "metrics.json")) for s in run.seeds
+    courses = {
+        name: [
+            read_json(ws.path("train", name, f"seed-{s}", "metrics.json"))
+            for s in params.runs[name].seeds
         ]
+        for name, _ in tested
+    }
+    for name, place in tested:
+        run, trained = params.runs[name], courses[name]
+        found = read_json(ws.path("evaluation", place, "metrics.json"))["seeds"]
         row: Row = {
             "name": name,
             "method": run.method.words(),
@@ -112,14 +127,27 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[Row]:
             cost = read_json(ws.path("cost", f"{name}.json"))["seeds"]
             row["dev_loss"] = statistics.mean(result["best_dev_loss"] for result in trained)
             row["seconds"] = statistics.mean(entry["seconds"] for entry in cost.values())
-        _compare(row, "base", texts[name], [base_text], params, task)
+        if base_text is not None:
+            _compare(row, "base", texts[name], [base_text], params, task)
         beside = [other for other, _ in tested if params.runs[other].task == run.task]
         for method in ("full", "lora"):
-            rival = next((n for n in beside if params.runs[n].method.name == method), None)
-            if rival is not None and name != rival:
+            rivals = [n for n in beside if params.runs[n].method.name == method]
+            if rivals and name not in rivals:
+                rival = rivals[0]
+                if method == "lora":
+                    rival = min(rivals, key=lambda n: _apart(courses[n], trained))
                 _compare(row, method, texts[name], texts[rival], params, task)
         rows.append(row)
     return [{"task": task, "metric": names[0], **row} for row in rows]
+
+
+def _failed(params: config.Params) -> dict[str, str]:
+    return params.study.failed if params.study else {}
+
+
+def _apart(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
+    """How far two runs are from each other in trained parameters."""
+    return abs(float(one[0]["trainable_parameters"] - other[0]["trainable_parameters"]))
 
 
 def _compare(
@@ -227,11 +255,12 @@ def _csv(path: Path, rows: list[Row]) -> None:
 
 def _curves(ws: Workspace, params: config.Params, name: str, target: Path) -> None:
     """One file of every run's curve, for `dvc plots`."""
+    failed = _failed(params)
     with target.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle)
         header = False
         for run, entry in params.runs.items():
-            for seed in entry.seeds:
+            for seed in entry.seeds if f"train@{run}" not in failed else []:
                 source = ws.path("train", run, f"seed-{seed}", f"{name}.csv")
                 with source.open(encoding="utf-8", newline="") as curve:
                     lines = list(csv.reader(curve))

@@ -66,6 +66,17 @@ def experiment(workspace: Workspace) -> str | None:
     return str(known["experiment"]) if same else None
 
 
+def run_ids(workspace: Workspace) -> dict[str, dict[int, str]]:
+    """For each run the ids of its seeds' MLflow runs, as they were delivered last."""
+    known, entries = _read_state(workspace).get("runs", {}), locked(workspace)
+    found: dict[str, dict[int, str]] = {}
+    for run, section in workspace.params().runs.items():
+        if (made := entries.get(f"train@{run}")) is not None:
+            keys = {seed: seed_key(entry_key(made), seed) for seed in section.seeds}
+            found[run] = {seed: known[key] for seed, key in keys.items() if key in known}
+    return {run: ids for run, ids in found.items() if ids}
+
+
 class Tracker:
     """Tracking beside a running pipeline: a store that is away costs a line, not the training."""
 
@@ -244,6 +255,8 @@ def _delivered(workspace: Workspace, uri: str, wanted: Wanted) -> bool:
         return False
     if any(known["marks"].get(key, "") != mark for key, mark in marks.items()):
         return False
+    if not wanted.trainings.keys() <= known.get("runs", {}).keys():
+        return False
     if not uri.startswith("sqlite:///"):
         return True
     query = (
@@ -274,6 +287,7 @@ def _write_state(workspace: Workspace, store: Store, wanted: Wanted) -> None:
         "experiment": store.experiment,
         "experiment name": workspace.params().tracking.experiment,
         "marks": wanted.marks(),
+        "runs": {key: store.ids[key] for key in wanted.trainings},
     }
     temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
     temporary.replace(path)

@@ -41,6 +41,13 @@ class Workspace:
         """The checked params."""
         return load_params(self.params_file)
 
+    @property
+    def host(self) -> "Workspace":
+        """The workspace below whose `.neft` this one lies; else this one."""
+        state = self.root.parent.parent
+        own = state.name == ".neft" and self.root.parent.name == "workspaces"
+        return Workspace(state.parent) if own else self
+
     def path(self, *parts: str) -> Path:
         """A stage's file: `work/` and the parts, as dvc.yaml names it."""
         return self.root.joinpath("work", *parts)

@@ -2,11 +2,17 @@
 
 from neft_core.config.model import BuiltModel, HubModel, LocalModel
 from neft_core.config.params import Params
-from neft_core.config.reading import load_params, parse_params, read_yaml
+from neft_core.config.reading import (
+    check_section,
+    load_params,
+    parse_params,
+    read_yaml,
+    yaml_text,
+)
 from neft_core.config.runs import BUDGETS, Method, Neft, Run, Selection
 from neft_core.config.scores import GradientScores
 from neft_core.config.section import NO_FILE
-from neft_core.config.study import Study
+from neft_core.config.study import Study, StudyFile
 from neft_core.config.tasks import (
     GeneratedSource,
     HubSource,
@@ -40,12 +46,15 @@ __all__ = [
     "Run",
     "Selection",
     "Study",
+    "StudyFile",
     "Summarisation",
     "Task",
     "Translation",
     "Warmup",
+    "check_section",
     "has_pretraining",
     "load_params",
     "parse_params",
     "read_yaml",
+    "yaml_text",
 ]

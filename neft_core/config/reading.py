@@ -1,15 +1,19 @@
 """params.yaml read from a file, and its faults told in one line each."""
 
+import io
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from neft_core.config.params import Params
+from neft_core.config.section import Section
 from neft_core.errors import NeftError
+
+Checked = TypeVar("Checked", bound=Section)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -35,9 +39,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_params(data: dict[str, Any], where: str) -> Params:
-    """Check a params mapping whole.
+    """Check a params mapping whole (see `check_section`)."""
+    return check_section(Params, data, where)
+
+
+def check_section(kind: type[Checked], data: dict[str, Any], where: str) -> Checked:
+    """Check a mapping.
 
     Args:
+        kind: what it shall be.
         data: what the YAML file holds.
         where: the file's name, for messages.
 
@@ -45,12 +55,24 @@ def parse_params(data: dict[str, Any], where: str) -> Params:
         NeftError: one line for each fault, naming file, key, value and what is allowed.
     """
     try:
-        return Params.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as fault:
         lines = []
         for error in fault.errors(include_url=False):
             lines.append(f"{where}: {_describe(error, data)}")
         raise NeftError("\n".join(dict.fromkeys(lines))) from None
+
+
+def yaml_text(data: dict[str, Any]) -> str:
+    """A mapping as YAML, in its order."""
+    out = io.StringIO()
+    yaml: Any = YAML(typ="safe")
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.allow_unicode = True
+    yaml.width = 4096
+    yaml.dump(data, out)
+    return out.getvalue()
 
 
 def load_params(path: Path) -> Params:

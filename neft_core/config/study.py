@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
+from neft_core.config.runs import Method
 from neft_core.config.section import Section, known, refuse
 
 if TYPE_CHECKING:
@@ -133,3 +134,40 @@ class Study(Section):
     failed: dict[str, str] = Field(default_factory=dict)
     """Written by `neft study`: stages that could not be made, as DVC calls them, and why. What
     needs them is shown as failed."""
+
+
+class Catalogued(Section):
+    """A method that a grid can name; `{task}` in it stands for the task's name."""
+
+    method: Method
+    """What trains."""
+    lr: float | None = Field(default=None, gt=0, le=1)
+    """Learning rate; null: `training.lr`."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows; null: `training.epochs`."""
+
+
+class Grid(Section):
+    """Runs METHOD-TASK of some methods on some tasks."""
+
+    tasks: list[str] = Field(min_length=1)
+    """Keys of `tasks`."""
+    methods: list[str] = Field(min_length=1)
+    """Keys of `methods`."""
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    """Of each run; null: the file's."""
+    lr: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(default=None, min_length=1)
+    """Learning rates, each of which is a run METHOD-RATE-TASK; null: the method's own."""
+    tested: list[str] = Field(default_factory=list)
+    """Keys of `tasks` that every run is tested on beside its own."""
+
+
+class StudyFile(Section):
+    """What a study file has beside the sections of params.yaml, and params.yaml has not."""
+
+    methods: dict[str, Catalogued] = Field(default_factory=dict)
+    """Methods by name: the same under one name in every study."""
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[1], min_length=1)
+    """Of every run of the grid."""
+    grid: list[Grid] = Field(default_factory=list)
+    """Runs, beside those of `runs`."""

@@ -1,0 +1,263 @@
+"""Study files: where they lie, and what params they stand for.
+
+A study is one params file with a section `study`, written shorter: it may extend another file, and
+a grid of methods and tasks stands for runs. `expand` gives the params.
+"""
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+from neft_core.config import StudyFile, check_section, read_yaml, yaml_text
+from neft_core.config.section import known
+from neft_core.errors import NeftError
+from neft_core.files import replacing
+from neft_core.workspace import PACKAGE, Workspace
+
+PACKAGED = PACKAGE / "studies"
+"""The studies that come with the package."""
+
+FOLDER = "studies"
+"""Where a workspace has its own."""
+
+CATALOGUE = ("tasks", "warmups", "scores", "activations")
+"""Sections of which a file that is extended may hold more than a study uses."""
+
+VARIANTS = ("kind", "name", "criterion")
+"""Keys that say which of several forms a mapping has."""
+
+
+@dataclass(frozen=True)
+class StudyPath:
+    """Where a study stands.
+
+    Attributes:
+        name: as a user calls it, such as `table2` or `paper/table2`.
+        file: its file.
+    """
+
+    name: str
+    file: Path
+
+
+def find(name: str, root: Path) -> StudyPath:
+    """A study by its name, or by the path of its file.
+
+    Args:
+        name: what the user gave.
+        root: the workspace, whose own studies come before those of the package.
+
+    Raises:
+        NeftError: there is none; the nearest name is told.
+    """
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise NeftError(
+                f"study {name}: not found; give a study file, or a name of `neft study`"
+            )
+        return StudyPath(Path(name).stem, Path(name))
+    for folder in _folders(root):
+        if (folder / f"{name}.yaml").is_file():
+            return StudyPath(name, folder / f"{name}.yaml")
+    names = list(listed(root))
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
+    raise NeftError(f"study '{name}': unknown; {hint}")
+
+
+def listed(root: Path) -> dict[str, str]:
+    """Names of all studies with their titles; files that others extend are none.
+
+    Raises:
+        NeftError: one can't be read.
+    """
+    found: dict[str, str] = {}
+    for folder in _folders(root):
+        for path in sorted(folder.rglob("*.yaml"), key=lambda p: (len(p.parts), p)):
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            section = read_yaml(path).get("study")
+            if name not in found and isinstance(section, Mapping):
+                found[name] = str(section.get("title", ""))
+    return found
+
+
+def _folders(root: Path) -> Iterable[Path]:
+    own = root / FOLDER
+    return [own, PACKAGED] if own.is_dir() and own.resolve() != PACKAGED.resolve() else [PACKAGED]
+
+
+def expand(file: Path, settings: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
+    """The params that a study file stands for.
+
+    Args:
+        file: the study file.
+        settings: `KEY=VALUE` each, of the file with what it extends, else of the params.
+
+    Returns:
+        The content of params.yaml, unchecked but for the study's own keys; and what the settings
+        changed, a line each.
+
+    Raises:
+        NeftError: a fault in the file, in one that it extends, or in a setting.
+    """
+    from neft_core.overrides import assign
+
+    data, own = _read(file)
+    later, changes = [], []
+    for setting in settings:
+        try:
+            changes.append(assign(data, setting))
+        except NeftError:
+            later.append(setting)
+    said = {key: data.pop(key) for key in StudyFile.model_fields if key in data}
+    head = check_section(StudyFile, said, file.name)
+    if "study" not in data:
+        raise NeftError(f"{file.name}: study: missing; it is required of a study")
+    if not isinstance(data.setdefault("runs", {}), dict):
+        raise NeftError(f"{file.name}: runs: got no mapping; give runs by name")
+    _fill_grid(data, head, said.get("methods", {}), file.name)
+    _leave_out_unused(data, own)
+    changes += [assign(data, setting) for setting in later]
+    return data, [line for line in changes if line]
+
+
+def _read(file: Path, before: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A file with what it extends, key by key; and the file alone."""
+    from neft_core.overrides import absolute
+
+    data = read_yaml(file)
+    absolute(data, file.resolve().parent)
+    base = data.pop("extends", None)
+    if base is None:
+        return data, data
+    if not isinstance(base, str):
+        raise NeftError(f"{file.name}: extends: got {base!r}; the path of one file is needed")
+    path = file.parent / Path(base).expanduser()
+    chain = (*before, file.resolve())
+    if path.resolve() in chain:
+        names = " -> ".join(p.name for p in (*chain, path))
+        raise NeftError(f"{file.name}: extends: a loop, {names}; let one of them extend no other")
+    if not path.is_file():
+        raise NeftError(f"{file.name}: extends: got '{base}', which is not there; name a file")
+    return _merged(_read(path, chain)[0], data), data
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Both mappings, key by key; where both have a value, the second's."""
+    if any(key in over and base.get(key, over[key]) != over[key] for key in VARIANTS):
+        return dict(over)
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+        result[key] = _merged(base[key], value) if both else value
+    return result
+
+
+def _fill_grid(
+    data: dict[str, Any], head: StudyFile, methods: Mapping[str, Any], where: str
+) -> None:
+    """Write the grid's runs, and where they are tested beside their own task."""
+    runs, transfers = data["runs"], data.setdefault("transfers", {})
+    made: dict[str, str] = dict.fromkeys(runs, "runs")
+    for place, cell in enumerate(head.grid):
+        rates: Sequence[float | None] = cell.lr or [None]
+        for key, names, all_names in (
+            ("tasks", cell.tasks, data.get("tasks", {})),
+            ("tested", cell.tested, data.get("tasks", {})),
+            ("methods", cell.methods, methods),
+        ):
+            for name in names:
+                _known(f"{where}: grid.{place}.{key}", name, all_names)
+        for task in cell.tasks:
+            for method in cell.methods:
+                for rate in rates:
+                    entry = dict(methods[method])
+                    name = f"{method}-{task}" if rate is None else f"{method}-{rate:g}-{task}"
+                    if rate is not None:
+                        entry["lr"] = rate
+                    if name in made:
+                        raise NeftError(
+                            f"{where}: grid.{place}: the run '{name}' stands in {made[name]} too; "
+                            "give it once"
+                        )
+                    made[name] = f"grid.{place}"
+                    seeds = cell.seeds or head.seeds
+                    runs[name] = {"task": task, **_named(entry, task), "seeds": seeds}
+                    for other in cell.tested:
+                        if other != task:
+                            transfers[f"{name}-on-{other}"] = {"run": name, "task": other}
+
+
+def _known(where: str, name: str, names: Collection[str]) -> None:
+    try:
+        known(where, name, names)
+    except PydanticCustomError as fault:
+        raise NeftError(fault.message()) from None
+
+
+def _named(node: Any, task: str) -> Any:
+    """A method of the catalogue for a task: `{task}` stands for its name."""
+    if isinstance(node, dict):
+        return {key: _named(value, task) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_named(value, task) for value in node]
+    return node.replace("{task}", task) if isinstance(node, str) else node
+
+
+def _leave_out_unused(data: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Of what other files offer, keep what is named, and what a built model learns from."""
+    offered = {
+        section: dict(data.get(section) or {})
+        for section in CATALOGUE
+        if isinstance(data.get(section, {}), dict)
+    }
+    used = set(_texts({key: value for key, value in data.items() if key not in offered}))
+    built = (data.get("model") or {}).get("kind") == "built"
+    kept: dict[tuple[str, str], Any] = {}
+    found = True
+    while found:
+        found = False
+        for section, entries in offered.items():
+            for name, entry in entries.items():
+                wanted = name in used or name in (own.get(section) or {})
+                wanted = wanted or (section == "tasks" and built and _pretrains(entry))
+                if wanted and (section, name) not in kept:
+                    kept[section, name] = entry
+                    used |= set(_texts(entry)) if section != "tasks" else set()
+                    found = True
+    for section, entries in offered.items():
+        if section in data:
+            data[section] = {n: e for n, e in entries.items() if (section, n) in kept}
+
+
+def _pretrains(task: Any) -> bool:
+    source = task.get("source") if isinstance(task, Mapping) else None
+    if not isinstance(source, Mapping):
+        return False
+    splits = source.get("splits")
+    return bool(source.get("pretrain") or (isinstance(splits, Mapping) and splits.get("pretrain")))
+
+
+def _texts(node: Any) -> Iterable[str]:
+    """Every text in nested mappings and lists, keys too."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _texts(key)
+            yield from _texts(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _texts(value)
+
+
+def note_failures(ws: Workspace, failed: Mapping[str, str]) -> None:
+    """Write into a study's own params.yaml which stages could not be made, and why."""
+    data = read_yaml(ws.params_file)
+    data["study"]["failed"] = {name: " ".join(text.split()) for name, text in failed.items()}
+    with replacing(ws.params_file) as temporary:
+        temporary.write_text(yaml_text(data), encoding="utf-8")

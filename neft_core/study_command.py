@@ -1,0 +1,147 @@
+"""`neft study`: the studies that there are, and running one or all of them."""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from neft_core.errors import NeftError, say
+
+if TYPE_CHECKING:
+    from neft_core.overrides import Preview
+    from neft_core.studies import StudyPath
+    from neft_core.workspace import Workspace
+
+ALL = "all"
+"""In place of a name: every study that stands in no folder of its own."""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Give `neft study` its options."""
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        nargs="?",
+        help="a study of the list, the path of a study file, or `all`; without it, the list",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="as if the file said so, such as training.epochs=2 (repeatable; for this call alone)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the study, tell what would run"
+    )
+    parser.set_defaults(command=study)
+
+
+def study(options: argparse.Namespace) -> int:
+    """Run a study, or all; without a name tell which there are."""
+    from neft_core import studies
+    from neft_core.workspace import find_workspace
+
+    host = find_workspace().host
+    if options.name is None:
+        print(_list(studies.listed(host.root)))
+        return 0
+    names = [options.name]
+    if options.name == ALL:
+        names = [name for name in studies.listed(host.root) if "/" not in name]
+    # All are checked before the first one runs.
+    found = [studies.find(name, host.root) for name in names]
+    previews = [_preview(host, place, options.set) for place in found]
+    if options.dry_run:
+        for place, (preview, changes) in zip(found, previews, strict=True):
+            print(_dry(place, preview, changes))
+        return 0
+    codes = {}
+    for number, place in enumerate(found, 1):
+        if len(found) > 1:
+            print(f"study {number} of {len(found)}: {place.name}", flush=True)
+        codes[place.name] = _run(place, *previews[number - 1])
+    if len(found) > 1:
+        failed = [name for name, code in codes.items() if code]
+        print(f"{len(found)} studies; with failures: {', '.join(failed) or 'none'}")
+    return max(codes.values(), key=lambda code: (code == 1, code))
+
+
+def _list(titles: dict[str, str]) -> str:
+    wide = max(map(len, titles), default=0)
+    lines = [f"  {name.ljust(wide)}  {title}" for name, title in titles.items()]
+    return "\n".join(["studies (neft study NAME runs one):", *lines])
+
+
+def _preview(
+    host: "Workspace", place: "StudyPath", settings: Sequence[str]
+) -> "tuple[Preview, list[str]]":
+    """The checked params of a study, and what settings changed."""
+    from neft_core import overrides, studies
+    from neft_core.config import yaml_text
+    from neft_core.workspace import Workspace
+
+    data, changes = studies.expand(place.file, settings)
+    params, data = overrides.checked(yaml_text(data), place.file.name)
+    folder = overrides.place(host, _folder(place), place.file)
+    ws = Workspace(folder) if (folder / "dvc.yaml").is_file() else None
+    return overrides.Preview(params, data, ws, changed=True), changes
+
+
+def _folder(place: "StudyPath") -> str:
+    return place.name.replace("/", "-")
+
+
+def _dry(place: "StudyPath", preview: "Preview", changes: Sequence[str]) -> str:
+    from neft_core.preview import describe
+
+    params = preview.params
+    assert params.study is not None
+    trainings = sum(len(run.seeds) for run in params.runs.values())
+    shown = ", ".join(part.title or part.show for part in params.study.parts)
+    lines = [
+        f"study {place.name}: {params.study.title}",
+        f"{len(params.runs)} runs, {trainings} trainings with all seeds; shows {shown}",
+    ]
+    return "\n".join([*lines, *changes, describe(preview)])
+
+
+def _run(place: "StudyPath", preview: "Preview", changes: Sequence[str]) -> int:
+    """Run one study and show what came of it; its exit status."""
+    from neft_core import overrides
+    from neft_core.config import yaml_text
+
+    for change in changes:
+        print(f"{place.file.name}: {change}")
+    ws = overrides.private(_folder(place), place.file, yaml_text(preview.data))
+    from flows.pipeline import run_pipeline
+    from neft_core.graph import Graph
+    from neft_core.repro import StageFailed
+
+    code, told = 0, ""
+    try:
+        run_pipeline(ws, study=True)
+    except (NeftError, StageFailed) as fault:
+        code, told = (2 if isinstance(fault, NeftError) else 1), str(fault)
+    if not Graph(ws).changes("report"):
+        _show(ws)
+    return say(told, code) if code else 0
+
+
+def _show(ws: "Workspace") -> None:
+    """The tables, and where everything lies."""
+    from neft_core import run_links
+    from neft_core.pages import near, pages
+    from neft_core.study_tables import RUNS_PAGE, readable
+    from neft_core.workspace import REPORTS
+
+    reports = ws.root / REPORTS
+    run_links.write(ws)
+    print("\n" + readable((reports / "study" / "study.md").read_text(encoding="utf-8")))
+    for name, what in {
+        "study": "these tables (study.md), and each as CSV",
+        "report.html": "all of it on one page, with figures",
+        RUNS_PAGE: "from the tables' cells to their MLflow runs",
+    }.items():
+        print(f"  {near(reports / name)}: {what}")
+    page = pages(ws)[0]
+    print(f"  {page.name}: {page.url}", *([page.line()] if page.command else []), sep="\n    ")
