@@ -7,6 +7,7 @@ a grid of methods and tasks stands for runs. `expand` gives the params.
 import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def find(name: str, root: Path) -> StudyPath:
 
 
 def listed(root: Path) -> dict[str, str]:
-    """Names of all studies with their titles; files that others extend are none.
+    """Names of all studies with their titles; files without one are there to be extended.
 
     Raises:
         NeftError: one can't be read.
@@ -80,8 +81,8 @@ def listed(root: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*.yaml"), key=lambda p: (len(p.parts), p)):
             name = path.relative_to(folder).with_suffix("").as_posix()
             section = read_yaml(path).get("study")
-            if name not in found and isinstance(section, Mapping):
-                found[name] = str(section.get("title", ""))
+            if name not in found and isinstance(section, Mapping) and "title" in section:
+                found[name] = str(section["title"])
     return found
 
 
@@ -90,11 +91,15 @@ def _folders(root: Path) -> Iterable[Path]:
     return [own, PACKAGED] if own.is_dir() and own.resolve() != PACKAGED.resolve() else [PACKAGED]
 
 
-def expand(file: Path, settings: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
+def expand(
+    file: Path, root: Path, settings: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
     """The params that a study file stands for.
 
     Args:
-        file: the study file.
+        file: the study file. Paths in it are relative to it; of one that comes with the package to
+            the workspace.
+        root: the workspace.
         settings: `KEY=VALUE` each, of the file with what it extends, else of the params.
 
     Returns:
@@ -106,7 +111,7 @@ def expand(file: Path, settings: Sequence[str] = ()) -> tuple[dict[str, Any], li
     """
     from neft_core.overrides import assign
 
-    data, own = _read(file)
+    data, own = _read(file, root)
     later, changes = [], []
     for setting in settings:
         try:
@@ -125,12 +130,15 @@ def expand(file: Path, settings: Sequence[str] = ()) -> tuple[dict[str, Any], li
     return data, [line for line in changes if line]
 
 
-def _read(file: Path, before: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(
+    file: Path, root: Path, before: tuple[Path, ...] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """A file with what it extends, key by key; and the file alone."""
     from neft_core.overrides import absolute
 
     data = read_yaml(file)
-    absolute(data, file.resolve().parent)
+    packaged = file.resolve().is_relative_to(PACKAGED.resolve())
+    absolute(data, root if packaged else file.resolve().parent)
     base = data.pop("extends", None)
     if base is None:
         return data, data
@@ -143,7 +151,7 @@ def _read(file: Path, before: tuple[Path, ...] = ()) -> tuple[dict[str, Any], di
         raise NeftError(f"{file.name}: extends: a loop, {names}; let one of them extend no other")
     if not path.is_file():
         raise NeftError(f"{file.name}: extends: got '{base}', which is not there; name a file")
-    return _merged(_read(path, chain)[0], data), data
+    return _merged(_read(path, root, chain)[0], data), data
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,9 +184,9 @@ def _fill_grid(
             for method in cell.methods:
                 for rate in rates:
                     entry = dict(methods[method])
-                    name = f"{method}-{task}" if rate is None else f"{method}-{rate:g}-{task}"
-                    if rate is not None:
-                        entry["lr"] = rate
+                    name = f"{method}-{task}" if rate is None else f"{method}-{_rate(rate)}-{task}"
+                    entry |= {} if rate is None else {"lr": rate}
+                    entry |= {} if cell.epochs is None else {"epochs": cell.epochs}
                     if name in made:
                         raise NeftError(
                             f"{where}: grid.{place}: the run '{name}' stands in {made[name]} too; "
@@ -190,6 +198,12 @@ def _fill_grid(
                     for other in cell.tested:
                         if other != task:
                             transfers[f"{name}-on-{other}"] = {"run": name, "task": other}
+
+
+def _rate(rate: float) -> str:
+    """A rate as a part of a name, where a dot can't stand: 3e-2."""
+    _, digits, exponent = Decimal(str(rate)).normalize().as_tuple()
+    return f"{''.join(map(str, digits))}e{exponent}"
 
 
 def _known(where: str, name: str, names: Collection[str]) -> None:

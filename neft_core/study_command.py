@@ -80,7 +80,7 @@ def _preview(
     from neft_core.config import yaml_text
     from neft_core.workspace import Workspace
 
-    data, changes = studies.expand(place.file, settings)
+    data, changes = studies.expand(place.file, host.root, settings)
     params, data = overrides.checked(yaml_text(data), place.file.name)
     folder = overrides.place(host, _folder(place), place.file)
     ws = Workspace(folder) if (folder / "dvc.yaml").is_file() else None

@@ -71,6 +71,8 @@ def yaml_text(data: dict[str, Any]) -> str:
     yaml.sort_base_mapping_type_on_output = False
     yaml.allow_unicode = True
     yaml.width = 4096
+    # What stands in two places is written twice: others read this file too.
+    yaml.representer.ignore_aliases = lambda _: True
     yaml.dump(data, out)
     return out.getvalue()
 

@@ -54,10 +54,10 @@ class TableSection(Shown):
                 raise refuse(f"paper: got the label '{label}'; one of rows")
             for task, value in values.items():
                 if task not in self.tasks:
-                    raise refuse(f"paper.{label}: got the task '{task}'; one of tasks")
+                    raise refuse(f"paper: {label}: got the task '{task}'; one of tasks")
                 wanted = len(self.metrics or [1])
                 if len(value if isinstance(value, list) else [value]) != wanted:
-                    raise refuse(f"paper.{label}.{task}: got {value}; a number for each metric")
+                    raise refuse(f"paper: {label}: {task}: got {value}; a number for each metric")
         return self
 
     def check(self, where: str, params: "Params") -> None:
@@ -158,6 +158,8 @@ class Grid(Section):
     """Of each run; null: the file's."""
     lr: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(default=None, min_length=1)
     """Learning rates, each of which is a run METHOD-RATE-TASK; null: the method's own."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows; null: the method's own."""
     tested: list[str] = Field(default_factory=list)
     """Keys of `tasks` that every run is tested on beside its own."""
 

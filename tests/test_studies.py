@@ -1,0 +1,290 @@
+"""Study files: what they stand for, and what is wrong with them, each in one line."""
+
+import pytest
+from conftest import TINY_PARAMS
+from ruamel.yaml import YAML
+
+from neft_core import studies
+from neft_core.config import parse_params, read_yaml, yaml_text
+from neft_core.errors import NeftError
+from neft_core.studies import PACKAGED, expand
+from neft_core.workspace import PACKAGE, Workspace
+
+HEAD = TINY_PARAMS.partition("runs:")[0]
+TAIL = "evaluation:" + TINY_PARAMS.partition("evaluation:")[2]
+COMMON = f"""{HEAD}{TAIL}
+seeds: [1, 2]
+methods:
+  full: {{method: {{name: full}}, lr: 2e-3}}
+  neft-9: {{method: {{name: neft, percent: 9}}, lr: 3e-3}}
+  early: {{method: {{name: neft, percent: 9, scores: "{{task}}-early"}}}}
+  both:
+    method: {{name: neft, policy: union, percent: 3, scores: ["{{task}}", "{{task}}-early"]}}
+warmups:
+  en-fr-early: {{task: en-fr, steps: 2}}
+  other-early: {{task: en-fr, steps: 3}}
+"""
+STUDY = """\
+extends: common.yaml
+grid:
+  - {tasks: [en-fr], methods: [full, neft-9]}
+study:
+  title: A table
+  parts:
+    - {show: table, tasks: {en-fr: En→Fr}, rows: {Base: base, FT-full: full, NeFT: neft-9}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "common.yaml").write_text(COMMON)
+    (tmp_path / "a.yaml").write_text(STUDY)
+    return tmp_path
+
+
+def put(folder, text: str, name: str = "a.yaml"):
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def params(path, *settings: str):
+    data, _ = expand(path, path.parent, settings)
+    return parse_params(data, path.name)
+
+
+def test_a_grid_stands_for_runs_of_the_catalogue(folder):
+    data, changes = expand(folder / "a.yaml", folder)
+    assert changes == []
+    assert not {"extends", "grid", "methods", "seeds"} & data.keys()
+    assert data["runs"] == {
+        "full-en-fr": {"task": "en-fr", "method": {"name": "full"}, "lr": 2e-3, "seeds": [1, 2]},
+        "neft-9-en-fr": {
+            "task": "en-fr",
+            "method": {"name": "neft", "percent": 9},
+            "lr": 3e-3,
+            "seeds": [1, 2],
+        },
+    }
+    assert parse_params(data, "a").study.title == "A table"
+    again = YAML(typ="safe").load(yaml_text(data))
+    assert again == data
+    assert "&" not in yaml_text(data), "DVC reads it too"
+
+
+def test_the_same_run_has_the_same_section_in_every_study(folder):
+    """So that DVC finds in its cache what another study made."""
+    more = put(folder, STUDY.replace("[full, neft-9]", "[early, neft-9, full]"), "b.yaml")
+    one, other = (expand(folder / name, folder)[0]["runs"] for name in ("a.yaml", more.name))
+    assert one.items() <= other.items()
+
+
+def test_the_task_stands_in_for_its_place(folder):
+    found = params(put(folder, STUDY.replace("[full, neft-9]", "[full, neft-9, early, both]")))
+    assert found.runs["early-en-fr"].method.scores == "en-fr-early"
+    assert found.runs["both-en-fr"].method.scores == ["en-fr", "en-fr-early"]
+
+
+def test_what_a_study_does_not_name_is_left_out_of_what_it_extends(folder):
+    assert params(folder / "a.yaml").warmups == {}
+    named = put(folder, STUDY.replace("neft-9]}", "neft-9, early]}"))
+    assert list(params(named).warmups) == ["en-fr-early"]
+    own = put(folder, STUDY + "warmups: {mine: {task: en-fr, steps: 4}}\n")
+    assert list(params(own).warmups) == ["mine"]
+
+
+def test_a_task_stays_if_the_built_model_learns_from_it(folder):
+    task = HEAD[HEAD.index("  en-fr:") : HEAD.index("compute:")]
+    without = task.replace("en-fr:", "unused:").replace(", pretrain: pretrain.jsonl", "")
+    text = COMMON.replace("compute:", task.replace("en-fr:", "learned:") + without + "compute:", 1)
+    put(folder, text, "common.yaml")
+    assert list(params(folder / "a.yaml").tasks) == ["en-fr", "learned"]
+    local = read_yaml(folder / "common.yaml") | {"model": {"kind": "local", "path": "base"}}
+    put(folder, yaml_text(local), "common.yaml")
+    assert list(params(folder / "a.yaml").tasks) == ["en-fr"]
+
+
+def test_extending_goes_key_by_key_along_a_chain(folder):
+    put(folder, "extends: common.yaml\ntraining: {epochs: 3}\nseeds: [7]\n", "middle.yaml")
+    text = STUDY.replace("common.yaml", "middle.yaml") + "training: {batch_size: 4}\n"
+    found = params(put(folder, text))
+    assert (found.training.epochs, found.training.batch_size, found.training.lr) == (3, 4, 1e-3)
+    assert found.runs["full-en-fr"].seeds == [7]
+
+
+def test_another_kind_takes_the_place_of_the_whole_mapping(folder):
+    found = params(put(folder, STUDY + "model: {kind: local, path: base}\n"))
+    assert found.model.path == str(folder / "base")
+    assert found.model.kind == "local"
+
+
+def test_paths_are_relative_to_their_own_file(folder):
+    (folder / "sub").mkdir()
+    path = put(folder, STUDY.replace("common.yaml", "../common.yaml"), "sub/b.yaml")
+    assert params(path).tasks["en-fr"].source.path == str(folder / "data" / "pairs")
+
+
+def test_paths_of_packaged_studies_are_relative_to_the_workspace(tmp_path):
+    data, _ = expand(PACKAGED / "paper" / "table2.yaml", tmp_path)
+    assert data["tasks"]["en-zh"]["source"]["path"] == str(tmp_path / "data" / "en-zh")
+    assert data["tasks"]["en-bs"]["source"]["path"] == str(tmp_path / "data" / "en-bs")
+
+
+def test_runs_tested_elsewhere_and_at_several_rates(folder):
+    task = HEAD[HEAD.index("  en-fr:") : HEAD.index("compute:")].replace("en-fr:", "fr-en:")
+    put(folder, COMMON.replace("compute:", task + "compute:", 1), "common.yaml")
+    grid = (
+        "{tasks: [en-fr], methods: [full], lr: [1e-3, 2.5e-2], epochs: 4, tested: [en-fr, fr-en]}"
+    )
+    rows = "rows: {One: full-1e-3-en-fr}"
+    text = STUDY.replace("{tasks: [en-fr], methods: [full, neft-9]}", grid)
+    found = params(
+        put(folder, text.replace("rows: {Base: base, FT-full: full, NeFT: neft-9}", rows))
+    )
+    assert {n: (r.lr, r.epochs) for n, r in found.runs.items()} == {
+        "full-1e-3-en-fr": (1e-3, 4),
+        "full-25e-3-en-fr": (0.025, 4),
+    }
+    assert [(t.run, t.task) for t in found.transfers.values()] == [
+        ("full-1e-3-en-fr", "fr-en"),
+        ("full-25e-3-en-fr", "fr-en"),
+    ]
+
+
+def test_settings_go_into_the_file_or_into_what_came_of_it(folder):
+    path = folder / "a.yaml"
+    settings = [
+        "methods.full.lr=0.5",
+        "runs.neft-9-en-fr.lr=0.25",
+        "training.epochs=9",
+        "seeds=[4]",
+    ]
+    data, changes = expand(path, folder, settings)
+    assert data["runs"]["full-en-fr"]["lr"] == 0.5
+    assert data["runs"]["full-en-fr"]["seeds"] == [4]
+    assert data["runs"]["neft-9-en-fr"]["lr"] == 0.25
+    assert data["training"]["epochs"] == 9
+    assert sorted(changes) == [
+        "methods.full.lr: 0.002 is now 0.5",
+        "runs.neft-9-en-fr.lr: 0.003 is now 0.25",
+        "seeds: [1, 2] is now [4]",
+        "training.epochs: 2 is now 9",
+    ]
+    assert path.read_text() == STUDY
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("[full, neft-9]", "[full, neft-99]",
+         "a.yaml: grid.0.methods: got 'neft-99'; did you mean 'neft-9'?"),
+        ("tasks: [en-fr]", "tasks: [en-fz]",
+         "a.yaml: grid.0.tasks: got 'en-fz'; did you mean 'en-fr'?"),
+        ("neft-9]}", "neft-9], tested: [zz]}", "a.yaml: grid.0.tested: got 'zz'; known: en-fr"),
+        ("neft-9]}", "neft-9], seeds: []}", "a.yaml: grid.0.seeds: got []; at least 1 of them"),
+        ("neft-9]}", "neft-9], sed: [1]}",
+         "a.yaml: grid.0.sed: unknown key; did you mean 'seeds'?"),
+        ("neft-9]}", "neft-9], lr: [0.0]}", "a.yaml: grid.0.lr.0: got 0.0; more than 0"),
+        ("[full, neft-9]}", "[full, full]}",
+         "a.yaml: grid.0: the run 'full-en-fr' stands in grid.0 too; give it once"),
+        ("[full, neft-9]}", "[full, neft-9]}\n  - {tasks: [en-fr], methods: [neft-9]}",
+         "a.yaml: grid.1: the run 'neft-9-en-fr' stands in grid.0 too; give it once"),
+        ("study:\n", "runs: {full-en-fr: {task: en-fr, method: {name: full}}}\nstudy:\n",
+         "a.yaml: grid.0: the run 'full-en-fr' stands in runs too; give it once"),
+        ("study:\n", "seeds: []\nstudy:\n", "a.yaml: seeds: got []; at least 1 of them"),
+        ("study:\n", "runs: []\nstudy:\n", "a.yaml: runs: got no mapping; give runs by name"),
+        ("study:\n", "methods: {bad: {method: {name: lorra}}}\nstudy:\n",
+         "a.yaml: methods.bad.method.name: got 'lorra'; allowed are full, in_out, embed, lora,"),
+        ("study:\n", "stury:\n", "a.yaml: study: missing; it is required of a study"),
+        ("common.yaml", "comon.yaml",
+         "a.yaml: extends: got 'comon.yaml', which is not there; name a file"),
+        ("common.yaml", "[common.yaml]",
+         "a.yaml: extends: got ['common.yaml']; the path of one file is needed"),
+        ("common.yaml", "a.yaml",
+         "a.yaml: extends: a loop, a.yaml -> a.yaml; let one of them extend no other"),
+        ("FT-full: full", "FT-full: fulll",
+         "a.yaml: study.parts.0.rows.FT-full: got 'fulll'; did you mean 'full'?"),
+        ("{en-fr: En→Fr}", "[fr-fr]",
+         "a.yaml: study.parts.0.tasks: got 'fr-fr'; did you mean 'en-fr'?"),
+        ("rows:", "trained: xx, rows:", "a.yaml: study.parts.0.trained: got 'xx'; known: en-fr"),
+        ("rows:", "metrics: [rougeL], rows:",
+         "a.yaml: study.parts.0.metrics: got 'rougeL'; of translation there are bleu, chrf"),
+        ("rows:", "paper: {LoRA: {en-fr: 3.0}}, rows:",
+         "a.yaml: study.parts.0.paper: got the label 'LoRA'; one of rows"),
+        ("rows:", "paper: {NeFT: {fr-en: 3.0}}, rows:",
+         "a.yaml: study.parts.0.paper: NeFT: got the task 'fr-en'; one of tasks"),
+        ("rows:", "paper: {NeFT: {en-fr: [3.0, 4.0]}}, rows:",
+         "a.yaml: study.parts.0.paper: NeFT: en-fr: got [3.0, 4.0]; a number for each metric"),
+        ("show: table", "show: tabel",
+         "a.yaml: study.parts.0.show: got 'tabel'; allowed are "),
+        ("title: A table", "titel: A table",
+         "a.yaml: study.titel: unknown key; did you mean 'title'?"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_in_one_line(folder, old, new, told):
+    assert old in STUDY
+    with pytest.raises(NeftError) as fault:
+        params(put(folder, STUDY.replace(old, new, 1)))
+    lines = str(fault.value).splitlines()
+    assert any(line.startswith(told) for line in lines), lines
+
+
+def test_a_longer_loop_is_told_with_its_way(folder):
+    put(folder, "extends: c.yaml\n", "b.yaml")
+    put(folder, "extends: b.yaml\n", "c.yaml")
+    path = put(folder, STUDY.replace("common.yaml", "b.yaml"))
+    with pytest.raises(
+        NeftError, match=r"^c\.yaml: extends: a loop, a\.yaml -> b\.yaml -> c\.yaml"
+    ):
+        expand(path, folder)
+
+
+def test_studies_are_found_by_name_and_by_path(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("ws")
+    (root / "studies" / "mine").mkdir(parents=True)
+    put(root / "studies", COMMON, "common.yaml")
+    put(root / "studies", STUDY.replace("A table", "Ours"), "table2.yaml")
+    put(root / "studies", STUDY.replace("common", "../common"), "mine/x.yaml")
+    titles = studies.listed(root)
+    assert list(titles)[:2] == ["table2", "mine/x"], "without the one that is extended"
+    assert titles["table2"] == "Ours", "a workspace's own comes before the package's"
+    assert "paper/table2" in titles
+    assert studies.find("table2", root).file == root / "studies" / "table2.yaml"
+    assert studies.find("mine/x", root).name == "mine/x"
+    assert studies.find("table1", root).file == PACKAGED / "table1.yaml"
+    assert studies.find(str(folder / "a.yaml"), root) == studies.StudyPath("a", folder / "a.yaml")
+    for name, told in (
+        ("tabel2", r"study 'tabel2': unknown; did you mean 'table2'\?"),
+        ("zzzzzz", r"study 'zzzzzz': unknown; there are table2, mine/x, "),
+        ("no/such.yaml", r"study no/such\.yaml: not found; give a study file"),
+    ):
+        with pytest.raises(NeftError, match=told):
+            studies.find(name, root)
+
+
+@pytest.mark.parametrize("name", sorted(studies.listed(PACKAGE.parent)))
+def test_packaged_studies_are_valid(name, tmp_path):
+    path = studies.find(name, PACKAGE.parent).file
+    data, _ = expand(path, tmp_path)
+    found = parse_params(data, path.name)
+    assert found.study.title
+    assert found.study.rates, "how learning rates were chosen"
+    if not name.startswith(("paper/", "tatoeba/")):
+        assert all(len(run.seeds) == 3 for run in found.runs.values()) or name == "rates"
+
+
+def test_a_dry_run_of_the_papers_scale_needs_no_model_and_no_network(neft, tmp_path, capsys):
+    ws = Workspace(tmp_path)
+    (tmp_path / "dvc.yaml").touch()
+    ws.params_file.write_text(TINY_PARAMS)
+    code, said = neft(ws, "study", "paper/table6", "--dry-run")
+    assert (code, said) == (0, [])
+    assert not (tmp_path / ".neft").exists()
+
+
+def test_failures_are_written_into_the_params(folder):
+    data, _ = expand(folder / "a.yaml", folder)
+    ws = Workspace(folder)
+    ws.params_file.write_text(yaml_text(data))
+    studies.note_failures(ws, {"train@full-en-fr": "a:\n  b", "summary": "x @ # : y"})
+    assert ws.params().study.failed == {"train@full-en-fr": "a: b", "summary": "x @ # : y"}
+    assert read_yaml(ws.params_file)["runs"] == data["runs"]
