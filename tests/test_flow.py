@@ -52,10 +52,22 @@ def env(prefect_home: Path, tmp_path: Path) -> dict[str, str]:
     }
 
 
-def start(ws: Workspace, env: dict[str, str]) -> subprocess.Popen[str]:
+STUDY = """
+import sys
+from neft_core.errors import NeftError, say
+from neft_core.workspace import find_workspace
+from flows.pipeline import run_pipeline
+try:
+    run_pipeline(find_workspace(), study=True)
+except NeftError as fault:
+    sys.exit(say(str(fault), 2))
+"""
+
+
+def start(ws: Workspace, env: dict[str, str], study: bool = False) -> subprocess.Popen[str]:
     """The flow in a process group of its own, as a shell starts it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "flows.pipeline"],
+        [sys.executable, *(("-c", STUDY) if study else ("-m", "flows.pipeline"))],
         cwd=ws.root,
         env=env,
         stdout=subprocess.PIPE,
@@ -65,9 +77,9 @@ def start(ws: Workspace, env: dict[str, str]) -> subprocess.Popen[str]:
     )
 
 
-def run(ws: Workspace, env: dict[str, str], status: int = 0) -> list[str]:
+def run(ws: Workspace, env: dict[str, str], status: int = 0, study: bool = False) -> list[str]:
     """Run the flow to its end: its lines without the time of day."""
-    with start(ws, env) as process:
+    with start(ws, env, study) as process:
         told = process.communicate(timeout=300)[0]
     assert process.returncode == status, told
     return [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in told.splitlines()]
@@ -163,6 +175,35 @@ def test_a_failure_stops_only_what_needs_it(
     assert trainings(ws).keys() == {"neft seed 1", "neft seed 2"}
     run(ws, env)
     assert states(prefect_home) == {"Ran": 4, "Cached": STAGES - 4}
+
+
+def test_a_study_shows_what_is_left_and_tells_the_time_left(
+    ws: Workspace, env: dict[str, str], prefect_home: Path
+) -> None:
+    part = "{show: table, tasks: [en-fr], rows: {FT: full, NeFT: neft}}"
+    ws.params_file.write_text(f"{ws.params_file.read_text()}study: {{title: T, parts: [{part}]}}\n")
+    env = {**env, "FAKE_FAIL": "train full"}
+    told = run(ws, env, status=2, study=True)
+    assert told[-1] == "neft: data/x.jsonl: line 7: no target; add one"
+    assert "skipped, as they need what failed: evaluate@full" in told
+    assert states(prefect_home) == {"Ran": STAGES - 2, "Failed": 1, "Skipped": 1}
+    reason = "data/x.jsonl: line 7: no target; add one"
+    failed = dict.fromkeys(("train@full", "evaluate@full"), reason)
+    assert ws.params().study.failed == failed
+    assert f"corpus@en-fr: starts (made for the first time); {STAGES} to go" in told
+    # Of one family that was seen and four that were not.
+    starts = [line for line in told if line.startswith("evaluate@neft: starts")]
+    assert re.search(r"; 3 to go$", starts[0]), starts
+    told = run(ws, env, status=2, study=True)
+    assert states(prefect_home) == {"Cached": STAGES - 2, "Failed": 1, "Skipped": 1}
+    # All kinds of stages were seen in the first run, but for the one that failed.
+    assert any(re.search(r"train@full: starts .*; 4 to go, about \d+ s left$", t) for t in told)
+    # As a new expansion of the study writes it.
+    ws.params_file.write_text(re.sub(r"(?s)  failed:\n.*", "", ws.params_file.read_text()))
+    del env["FAKE_FAIL"]
+    run(ws, env, study=True)
+    assert states(prefect_home) == {"Ran": 4, "Cached": STAGES - 4}
+    assert ws.params().study.failed == {}
 
 
 def test_interrupted_runs_leave_no_process_and_end_as_an_undisturbed_one(

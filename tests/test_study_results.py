@@ -1,0 +1,192 @@
+"""The parts `table` and `rates` of a study, from evaluation files written by hand."""
+
+import json
+
+import pytest
+from conftest import TINY_PARAMS
+from test_summary import add_baseline, add_run, p_values
+
+from neft_core import study_parts
+from neft_core.config import read_yaml, yaml_text
+from neft_core.findings import Findings
+from neft_core.page import Gallery
+from neft_core.report import report
+from neft_core.summary import summarise
+from neft_core.workspace import Workspace
+
+METHODS = {
+    "full": {"name": "full"},
+    "lora-2": {"name": "lora", "rank": 2},
+    "lora-9": {"name": "lora", "rank": 9},
+    "neft": {"name": "neft", "percent": 9},
+}
+ROWS = {"Base": "base", "FT-full": "full", "LoRA_2": "lora-2", "LoRA_9": "lora-9", "NeFT": "neft"}
+
+
+def made(folder, parts, failed=None, lr=None):
+    """A workspace of two tasks, each with four runs, all of the first tested on the second too."""
+    data = read_yaml(folder / "params.yaml")
+    data["tasks"]["fr-en"] = data["tasks"]["en-fr"]
+    data["runs"] = {
+        f"{name}-{task}": {"task": task, "method": method, "seeds": [1, 2]}
+        for task in data["tasks"]
+        for name, method in METHODS.items()
+    }
+    for name, rate in (lr or {}).items():
+        data["runs"][name]["lr"] = rate
+    data["transfers"] = {
+        f"{name}-moved": {"run": f"{name}-en-fr", "task": "fr-en"} for name in METHODS
+    }
+    study = {"title": "By hand", "about": "Why?", "rates": "One.", "parts": parts}
+    data["study"] = study | {"failed": failed or {}}
+    (folder / "params.yaml").write_text(yaml_text(data))
+    return Workspace(folder)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "params.yaml").write_text(TINY_PARAMS)
+    for task, more in (("en-fr", 0.0), ("fr-en", 100.0)):
+        ws = Workspace(tmp_path)
+        add_baseline(ws, task)
+        # BLEU, dev loss and wrong sentences of both seeds.
+        add_run(ws, f"full-{task}", {1: (30 + more, 1.0, 2), 2: (34 + more, 1.5, 2)}, 1)
+        add_run(ws, f"lora-2-{task}", {1: (10 + more, 3.0, 9), 2: (14 + more, 3.5, 9)}, 1)
+        add_run(ws, f"lora-9-{task}", {1: (20 + more, 2.0, 6), 2: (22 + more, 2.5, 6)}, 1)
+        add_run(ws, f"neft-{task}", {1: (31 + more, 1.0, 4), 2: (35 + more, 1.0, 4)}, 1)
+        for name, size in (("full", 9088), ("lora-2", 50), ("lora-9", 950), ("neft", 816)):
+            for seed in (1, 2):
+                path = ws.path("train", f"{name}-{task}", f"seed-{seed}", "metrics.json")
+                said = json.loads(path.read_text())
+                said |= {"trainable_parameters": size, "trainable_percent": size / 90.88}
+                path.write_text(json.dumps(said))
+    for name in METHODS:
+        place = ws.path("evaluation", f"{name}-en-fr")
+        moved = ws.path("evaluation", f"{name}-en-fr.fr-en")
+        moved.mkdir()
+        for path in place.iterdir():
+            (moved / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def shown(ws):
+    """The tables of the study, by name: texts of each row by its label."""
+    summarise(ws)
+    tables = study_parts.made(Findings.read(ws), Gallery())
+    return {
+        table.name: {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
+        | {"heads": list(table.heads[1:]), "notes": list(table.notes)}
+        for table in tables
+    }
+
+
+TABLE = {"show": "table", "name": "t", "tasks": {"en-fr": "En", "fr-en": "Fr"}, "rows": ROWS}
+
+
+def test_the_table_by_hand(folder):
+    ws = made(folder, [TABLE | {"paper": {"NeFT": {"en-fr": 28.7}, "Base": {"fr-en": 0.5}}}])
+    found = shown(ws)["t"]
+    assert found["heads"] == ["trained parameters", "% of model", "En", "Fr"]
+    assert found["Base"] == ["–", "–", "5.00", "5.00 (0.50)"]
+    assert found["FT-full"] == ["9,088", "100.00", "32.00 ± 2.83", "132.00 ± 2.83"]
+    assert found["LoRA_9"] == ["950", "10.45", "21.00 ± 1.41", "121.00 ± 1.41"]
+    assert found["NeFT"] == ["816", "8.98", "33.00 ± 2.83 (28.70)", "133.00 ± 2.83"]
+    assert found["notes"][-1] == "Signature: B."
+
+
+def test_bold_is_the_best_run_and_links_to_it(folder):
+    ws = made(folder, [TABLE])
+    summarise(ws)
+    table = study_parts.made(Findings.read(ws), Gallery())[0]
+    best = [(row[0].text, cell.run) for row in table.rows for cell in row if cell.best]
+    assert best == [("NeFT", "neft-en-fr"), ("NeFT", "neft-fr-en")]
+    base = table.rows[0]
+    assert [cell.run for cell in base] == [None] * 5
+    assert table.rows[1][3].value == 32.0
+    assert table.rows[1][3].more == {"sd": pytest.approx(8**0.5)}
+
+
+def test_differences_to_full_and_to_the_lora_of_like_size(folder):
+    found = shown(made(folder, [TABLE]))["t-differences"]
+    assert found["heads"] == ["En: Δ full", "En: Δ LoRA", "Fr: Δ full", "Fr: Δ LoRA"]
+
+    def said(wrong: int, other: int) -> str:
+        delta, p = p_values(wrong, other)
+        mark = "**" if p < 0.01 else "*" if p < 0.05 else ""
+        return f"{delta:+.2f}{mark} (p {p:.3f})".replace("-", "−")
+
+    # Of 816 parameters, 950 are nearer than 50; what is wrong in the sentences is known.
+    assert found["NeFT"] == [said(4, 2), said(4, 6)] * 2
+    assert found["FT-full"][:2] == ["–", said(2, 6)], "950 of 9,088 rather than 50"
+    assert found["LoRA_2"][:2] == [said(9, 2), "–"]
+    assert found["Base"] == ["–"] * 4
+    assert found["NeFT"][0].startswith("−")
+
+
+def test_runs_of_one_task_tested_on_others(folder):
+    part = {"show": "table", "trained": "en-fr", "tasks": ["en-fr", "fr-en"], "rows": ROWS}
+    found = shown(made(folder, [part]))["table"]
+    assert found["NeFT"][2:] == ["33.00 ± 2.83"] * 2, "the same texts on both, by hand"
+    assert found["Base"][2:] == ["5.00", "5.00"]
+
+
+def test_a_whole_run_can_be_named_and_has_no_other_column(folder):
+    part = TABLE | {"rows": {"One": "neft-en-fr", "Two": "full"}, "metrics": ["bleu", "chrf"]}
+    found = shown(made(folder, [part]))["t"]
+    assert found["heads"][2:] == ["En BLEU", "En chrF", "Fr BLEU", "Fr chrF"]
+    assert found["One"][2:4] == ["33.00 ± 2.83", "16.50 ± 1.41"]
+    # It was moved there by a transfer; without one there would be nothing.
+    assert found["One"][4] == "33.00 ± 2.83"
+    data = read_yaml(folder / "params.yaml")
+    del data["transfers"]["neft-moved"]
+    (folder / "params.yaml").write_text(yaml_text(data))
+    assert shown(Workspace(folder))["t"]["One"][4:] == ["–", "–"]
+
+
+def test_what_failed_is_shown_with_its_reason_and_the_rest_goes_on(folder):
+    failed = {
+        "train@neft-en-fr": "no memory",
+        "evaluate@neft-en-fr": "no memory",
+        "transfer@neft-moved": "no memory",
+        "evaluate@lora-9-fr-en": "no, disk",
+        "baseline@fr-en": "no memory",
+    }
+    ws = made(folder, [TABLE | {"paper": {"NeFT": {"en-fr": 28.7}}}], failed)
+    for path in ("train/neft-en-fr", "evaluation/neft-en-fr", "evaluation/lora-9-fr-en"):
+        for file in ws.path(path).rglob("*.*"):
+            file.unlink()
+    (ws.path("baseline", "fr-en") / "metrics.json").unlink()
+    found = shown(ws)["t"]
+    assert found["NeFT"] == ["816", "8.98", "failed (1)", "133.00 ± 2.83"]
+    assert found["LoRA_9"][2:] == ["21.00 ± 1.41", "failed (2)"]
+    assert found["Base"][2:] == ["5.00", "failed (1)"]
+    assert found["notes"][:2] == ["(1) no memory", "(2) no, disk"]
+
+
+def test_rates_by_hand(folder):
+    rates = {"full-en-fr": 1e-3, "lora-2-en-fr": 1e-2, "lora-9-en-fr": 3e-2, "neft-en-fr": 1e-2}
+    part = {"show": "rates", "task": "en-fr"}
+    failed = {"evaluate@lora-9-en-fr": "no memory"}
+    found = shown(made(folder, [part], failed, rates))["rates"]
+    assert found["heads"] == ["0.001", "0.01", "0.03", "best"]
+    assert found["full"] == ["1.250 ± 0.354", "–", "–", "0.001"]
+    assert found["neft, lowest 9 %"] == ["–", "1.000 ± 0.000", "–", "0.01"]
+    assert found["lora, rank 9"] == ["–", "–", "failed (1)", "–"]
+
+
+def test_the_page_and_the_files(folder):
+    ws = made(folder, [TABLE])
+    summarise(ws)
+    report(ws)
+    reports = ws.root / "reports"
+    page = (reports / "report.html").read_text()
+    assert page.index('<section id="study">') < page.index('<section id="results">')
+    assert "<h1>By hand</h1>" in page
+    assert "<p>Why?</p>" in page
+    assert 'href="mlflow.html#neft-en-fr"' in page
+    study = (reports / "study" / "study.md").read_text()
+    assert study.startswith("# By hand\n\nWhy?\n\nOne.\n\n### Results\n\n| method |")
+    assert "[**33.00 ± 2.83**](../mlflow.html#neft-en-fr)" in study
+    assert {path.name for path in (reports / "study").iterdir()} == {
+        "study.md", "t.csv", "t-differences.csv",
+    }  # fmt: skip
