@@ -29,7 +29,7 @@ from neft_core.graph import Changes, Graph, Stage
 from neft_core.pages import pages
 from neft_core.remaining import Remaining
 from neft_core.repro import StageFailed, reproduce
-from neft_core.studies import note_failures
+from neft_core.study_files import note_failures
 from neft_core.workspace import Workspace, find_workspace, hold
 
 RETRY_DELAYS = [2.0, 10.0]

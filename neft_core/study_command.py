@@ -8,7 +8,7 @@ from neft_core.errors import NeftError, say
 
 if TYPE_CHECKING:
     from neft_core.overrides import Preview
-    from neft_core.studies import StudyPath
+    from neft_core.study_files import StudyPath
     from neft_core.workspace import Workspace
 
 ALL = "all"
@@ -38,18 +38,18 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def study(options: argparse.Namespace) -> int:
     """Run a study, or all; without a name tell which there are."""
-    from neft_core import studies
+    from neft_core import study_files
     from neft_core.workspace import find_workspace
 
     host = find_workspace().host
     if options.name is None:
-        print(_list(studies.listed(host.root)))
+        print(_list(study_files.listed(host.root)))
         return 0
     names = [options.name]
     if options.name == ALL:
-        names = [name for name in studies.listed(host.root) if "/" not in name]
+        names = [name for name in study_files.listed(host.root) if "/" not in name]
     # All are checked before the first one runs.
-    found = [studies.find(name, host.root) for name in names]
+    found = [study_files.find(name, host.root) for name in names]
     previews = [_preview(host, place, options.set) for place in found]
     if options.dry_run:
         for place, (preview, changes) in zip(found, previews, strict=True):
@@ -76,11 +76,11 @@ def _preview(
     host: "Workspace", place: "StudyPath", settings: Sequence[str]
 ) -> "tuple[Preview, list[str]]":
     """The checked params of a study, and what settings changed."""
-    from neft_core import overrides, studies
+    from neft_core import overrides, study_files
     from neft_core.config import yaml_text
     from neft_core.workspace import Workspace
 
-    data, changes = studies.expand(place.file, host.root, settings)
+    data, changes = study_files.expand(place.file, host.root, settings)
     params, data = overrides.checked(yaml_text(data), place.file.name)
     folder = overrides.place(host, _folder(place), place.file)
     ws = Workspace(folder) if (folder / "dvc.yaml").is_file() else None

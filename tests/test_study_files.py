@@ -4,10 +4,10 @@ import pytest
 from conftest import TINY_PARAMS
 from ruamel.yaml import YAML
 
-from neft_core import studies
+from neft_core import study_files
 from neft_core.config import parse_params, read_yaml, yaml_text
 from neft_core.errors import NeftError
-from neft_core.studies import PACKAGED, expand
+from neft_core.study_files import PACKAGED, expand
 from neft_core.workspace import PACKAGE, Workspace
 
 HEAD = TINY_PARAMS.partition("runs:")[0]
@@ -244,26 +244,28 @@ def test_studies_are_found_by_name_and_by_path(folder, tmp_path_factory):
     put(root / "studies", COMMON, "common.yaml")
     put(root / "studies", STUDY.replace("A table", "Ours"), "table2.yaml")
     put(root / "studies", STUDY.replace("common", "../common"), "mine/x.yaml")
-    titles = studies.listed(root)
+    titles = study_files.listed(root)
     assert list(titles)[:2] == ["table2", "mine/x"], "without the one that is extended"
     assert titles["table2"] == "Ours", "a workspace's own comes before the package's"
     assert "paper/table2" in titles
-    assert studies.find("table2", root).file == root / "studies" / "table2.yaml"
-    assert studies.find("mine/x", root).name == "mine/x"
-    assert studies.find("table1", root).file == PACKAGED / "table1.yaml"
-    assert studies.find(str(folder / "a.yaml"), root) == studies.StudyPath("a", folder / "a.yaml")
+    assert study_files.find("table2", root).file == root / "studies" / "table2.yaml"
+    assert study_files.find("mine/x", root).name == "mine/x"
+    assert study_files.find("table1", root).file == PACKAGED / "table1.yaml"
+    assert study_files.find(str(folder / "a.yaml"), root) == study_files.StudyPath(
+        "a", folder / "a.yaml"
+    )
     for name, told in (
         ("tabel2", r"study 'tabel2': unknown; did you mean 'table2'\?"),
         ("zzzzzz", r"study 'zzzzzz': unknown; there are table2, mine/x, "),
         ("no/such.yaml", r"study no/such\.yaml: not found; give a study file"),
     ):
         with pytest.raises(NeftError, match=told):
-            studies.find(name, root)
+            study_files.find(name, root)
 
 
-@pytest.mark.parametrize("name", sorted(studies.listed(PACKAGE.parent)))
+@pytest.mark.parametrize("name", sorted(study_files.listed(PACKAGE.parent)))
 def test_packaged_studies_are_valid(name, tmp_path):
-    path = studies.find(name, PACKAGE.parent).file
+    path = study_files.find(name, PACKAGE.parent).file
     data, _ = expand(path, tmp_path)
     found = parse_params(data, path.name)
     assert found.study.title
@@ -285,6 +287,6 @@ def test_failures_are_written_into_the_params(folder):
     data, _ = expand(folder / "a.yaml", folder)
     ws = Workspace(folder)
     ws.params_file.write_text(yaml_text(data))
-    studies.note_failures(ws, {"train@full-en-fr": "a:\n  b", "summary": "x @ # : y"})
+    study_files.note_failures(ws, {"train@full-en-fr": "a:\n  b", "summary": "x @ # : y"})
     assert ws.params().study.failed == {"train@full-en-fr": "a: b", "summary": "x @ # : y"}
     assert read_yaml(ws.params_file)["runs"] == data["runs"]
