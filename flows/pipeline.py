@@ -201,7 +201,7 @@ def _left(
         ):
             due[stage.name] = stage
     said = clock.words([stage.family for stage in due.values()])
-    return f"{len(due)} to go" + (f", {said}" if said else "")
+    return f"{len(due)} stages to go" + (f", {said}" if said else "")
 
 
 def _task(stage: Stage, params: Params, work: Callable[[], State]) -> Callable[..., State]:

@@ -8,6 +8,7 @@ workspace's own runs in a workspace of its own under `.neft/workspaces`, which s
 import hashlib
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from neft_core import loading
 from neft_core.config import NO_FILE, Params, parse_params, read_yaml
 from neft_core.errors import NeftError
 from neft_core.files import replacing
-from neft_core.workspace import Workspace, find_workspace, init_workspace
+from neft_core.workspace import Workspace, find_workspace, hold, init_workspace
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ def _owner(file: Path | None) -> Workspace | None:
 
 def _private_workspace(file: Path) -> Workspace:
     name = file.resolve().parent.name if file.name == Params.FILE else file.stem
-    parse_params(read_yaml(file), file.name)
+    data = read_yaml(file)
+    if {"extends", "grid"} & data.keys():
+        raise NeftError(f"--params {file}: is a study file; run 'neft study {file}'")
+    parse_params(data, file.name)
     document = _round_trip().load(file.read_text(encoding="utf-8"))
     absolute(document, file.resolve().parent)
     ws = private(name, file, _dumped(document))
@@ -100,11 +104,12 @@ def private(name: str, file: Path, params: str) -> Workspace:
     """
     host = find_workspace()
     folder = place(host, name, file)
-    ws = init_workspace(folder, "", cache=host.root / ".dvc" / "cache")
-    with replacing(ws.state("params-file")) as temporary:
-        temporary.write_text(str(file.resolve()), encoding="utf-8")
-    with replacing(ws.params_file) as temporary:
-        temporary.write_text(params, encoding="utf-8")
+    with hold(Workspace(folder).state("lock"), str(folder)):  # nobody is running it
+        ws = init_workspace(folder, "", cache=host.root / ".dvc" / "cache")
+        with replacing(ws.state("params-file")) as temporary:
+            temporary.write_text(str(file.resolve()), encoding="utf-8")
+        with replacing(ws.params_file) as temporary:
+            temporary.write_text(params, encoding="utf-8")
     return ws
 
 
@@ -124,9 +129,9 @@ def absolute(node: Any, folder: Path) -> None:
     if isinstance(node, dict):
         for key, value in node.items():
             if key == "path" and isinstance(value, str) and value != NO_FILE:
-                node[key] = str(folder / Path(value).expanduser())
+                node[key] = os.path.normpath(folder / Path(value).expanduser())
             elif key == "id" and isinstance(value, str) and (folder / value).is_dir():
-                node[key] = str(folder / value)
+                node[key] = os.path.normpath(folder / value)
             else:
                 absolute(value, folder)
 

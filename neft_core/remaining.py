@@ -9,6 +9,14 @@ from neft_core.files import write_json
 KEPT = 20
 """Stages of each family whose seconds are remembered."""
 
+TYPICAL = {
+    "corpus": 3, "base": 60, "prepare": 6, "warmup": 15, "score": 3, "warmups": 15, "similarity": 3,
+    "scores": 8, "activations": 6, "assign": 2, "select": 3, "train": 40, "baseline": 12,
+    "evaluate": 15, "transfer": 15, "summary": 12, "report": 15,
+}  # fmt: skip
+"""Seconds of the small studies' stages on two cores: how families of stages compare, for those of
+which none was seen yet."""
+
 
 class Remaining:
     """Seconds by family of stages, remembered from one walk to the next.
@@ -31,26 +39,26 @@ class Remaining:
         self._took[family] = [*self._took.get(family, []), round(seconds, 1)][-KEPT:]
         write_json(self._memory, self._took)
 
-    def seconds(self, families: Sequence[str]) -> tuple[float, int]:
-        """Seconds that stages will take, and of how many nothing is known.
+    def seconds(self, families: Sequence[str]) -> tuple[float, bool] | None:
+        """Seconds that stages will take, and whether all of them are of families that were seen.
 
-        Stages of this walk tell more than remembered ones, which were of other sizes.
+        Stages of this walk tell more than remembered ones, which were of other sizes. What was not
+        seen takes as much longer than it typically does as what was seen; None: nothing was.
         """
-        total, unknown = 0.0, 0
-        for family in families:
-            known = self._now.get(family) or self._took.get(family)
-            if known:
-                total += sum(known) / len(known)
-            else:
-                unknown += 1
-        return total, unknown
+        known = {name: sum(took) / len(took) for name, took in {**self._took, **self._now}.items()}
+        if not known:
+            return None
+        typical = sum(TYPICAL.get(name, 10) for name in known)
+        slower = sum(known.values()) / typical
+        total = sum(known.get(name, slower * TYPICAL.get(name, 10)) for name in families)
+        return total, known.keys() >= set(families)
 
     def words(self, families: Sequence[str]) -> str:
-        """The time left as people say it; empty where nothing is known of any stage."""
-        total, unknown = self.seconds(families)
-        if unknown == len(families):
+        """The time left as people say it; empty where nothing is known."""
+        found = self.seconds(families)
+        if found is None:
             return ""
-        return f"{'more than' if unknown else 'about'} {duration(total)} left"
+        return f"{'about' if found[1] else 'roughly'} {duration(found[0])} left"
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,9 @@
 """`neft study`: the studies that there are, and running one or all of them."""
 
 import argparse
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neft_core.errors import NeftError, say
@@ -132,9 +134,8 @@ def _show(ws: "Workspace") -> None:
     from neft_core import run_links
     from neft_core.pages import near, pages
     from neft_core.study_tables import RUNS_PAGE, readable
-    from neft_core.workspace import REPORTS
 
-    reports = ws.root / REPORTS
+    reports = _shortcut(ws)
     run_links.write(ws)
     print("\n" + readable((reports / "study" / "study.md").read_text(encoding="utf-8")))
     for name, what in {
@@ -145,3 +146,15 @@ def _show(ws: "Workspace") -> None:
         print(f"  {near(reports / name)}: {what}")
     page = pages(ws)[0]
     print(f"  {page.name}: {page.url}", *([page.line()] if page.command else []), sep="\n    ")
+
+
+def _shortcut(ws: "Workspace") -> Path:
+    """The reports of a private workspace under a name of their own among its host's."""
+    from neft_core.workspace import REPORTS
+
+    real, link = ws.root / REPORTS, ws.host.root / REPORTS / ws.root.name
+    if not link.exists():
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(real, link.parent))
+    return link if link.resolve() == real.resolve() else real

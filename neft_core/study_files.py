@@ -25,6 +25,9 @@ PACKAGED = PACKAGE / "studies"
 FOLDER = "studies"
 """Where a workspace has its own."""
 
+FILES = (".yaml", ".yml")
+"""How a path ends, and no name."""
+
 CATALOGUE = ("tasks", "warmups", "scores", "activations")
 """Sections of which a file that is extended may hold more than a study uses."""
 
@@ -55,7 +58,7 @@ def find(name: str, root: Path) -> StudyPath:
     Raises:
         NeftError: there is none; the nearest name is told.
     """
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith(FILES):
         if not Path(name).is_file():
             raise NeftError(
                 f"study {name}: not found; give a study file, or a name of `neft study`"
@@ -86,6 +89,13 @@ def listed(root: Path) -> dict[str, str]:
     return found
 
 
+def _named_file(name: str, file: Path, root: Path) -> Path:
+    """The file of another study, by its name; of the same name, that of the package."""
+    found = find(name, root).file
+    same = found.resolve() == file.resolve()
+    return PACKAGED / f"{name}.yaml" if same else found
+
+
 def _folders(root: Path) -> Iterable[Path]:
     own = root / FOLDER
     return [own, PACKAGED] if own.is_dir() and own.resolve() != PACKAGED.resolve() else [PACKAGED]
@@ -97,8 +107,8 @@ def expand(
     """The params that a study file stands for.
 
     Args:
-        file: the study file. Paths in it are relative to it; of one that comes with the package to
-            the workspace.
+        file: the study file. What it extends is another, by path or by name. Paths in it are
+            relative to it; in one that comes with the package, to the workspace.
         root: the workspace.
         settings: `KEY=VALUE` each, of the file with what it extends, else of the params.
 
@@ -144,7 +154,8 @@ def _read(
         return data, data
     if not isinstance(base, str):
         raise NeftError(f"{file.name}: extends: got {base!r}; the path of one file is needed")
-    path = file.parent / Path(base).expanduser()
+    named = not base.endswith(FILES)
+    path = _named_file(base, file, root) if named else file.parent / Path(base).expanduser()
     chain = (*before, file.resolve())
     if path.resolve() in chain:
         names = " -> ".join(p.name for p in (*chain, path))

@@ -46,6 +46,13 @@ def files(found: Findings, pieces: list[Table | Html]) -> dict[str, str]:
 
 
 def _said(found: Findings) -> list[str]:
-    """What is asked, and how learning rates were chosen."""
+    """What is asked, and the learning rates with how they were chosen."""
     study = found.params.study
-    return [text for text in ((study.about, study.rates) if study else ()) if text]
+    if study is None:
+        return []
+    rates: dict[str, dict[float, None]] = {}
+    for name, run in found.params.runs.items():
+        of_family = rates.setdefault(found.families[name], {})
+        of_family[run.lr or found.params.training.lr] = None
+    used = "; ".join(f"{name} {', '.join(f'{r:g}' for r in of)}" for name, of in rates.items())
+    return [text for text in (study.about, f"{study.rates} Here: {used}.".strip()) if text]

@@ -190,14 +190,16 @@ def test_a_study_shows_what_is_left_and_tells_the_time_left(
     reason = "data/x.jsonl: line 7: no target; add one"
     failed = dict.fromkeys(("train@full", "evaluate@full"), reason)
     assert ws.params().study.failed == failed
-    assert f"corpus@en-fr: starts (made for the first time); {STAGES} to go" in told
-    # Of one family that was seen and four that were not.
+    assert f"corpus@en-fr: starts (made for the first time); {STAGES} stages to go" in told
+    # Of the last three families none was seen yet.
     starts = [line for line in told if line.startswith("evaluate@neft: starts")]
-    assert re.search(r"; 3 to go$", starts[0]), starts
+    assert re.search(r"; 3 stages to go, roughly \d+ s left$", starts[0]), starts
     told = run(ws, env, status=2, study=True)
     assert states(prefect_home) == {"Cached": STAGES - 2, "Failed": 1, "Skipped": 1}
     # All kinds of stages were seen in the first run, but for the one that failed.
-    assert any(re.search(r"train@full: starts .*; 4 to go, about \d+ s left$", t) for t in told)
+    assert any(
+        re.search(r"train@full: starts .*; 4 stages to go, about \d+ s left$", t) for t in told
+    )
     # As a new expansion of the study writes it.
     ws.params_file.write_text(re.sub(r"(?s)  failed:\n.*", "", ws.params_file.read_text()))
     del env["FAKE_FAIL"]

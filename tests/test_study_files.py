@@ -228,6 +228,20 @@ def test_what_is_wrong_is_told_in_one_line(folder, old, new, told):
     assert any(line.startswith(told) for line in lines), lines
 
 
+def test_a_study_of_the_package_can_be_extended_by_its_name(tmp_path):
+    """On a model and data of one's own; also under the same name."""
+    (tmp_path / "studies").mkdir()
+    text = "extends: table2\nmodel: {kind: local, path: ../mine}\nseeds: [5]\n"
+    path = put(tmp_path / "studies", text, "table2.yaml")
+    data, _ = expand(path, tmp_path)
+    found = parse_params(data, path.name)
+    assert found.study.title.startswith("Table 2: ")
+    assert found.model.path == str(tmp_path / "mine")
+    assert found.runs["full-en-zh"].seeds == [5]
+    with pytest.raises(NeftError, match=r"study 'tabel1': unknown; did you mean 'table1'\?"):
+        expand(put(tmp_path, "extends: tabel1\n", "b.yaml"), tmp_path)
+
+
 def test_a_longer_loop_is_told_with_its_way(folder):
     put(folder, "extends: c.yaml\n", "b.yaml")
     put(folder, "extends: b.yaml\n", "c.yaml")

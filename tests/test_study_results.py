@@ -185,7 +185,8 @@ def test_the_page_and_the_files(folder):
     assert "<p>Why?</p>" in page
     assert 'href="mlflow.html#neft-en-fr"' in page
     study = (reports / "study" / "study.md").read_text()
-    assert study.startswith("# By hand\n\nWhy?\n\nOne.\n\n### Results\n\n| method |")
+    rates = "One. Here: full 0.001; lora 0.001; neft lowest 0.001."
+    assert study.startswith(f"# By hand\n\nWhy?\n\n{rates}\n\n### Results\n\n| method |")
     assert "[**33.00 ± 2.83**](../mlflow.html#neft-en-fr)" in study
     assert {path.name for path in (reports / "study").iterdir()} == {
         "study.md", "t.csv", "t-differences.csv",
