@@ -10,7 +10,7 @@ from neft_core.errors import NeftError, say
 
 if TYPE_CHECKING:
     from neft_core.overrides import Preview
-    from neft_core.study_files import StudyPath
+    from neft_core.study_files import Expansion, StudyPath
     from neft_core.workspace import Workspace
 
 ALL = "all"
@@ -54,14 +54,14 @@ def study(options: argparse.Namespace) -> int:
     found = [study_files.find(name, host.root) for name in names]
     previews = [_preview(host, place, options.set) for place in found]
     if options.dry_run:
-        for place, (preview, changes) in zip(found, previews, strict=True):
-            print(_dry(place, preview, changes))
+        for place, (preview, expansion) in zip(found, previews, strict=True):
+            print(_dry(place, preview, expansion.changes))
         return 0
     codes = {}
-    for number, place in enumerate(found, 1):
+    for number, (place, checked) in enumerate(zip(found, previews, strict=True), 1):
         if len(found) > 1:
             print(f"study {number} of {len(found)}: {place.name}", flush=True)
-        codes[place.name] = _run(place, *previews[number - 1])
+        codes[place.name] = _run(place, *checked)
     if len(found) > 1:
         failed = [name for name, code in codes.items() if code]
         print(f"{len(found)} studies; with failures: {', '.join(failed) or 'none'}")
@@ -76,17 +76,17 @@ def _list(titles: dict[str, str]) -> str:
 
 def _preview(
     host: "Workspace", place: "StudyPath", settings: Sequence[str]
-) -> "tuple[Preview, list[str]]":
-    """The checked params of a study, and what settings changed."""
+) -> "tuple[Preview, Expansion]":
+    """The checked params of a study, and what its file stands for."""
     from neft_core import overrides, study_files
     from neft_core.config import yaml_text
     from neft_core.workspace import Workspace
 
-    data, changes = study_files.expand(place.file, host.root, settings)
-    params, data = overrides.checked(yaml_text(data), place.file.name)
+    expansion = study_files.expand(place.file, host.root, settings)
+    params, data = overrides.checked(yaml_text(expansion.data), place.file.name)
     folder = overrides.place(host, _folder(place), place.file)
     ws = Workspace(folder) if (folder / "dvc.yaml").is_file() else None
-    return overrides.Preview(params, data, ws, changed=True), changes
+    return overrides.Preview(params, data, ws, changed=True), expansion
 
 
 def _folder(place: "StudyPath") -> str:
@@ -107,14 +107,15 @@ def _dry(place: "StudyPath", preview: "Preview", changes: Sequence[str]) -> str:
     return "\n".join([*lines, *changes, describe(preview)])
 
 
-def _run(place: "StudyPath", preview: "Preview", changes: Sequence[str]) -> int:
+def _run(place: "StudyPath", preview: "Preview", expansion: "Expansion") -> int:
     """Run one study and show what came of it; its exit status."""
-    from neft_core import overrides
+    from neft_core import overrides, study_files
     from neft_core.config import yaml_text
 
-    for change in changes:
+    for change in expansion.changes:
         print(f"{place.file.name}: {change}")
     ws = overrides.private(_folder(place), place.file, yaml_text(preview.data))
+    study_files.share_base(ws, expansion.unused)
     from flows.pipeline import run_pipeline
     from neft_core.graph import Graph
     from neft_core.repro import StageFailed

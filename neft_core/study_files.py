@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic_core import PydanticCustomError
 
@@ -46,6 +46,20 @@ class StudyPath:
 
     name: str
     file: Path
+
+
+class Expansion(NamedTuple):
+    """What a study file stands for.
+
+    Attributes:
+        data: the content of params.yaml, unchecked but for the study's own keys.
+        changes: what settings changed, a line each.
+        unused: tasks of files that it extends that it doesn't use.
+    """
+
+    data: dict[str, Any]
+    changes: list[str]
+    unused: list[str]
 
 
 def find(name: str, root: Path) -> StudyPath:
@@ -101,9 +115,7 @@ def _folders(root: Path) -> Iterable[Path]:
     return [own, PACKAGED] if own.is_dir() and own.resolve() != PACKAGED.resolve() else [PACKAGED]
 
 
-def expand(
-    file: Path, root: Path, settings: Sequence[str] = ()
-) -> tuple[dict[str, Any], list[str]]:
+def expand(file: Path, root: Path, settings: Sequence[str] = ()) -> Expansion:
     """The params that a study file stands for.
 
     Args:
@@ -111,10 +123,6 @@ def expand(
             relative to it; in one that comes with the package, to the workspace.
         root: the workspace.
         settings: `KEY=VALUE` each, of the file with what it extends, else of the params.
-
-    Returns:
-        The content of params.yaml, unchecked but for the study's own keys; and what the settings
-        changed, a line each.
 
     Raises:
         NeftError: a fault in the file, in one that it extends, or in a setting.
@@ -135,9 +143,11 @@ def expand(
     if not isinstance(data.setdefault("runs", {}), dict):
         raise NeftError(f"{file.name}: runs: got no mapping; give runs by name")
     _fill_grid(data, head, said.get("methods", {}), file.name)
+    offered = data.get("tasks") or {}
     _leave_out_unused(data, own)
+    unused = [name for name in offered if name not in data["tasks"]]
     changes += [assign(data, setting) for setting in later]
-    return data, [line for line in changes if line]
+    return Expansion(data, [line for line in changes if line], unused)
 
 
 def _read(
@@ -278,6 +288,21 @@ def _texts(node: Any) -> Iterable[str]:
     elif isinstance(node, list):
         for value in node:
             yield from _texts(value)
+
+
+def share_base(ws: Workspace, unused: Iterable[str]) -> None:
+    """Let a built base be the same to DVC in every study, so that it is made once.
+
+    It depends on the folder of pre-training rows, where tasks without any have an empty file. Tasks
+    that are not used have none such.
+    """
+    folder, tasks = ws.path("pretrain"), ws.params().tasks
+    for left in folder.glob("*.jsonl"):
+        if left.stem not in tasks:
+            left.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in unused:
+        (folder / f"{name}.jsonl").touch()
 
 
 def note_failures(ws: Workspace, failed: Mapping[str, str]) -> None:

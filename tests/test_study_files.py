@@ -48,13 +48,13 @@ def put(folder, text: str, name: str = "a.yaml"):
 
 
 def params(path, *settings: str):
-    data, _ = expand(path, path.parent, settings)
+    data = expand(path, path.parent, settings).data
     return parse_params(data, path.name)
 
 
 def test_a_grid_stands_for_runs_of_the_catalogue(folder):
-    data, changes = expand(folder / "a.yaml", folder)
-    assert changes == []
+    data, changes, unused = expand(folder / "a.yaml", folder)
+    assert (changes, unused) == ([], [])
     assert not {"extends", "grid", "methods", "seeds"} & data.keys()
     assert data["runs"] == {
         "full-en-fr": {"task": "en-fr", "method": {"name": "full"}, "lr": 2e-3, "seeds": [1, 2]},
@@ -74,7 +74,7 @@ def test_a_grid_stands_for_runs_of_the_catalogue(folder):
 def test_the_same_run_has_the_same_section_in_every_study(folder):
     """So that DVC finds in its cache what another study made."""
     more = put(folder, STUDY.replace("[full, neft-9]", "[early, neft-9, full]"), "b.yaml")
-    one, other = (expand(folder / name, folder)[0]["runs"] for name in ("a.yaml", more.name))
+    one, other = (expand(folder / name, folder).data["runs"] for name in ("a.yaml", more.name))
     assert one.items() <= other.items()
 
 
@@ -103,6 +103,25 @@ def test_a_task_stays_if_the_built_model_learns_from_it(folder):
     assert list(params(folder / "a.yaml").tasks) == ["en-fr"]
 
 
+def test_tasks_left_out_leave_the_base_the_same(folder):
+    """Its inputs are a folder with a file of every task, empty where there is nothing to learn."""
+    task = HEAD[HEAD.index("  en-fr:") : HEAD.index("compute:")]
+    without = task.replace("en-fr:", "unused:").replace(", pretrain: pretrain.jsonl", "")
+    put(folder, COMMON.replace("compute:", without + "compute:", 1), "common.yaml")
+    found = expand(folder / "a.yaml", folder)
+    assert found.unused == ["unused"]
+    ws = Workspace(folder)
+    ws.params_file.write_text(yaml_text(found.data))
+    place = ws.path("pretrain")
+    place.mkdir(parents=True)
+    put(place, "rows", "en-fr.jsonl")
+    put(place, "of an older file", "gone.jsonl")
+    study_files.share_base(ws, found.unused)
+    study_files.share_base(ws, found.unused)
+    texts = {path.name: path.read_text() for path in place.iterdir()}
+    assert texts == {"en-fr.jsonl": "rows", "unused.jsonl": ""}
+
+
 def test_extending_goes_key_by_key_along_a_chain(folder):
     put(folder, "extends: common.yaml\ntraining: {epochs: 3}\nseeds: [7]\n", "middle.yaml")
     text = STUDY.replace("common.yaml", "middle.yaml") + "training: {batch_size: 4}\n"
@@ -124,7 +143,7 @@ def test_paths_are_relative_to_their_own_file(folder):
 
 
 def test_paths_of_packaged_studies_are_relative_to_the_workspace(tmp_path):
-    data, _ = expand(PACKAGED / "paper" / "table2.yaml", tmp_path)
+    data = expand(PACKAGED / "paper" / "table2.yaml", tmp_path).data
     assert data["tasks"]["en-zh"]["source"]["path"] == str(tmp_path / "data" / "en-zh")
     assert data["tasks"]["en-bs"]["source"]["path"] == str(tmp_path / "data" / "en-bs")
 
@@ -158,7 +177,7 @@ def test_settings_go_into_the_file_or_into_what_came_of_it(folder):
         "training.epochs=9",
         "seeds=[4]",
     ]
-    data, changes = expand(path, folder, settings)
+    data, changes, _ = expand(path, folder, settings)
     assert data["runs"]["full-en-fr"]["lr"] == 0.5
     assert data["runs"]["full-en-fr"]["seeds"] == [4]
     assert data["runs"]["neft-9-en-fr"]["lr"] == 0.25
@@ -233,7 +252,7 @@ def test_a_study_of_the_package_can_be_extended_by_its_name(tmp_path):
     (tmp_path / "studies").mkdir()
     text = "extends: table2\nmodel: {kind: local, path: ../mine}\nseeds: [5]\n"
     path = put(tmp_path / "studies", text, "table2.yaml")
-    data, _ = expand(path, tmp_path)
+    data = expand(path, tmp_path).data
     found = parse_params(data, path.name)
     assert found.study.title.startswith("Table 2: ")
     assert found.model.path == str(tmp_path / "mine")
@@ -280,7 +299,7 @@ def test_studies_are_found_by_name_and_by_path(folder, tmp_path_factory):
 @pytest.mark.parametrize("name", sorted(study_files.listed(PACKAGE.parent)))
 def test_packaged_studies_are_valid(name, tmp_path):
     path = study_files.find(name, PACKAGE.parent).file
-    data, _ = expand(path, tmp_path)
+    data = expand(path, tmp_path).data
     found = parse_params(data, path.name)
     assert found.study.title
     assert found.study.rates, "how learning rates were chosen"
@@ -298,7 +317,7 @@ def test_a_dry_run_of_the_papers_scale_needs_no_model_and_no_network(neft, tmp_p
 
 
 def test_failures_are_written_into_the_params(folder):
-    data, _ = expand(folder / "a.yaml", folder)
+    data = expand(folder / "a.yaml", folder).data
     ws = Workspace(folder)
     ws.params_file.write_text(yaml_text(data))
     study_files.note_failures(ws, {"train@full-en-fr": "a:\n  b", "summary": "x @ # : y"})
