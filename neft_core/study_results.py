@@ -39,10 +39,8 @@ def table(found: Findings, part: TableSection, _gallery: Gallery) -> list[Table 
         ]
         for label, method in part.rows.items()
     ]
-    said = [
-        f"{', '.join(titles)}: mean over seeds ± one standard deviation (n − 1); bold: the best."
-    ]
-    said += ["In brackets what the paper reports."] * bool(part.paper)
+    said = f"{', '.join(titles)}: mean over seeds ± one standard deviation (n − 1); bold: the best."
+    said += " In brackets what the paper reports." if part.paper else ""
     signatures = {
         row[f"{metric}_signature"]: None
         for task in part.headings
@@ -50,10 +48,10 @@ def table(found: Findings, part: TableSection, _gallery: Gallery) -> list[Table 
         for row in found.rows(task)
         if row.get(f"{metric}_signature")
     }
-    said += [f"Signature: {', '.join(signatures)}."] * bool(signatures)
-    said = [*failures(reasons), *said]
+    said += f" Signature: {', '.join(signatures)}." if signatures else ""
+    notes = [*failures(reasons), said, *part.notes]
     return [
-        Table(name, title, heads, _best_in_bold(rows, 3), [*said, *part.notes]),
+        Table(name, title, heads, _best_in_bold(rows, 3), notes),
         *_differences(found, part, f"{name}-differences", f"{title}: differences"),
     ]
 
@@ -149,7 +147,11 @@ def _differences(found: Findings, part: TableSection, name: str, title: str) -> 
                 columns.append(cells)
     if not columns:
         return []
-    rows = [[Cell(label), *cells] for label, *cells in zip(part.rows, *columns, strict=True)]
+    rows = [
+        [Cell(label), *cells]
+        for label, *cells in zip(part.rows, *columns, strict=True)
+        if any(cell.value is not None for cell in cells)
+    ]
     samples = found.params.evaluation.bootstrap
     note = (
         "Difference of the first metric to full fine-tuning, and to the LoRA that trains about as "

@@ -91,7 +91,7 @@ def test_the_table_by_hand(folder):
     assert found["FT-full"] == ["9,088", "100.00", "32.00 ± 2.83", "132.00 ± 2.83"]
     assert found["LoRA_9"] == ["950", "10.45", "21.00 ± 1.41", "121.00 ± 1.41"]
     assert found["NeFT"] == ["816", "8.98", "33.00 ± 2.83 (28.70)", "133.00 ± 2.83"]
-    assert found["notes"][-1] == "Signature: B."
+    assert found["notes"][-1].endswith("In brackets what the paper reports. Signature: B.")
 
 
 def test_bold_is_the_best_run_and_links_to_it(folder):
@@ -119,7 +119,7 @@ def test_differences_to_full_and_to_the_lora_of_like_size(folder):
     assert found["NeFT"] == [said(4, 2), said(4, 6)] * 2
     assert found["FT-full"][:2] == ["–", said(2, 6)], "950 of 9,088 rather than 50"
     assert found["LoRA_2"][:2] == [said(9, 2), "–"]
-    assert found["Base"] == ["–"] * 4
+    assert "Base" not in found
     assert found["NeFT"][0].startswith("−")
 
 
