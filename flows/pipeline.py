@@ -37,7 +37,7 @@ RETRY_DELAYS = [2.0, 10.0]
 
 ON_DEVICE = {
     "base", "warmup", "warmups", "scores", "activations", "train", "baseline", "evaluate",
-    "transfer",
+    "transfer", "utilisation", "forgetting", "speed",
 }  # fmt: skip
 """Families that compute on the device."""
 

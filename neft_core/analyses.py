@@ -3,12 +3,11 @@
 Each function reads the workspace's files and gives what it found, for JSON, and a text of tables.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neft_core import config, loading, runs
+from neft_core import config, measures
 from neft_core.errors import NeftError
 from neft_core.workspace import Workspace
 
@@ -126,12 +125,9 @@ def utilisation(
     ranks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     for name in dict.fromkeys(names):
-        model, _ = _model(ws, name, task, seed)
-        states = _states(ws, model, task, count)
-        layout = ws.params().scoring.candidates
-        used = core.utilisation(model, states, layout, per_example=per_example)
+        used = measures.used_by(ws, name, task, count, seed, per_example)
         ranks[name], groups = used.ranks(), used.groups
-        print(f"utilisation: {name}, {states.shape[0]} rows of {task}", flush=True)
+        print(f"utilisation: {name}, on {task}", flush=True)
     anchor, *others = ranks
     if not others:
         raise NeftError("utilisation: got one model; give two at least")
@@ -182,26 +178,17 @@ def forgetting(ws: Workspace, names: Sequence[str], *, text: Path | None, count:
     """
     import statistics
 
-    from neft_core.pretraining import encode_texts
-    from neft_core.steps import split_loss
-
-    texts = _lines(text, count) if text else _unseen(ws, count)
-    card, tokenizer = loading.base_card(ws)
-    arrays = encode_texts(texts, tokenizer, card.context or 1024)
-    place = loading.device(ws.params())
-
-    def loss(model: Any) -> float:
-        total, tokens = split_loss(model.to(place), arrays, 16, tokenizer.pad_token_id, place)
-        return total / tokens
-
+    texts = measures.held_out(ws, text, count, "--text")
     params = ws.params()
-    before = loss(loading.load_base(ws))
-    data: dict[str, Any] = {"texts": len(texts), "base": before, "runs": {}}
-    rows = [["base", "-", f"{before:.4f}", "-"]]
     for name in names:
         if name not in params.runs:
             raise NeftError(f"forgetting: no run '{name}'; known: {', '.join(params.runs)}")
-        losses = [loss(runs.load_trained(ws, name, seed)[0]) for seed in params.runs[name].seeds]
+    models = [(name, seed) for name in names for seed in params.runs[name].seeds]
+    before, *after = measures.text_losses(ws, texts, [("base", None), *models])
+    data: dict[str, Any] = {"texts": len(texts), "base": before, "runs": {}}
+    rows = [["base", "-", f"{before:.4f}", "-"]]
+    for name in names:
+        losses = [loss for (run, _), loss in zip(models, after, strict=True) if run == name]
         mean = statistics.mean(losses)
         data["runs"][name] = {"losses": losses, "change": mean - before}
         rows.append([name, str(len(losses)), f"{mean:.4f}", f"{mean - before:+.4f}"])
@@ -251,23 +238,6 @@ def _task(ws: Workspace, names: Sequence[str]) -> str:
     return (tasks or list(params.tasks))[0]
 
 
-def _model(ws: Workspace, name: str, task: str, seed: int | None) -> tuple[Any, Any]:
-    """A plain model: the base, the tuned one of a task, or a run's with its adapter merged."""
-    params = ws.params()
-    card, tokenizer = loading.base_card(ws)
-    place = loading.device(params)
-    if name in ("base", "tuned"):
-        folder = ws.path("warmup", task) if name == "tuned" else None
-        return loading.load_as_base(ws, card, params, folder).to(place), tokenizer
-    if name not in params.runs:
-        raise NeftError(
-            f"utilisation: no run '{name}'; known: base, tuned, {', '.join(params.runs)}"
-        )
-    model, _ = runs.load_trained(ws, name, seed or params.runs[name].seeds[0])
-    merge: Callable[[], Any] | None = getattr(model, "merge_and_unload", None)
-    return merge() if merge else model, tokenizer
-
-
 def _trained(ws: Workspace, name: str, groups: Any) -> Any:
     """Which candidates a model's training could change: none of the base's, a run's own, or all."""
     import torch
@@ -279,72 +249,3 @@ def _trained(ws: Workspace, name: str, groups: Any) -> Any:
         return trained_neurons(_mask(ws, name), groups)
     every = sum(group.count for group in groups.values())
     return torch.full((every,), name != "base")
-
-
-def _states(ws: Workspace, model: Any, task: str, count: int) -> Any:
-    """Hidden states of dev rows, whole: prompt and target."""
-    from neft_core.encoding import load_encoded
-    from neft_core.neurons import candidates, layer_of
-    from neft_core.probing import sentence_states
-    from neft_core.steps import collate
-
-    params = ws.params()
-    arrays, _ = load_encoded(ws.path("prepared", task, "dev.safetensors"))
-    rows = list(range(min(count, len(arrays["offsets"]) - 1)))
-    place = loading.device(params)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    groups = candidates(shapes, model.config.model_type, params.scoring.candidates)
-    layers = list(dict.fromkeys(layer_of(group.module) for group in groups))
-    batches = [
-        {key: value.to(place) for key, value in collate(arrays, rows[i : i + 8], 0).items()}
-        for i in range(0, len(rows), 8)
-    ]
-    return sentence_states(model, layers, batches)
-
-
-def _lines(path: Path, count: int) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as fault:
-        raise NeftError(f"{path}: {fault}; give a UTF-8 file with one text a line") from None
-    texts = [line.strip() for line in lines if line.strip()][:count]
-    if not texts:
-        raise NeftError(f"{path}: holds no text; give a UTF-8 file with one text a line")
-    return texts
-
-
-def _unseen(ws: Workspace, count: int) -> list[str]:
-    """Texts that the generated corpus would have given next for pre-training."""
-    from neft_core.corpus import HELD_OUT, generate_splits
-    from neft_core.tasks import pretraining_texts
-
-    params = ws.params()
-    pairs = [
-        (task.source, task.format)
-        for task in params.tasks.values()
-        if isinstance(task.source, config.GeneratedSource) and task.source.pretrain
-    ]
-    if not isinstance(params.model, config.BuiltModel) or not pairs:
-        raise NeftError(
-            "forgetting: the base wasn't built from a generated corpus, so no text of its "
-            "pre-training kind is known; give some with --text FILE"
-        )
-    # Pairs share their meanings: what one has not seen, another may have.
-    first = max(source.pretrain for source, _ in pairs)
-    each = math.ceil(count / (2 * len(pairs)))
-    texts: list[str] = []
-    for source, form in pairs:
-        assert isinstance(form, config.Translation)
-        splits = generate_splits(
-            *source.languages,
-            seed=source.seed,
-            constructions=tuple(source.constructions or HELD_OUT),
-            pretrain=first + each,
-            train=0,
-            dev=source.dev,
-            test=source.test,
-        )
-        languages = (form.source_language, form.target_language)
-        for row in splits["pretrain"][first:]:
-            texts += pretraining_texts(row, languages)
-    return texts[:count]

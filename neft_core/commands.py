@@ -29,6 +29,9 @@ ITEMS = {
     "train": "runs",
     "evaluate": "runs",
     "transfer": "transfers",
+    "utilisation": "utilisation",
+    "forgetting": "forgetting",
+    "speed": "speed",
 }
 """Section of params that a stage's items come from; the other stages take none."""
 

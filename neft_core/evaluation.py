@@ -3,7 +3,8 @@
 Shapes: B = rows of a batch, L = their longest, K = positions whose logits are kept, V = vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -138,25 +139,81 @@ def _continue(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[str]:
     """Continue one batch of prompts."""
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id
+    batch = _left_padded(prompts, tokenizer.pad_token_id, next(model.parameters()).device)
+    output = model.generate(
+        **batch,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    said = output[:, batch["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Any]:
+    """Prompts as one batch."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
     attention = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
         attention[row, width - len(prompt) :] = 1
-    output = model.generate(
-        input_ids=ids.to(device),
-        attention_mask=attention.to(device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return {"input_ids": ids.to(device), "attention_mask": attention.to(device)}
+
+
+@torch.no_grad()
+def tokens_per_second(
+    models: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad: int,
+    new_tokens: int,
+    repeats: int,
+) -> dict[str, list[float]]:
+    """Speed of greedy generation, of models in turns, so that a busy machine slows all alike.
+
+    Args:
+        models: by name, all on their devices.
+        prompts: token ids, in one batch.
+        pad: the padding token.
+        new_tokens: how many each prompt gets; nothing ends it earlier.
+        repeats: measurements of each, after one that isn't counted.
+
+    Returns:
+        New tokens of all prompts in a second, for each model and measurement.
+    """
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(repeats + 1):
+        for name, model in models.items():
+            model.eval()
+            model.generation_config = type(model.generation_config)()
+            device = next(model.parameters()).device
+            batch = _left_padded(prompts, pad, device)
+            _finish(device)
+            began = time.perf_counter()
+            model.generate(
+                **batch,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=pad,
+                eos_token_id=None,
+            )
+            _finish(device)
+            if turn:
+                seconds = time.perf_counter() - began
+                found[name].append(round(len(prompts) * new_tokens / seconds, 1))
+    return found
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for what a GPU still computes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def first_line(text: str) -> str:

@@ -14,6 +14,7 @@ from neft_core import __version__, loading, models, runs
 from neft_core.errors import NeftError
 from neft_core.files import read_json, replacing, write_json
 from neft_core.progress import Progress
+from neft_core.untrained import trains_nothing
 from neft_core.workspace import Workspace
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -50,6 +51,8 @@ def export(
         raise NeftError(f"{target}: exists already; give a new directory with --to")
     if adapter and dtype:
         raise NeftError("--dtype: an adapter keeps the precision it was trained in; leave it out")
+    if trains_nothing(ws.path("train", run, f"seed-{seed}")):
+        raise NeftError(f"run {run}: its mask holds no neuron; export another, or use the base")
     label = f"export {run}, seed {seed}"
     facts = _provenance(ws, run, seed)
     with replacing(target) as folder, Progress(label, 1 if adapter else 3, "part") as progress:

@@ -135,6 +135,8 @@ class Findings:
         """What each stage that is measured took, of a run for each of its seeds."""
         found = {}
         for path in sorted(self.ws.path("cost").glob("*.json")):
+            if path.name.startswith("speed."):
+                continue
             data = read_json(path)
             found[path.stem] = list(data["seeds"].values()) if "seeds" in data else [data]
         return {name: entries for name, entries in found.items() if any(entries)}

@@ -39,6 +39,12 @@ def describe(preview: Preview) -> str:
         )
     for moved in params.transfers.values():
         lines.append(f"transfer: {moved.run} is tested on {moved.task} too")
+    for entry in (
+        *params.utilisation.values(),
+        *params.forgetting.values(),
+        *params.speed.values(),
+    ):
+        lines.append(f"measured of {entry.run}: {type(entry).__name__.lower()}")
     stages = _stages(params)
     lines.append(f"params are valid; {len(stages)} stages")
     if preview.workspace is not None:

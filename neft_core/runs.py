@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from neft_core.loading import (
     base_card,
     device,
     load_as_base,
+    load_base,
     optimisation,
     placement,
 )
+from neft_core.untrained import COST, keep_base, trains_nothing
 from neft_core.workspace import Workspace
 
 
@@ -140,10 +143,14 @@ def train(ws: Workspace, run: str) -> None:
     with replacing(ws.path("train", run)) as folder:
         folder.mkdir()
         for seed in entry.seeds:
-            trainer, course, result = _train_seed(
-                ws, run, seed, card, tokenizer.pad_token_id, mask, splits, folder
-            )
-            costs[str(seed)] = _cost(course, trainer)
+            if mask.neurons or not _masked(entry):
+                costs[str(seed)], course, result = _train_seed(
+                    ws, run, seed, card, tokenizer.pad_token_id, mask, splits, folder
+                )
+            else:
+                told, target = partial(_told, ws, run, seed, card), folder / f"seed-{seed}"
+                course, result = keep_base(ws, splits["dev"], tokenizer.pad_token_id, target, told)
+                costs[str(seed)] = COST
             if not ranks.main():
                 continue
             print(
@@ -159,10 +166,32 @@ def train(ws: Workspace, run: str) -> None:
 def _check_mask(ws: Workspace, mask: Any, card: Any, entry: config.Run) -> None:
     from neft_core.checkpoints import shapes
 
-    if isinstance(entry.method, config.Neft):
-        if not mask.neurons:
+    if _masked(entry):
+        if not mask.neurons and not any(part.any_size for _, part in entry.selections("")):
             raise NeftError(f"{mask.source}: has no neurons; run 'neft stage select'")
         mask.check(base_hash=card.hash, shapes=shapes(card.directory(ws.root)))
+
+
+def _masked(entry: config.Run) -> bool:
+    return isinstance(entry.method, config.Neft)
+
+
+def _told(ws: Workspace, run: str, seed: int, card: Any, course: Any, dtype: str) -> dict[str, Any]:
+    """What metrics.json says of every training."""
+    entry = ws.params().runs[run]
+    return {
+        "run": run,
+        "task": entry.task,
+        "method": entry.method.name,
+        "seed": seed,
+        "dtype": dtype.removeprefix("torch."),
+        "steps": course.step,
+        "best_step": course.best_step,
+        "best_dev_loss": course.best_loss,
+        "stopped_early": course.stopped_early,
+        "base": card.hash,
+        **_by(),
+    }
 
 
 def _train_seed(
@@ -174,7 +203,7 @@ def _train_seed(
     mask: Any,
     splits: Mapping[str, Any],
     folder: Path,
-) -> tuple[Any, Any, dict[str, Any]]:
+) -> tuple[dict[str, float], Any, dict[str, Any]]:
     import torch
 
     from neft_core import training
@@ -188,7 +217,7 @@ def _train_seed(
     method = METHODS[entry.method.name]
     torch.manual_seed(seed)
     model = load_as_base(ws, card, params)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = str(model.dtype)
     model = method.prepare(model, options, mask, card.model_type)
     shared = optimisation(section) | ({"lr": entry.lr} if entry.lr else {})
     rows = len(splits["train"]["offsets"]) - 1
@@ -225,30 +254,21 @@ def _train_seed(
     )
     course = trainer.run()
     model = trainer.release()
+    cost = _cost(course, trainer)
     if not ranks.main():
-        return trainer, course, {}
+        return cost, course, {}
     count = sum(parameter.numel() for parameter in trained.values())
     result: dict[str, Any] = {
-        "run": run,
-        "task": entry.task,
-        "method": entry.method.name,
-        "seed": seed,
+        **_told(ws, run, seed, card, course, dtype),
         "trainable_parameters": count,
         "trainable_percent": 100 * count / card.parameters,
         "lr": recipe.lr,
-        "dtype": dtype,
-        "steps": course.step,
-        "best_step": course.best_step,
-        "best_dev_loss": course.best_loss,
-        "stopped_early": course.stopped_early,
-        "base": card.hash,
-        **_by(),
     }
     target = folder / f"seed-{seed}"
     target.mkdir()
     metadata = {"method": entry.method.name, "base": card.hash, "seed": str(seed), **_by()}
     method.save(model, target, metadata | {"location": card.location, "revision": card.revision})
-    if isinstance(entry.method, config.Neft):
+    if _masked(entry):
         compared, moved = moved_outside(model, load_as_base(ws, card, params))
         if moved:
             raise RuntimeError(f"{run}: unselected weights moved in {', '.join(moved[:3])}")
@@ -258,7 +278,7 @@ def _train_seed(
     write_table(target / "train.csv", TRAIN_COLUMNS, course.train)
     write_table(target / "dev.csv", DEV_COLUMNS, course.dev)
     write_json(target / "metrics.json", result)
-    return trainer, course, result
+    return cost, course, result
 
 
 def chosen_seed(params: config.Params, run: str, seed: int | None) -> int:
@@ -286,6 +306,8 @@ def load_trained(ws: Workspace, run: str, seed: int) -> tuple[Any, Any]:
     params = ws.params()
     method = params.runs[run].method
     card, tokenizer = base_card(ws)
+    if trains_nothing(ws.path("train", run, f"seed-{seed}")):
+        return load_base(ws), tokenizer
     model = METHODS[method.name].load(
         load_as_base(ws, card, params),
         method.model_dump(),

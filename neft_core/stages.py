@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from neft_core import config, loading, runs, scoring, testing
+from neft_core import config, loading, measures, runs, scoring, testing
 from neft_core.config import Params
 from neft_core.errors import NeftError
 from neft_core.files import replacing, write_json
@@ -265,6 +265,9 @@ STAGES: dict[str, Callable[..., None]] = {
     "baseline": testing.baseline,
     "evaluate": testing.evaluate,
     "transfer": testing.transfer,
+    "utilisation": measures.utilisation,
+    "forgetting": measures.forgetting,
+    "speed": measures.speed,
     "summary": summarise,
     "report": report,
 }

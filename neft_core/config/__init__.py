@@ -1,7 +1,7 @@
 """params.yaml as typed sections: one class a section, one docstring a key."""
 
 from neft_core.config.model import BuiltModel, HubModel, LocalModel
-from neft_core.config.params import Params
+from neft_core.config.params import MEASURES, Params
 from neft_core.config.reading import (
     check_section,
     load_params,
@@ -28,6 +28,7 @@ from neft_core.config.training import Compute, Optimisation, Warmup
 
 __all__ = [
     "BUDGETS",
+    "MEASURES",
     "NO_FILE",
     "BuiltModel",
     "Compute",

@@ -4,13 +4,27 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
+from neft_core.config.measures import Forgetting, Speed, Utilisation
 from neft_core.config.model import BuiltModel, Model
-from neft_core.config.runs import KINDS, Embed, Evaluation, InOut, Run, Tracking, Transfer
+from neft_core.config.runs import (
+    KINDS,
+    Embed,
+    Evaluation,
+    InOut,
+    Lora,
+    Neft,
+    Run,
+    Tracking,
+    Transfer,
+)
 from neft_core.config.scores import ActivationScores, MoreWarmup, Scores, Scoring
 from neft_core.config.section import NAME, Section, known, refuse
 from neft_core.config.study import Study
 from neft_core.config.tasks import Task, has_pretraining
 from neft_core.config.training import Compute, Training, Warmup
+
+MEASURES = ("utilisation", "forgetting", "speed")
+"""Sections of what is measured of trained runs."""
 
 
 class Params(Section):
@@ -40,6 +54,12 @@ class Params(Section):
     """What to train and compare, by name."""
     transfers: dict[str, Transfer] = Field(default_factory=dict)
     """Which runs to test on which other tasks too, by name."""
+    utilisation: dict[str, Utilisation] = Field(default_factory=dict)
+    """Whose use of neurons to measure, by name."""
+    forgetting: dict[str, Forgetting] = Field(default_factory=dict)
+    """Whose loss on text of the pre-training kind to measure, by name."""
+    speed: dict[str, Speed] = Field(default_factory=dict)
+    """Whose speed of generation to measure, by name."""
     evaluation: Evaluation
     """Generation and scoring."""
     tracking: Tracking = Tracking()
@@ -49,7 +69,15 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
-        for section in ("tasks", "runs", "warmups", "scores", "activations", "transfers"):
+        for section in (
+            "tasks",
+            "runs",
+            "warmups",
+            "scores",
+            "activations",
+            "transfers",
+            *MEASURES,
+        ):
             for name in getattr(self, section):
                 if not NAME.fullmatch(name):
                     raise refuse(
@@ -59,6 +87,7 @@ class Params(Section):
         self._names_known()
         self._trained_on_tasks_that_train()
         self._transfers_go_elsewhere()
+        self._measures_of_runs()
         self._autocast_where_types_differ()
         self._warmup_fits()
         for place, part in enumerate(self.study.parts if self.study else []):
@@ -159,6 +188,24 @@ class Params(Section):
             first = pairs.setdefault((entry.run, entry.task), name)
             if first != name:
                 raise refuse(f"transfers.{name}: the same as transfers.{first}; give it once")
+
+    def _measures_of_runs(self) -> None:
+        for section in MEASURES:
+            for name, entry in getattr(self, section).items():
+                where = f"{section}.{name}"
+                known(f"{where}.run", entry.run, list(self.runs))
+                if not isinstance(entry, Forgetting):
+                    known(f"{where}.task", entry.task, list(self.tasks))
+                if isinstance(entry, Utilisation) and not self.tasks[entry.task].trains:
+                    raise refuse(
+                        f"{where}.task: got '{entry.task}', which has no dev rows; another"
+                    )
+                method = self.runs[entry.run].method
+                if isinstance(entry, Speed) and not isinstance(method, Neft | Lora):
+                    raise refuse(
+                        f"{where}.run: got '{entry.run}', whose method {method.name} has no "
+                        "adapter beside the base; a run of neft or lora"
+                    )
 
     def _warmup_fits(self) -> None:
         """What the warm-up trains is scored; an update in the backward has no loss to unscale."""
