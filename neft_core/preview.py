@@ -39,12 +39,9 @@ def describe(preview: Preview) -> str:
         )
     for moved in params.transfers.values():
         lines.append(f"transfer: {moved.run} is tested on {moved.task} too")
-    for entry in (
-        *params.utilisation.values(),
-        *params.forgetting.values(),
-        *params.speed.values(),
-    ):
-        lines.append(f"measured of {entry.run}: {type(entry).__name__.lower()}")
+    for section in MEASURES:
+        runs = [measure.run for measure in getattr(params, section).values()]
+        lines += [f"{section} of {', '.join(runs)}"] if runs else []
     stages = _stages(params)
     lines.append(f"params are valid; {len(stages)} stages")
     if preview.workspace is not None:
