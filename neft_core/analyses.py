@@ -24,18 +24,13 @@ def overlap(ws: Workspace, names: Sequence[str], percents: Sequence[float]) -> F
         names: runs or files of masks; with percents, names or files of scores.
         percents: budgets at which the most sensitive neurons of each of the scores are compared.
     """
-    from neft_core.overlaps import overlaps
-    from neft_core.selection import POLICIES, select_neurons
+    from neft_core.overlaps import most_sensitive, overlaps
 
     tables = []
     if percents:
         read = {name: _scores(ws, name) for name in names}
-        by = {criterion: policy for policy, (_, criterion) in reversed(POLICIES.items())}
         for percent in percents:
-            masks = {
-                name: select_neurons(scores, str(by[scores.criterion]), percent=percent)
-                for name, scores in read.items()
-            }
+            masks = {name: most_sensitive(scores, percent) for name, scores in read.items()}
             tables.append((percent, overlaps(masks)))
     else:
         masks = {name: _mask(ws, name) for name in names}

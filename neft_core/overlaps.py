@@ -12,7 +12,7 @@ import torch
 from neft_core.errors import NeftError
 from neft_core.masks import NeuronMask, NeuronScores
 from neft_core.neurons import layer_of, role_of
-from neft_core.selection import select_below
+from neft_core.selection import POLICIES, select_below, select_neurons
 
 
 class Overlap(NamedTuple):
@@ -56,6 +56,16 @@ def overlap(first: NeuronMask, second: NeuronMask) -> Overlap:
     # The number in common of two random masks is hypergeometric.
     spread = sqrt((1 - k / total) ** 2 / (total - 1)) if total > 1 else 0.0
     return Overlap(share, k / total, spread, common / k)
+
+
+def most_sensitive(scores: NeuronScores, percent: float) -> NeuronMask:
+    """What a budget selects by scores of any criterion, by the policy that is made for it.
+
+    Raises:
+        NeftError: as `selection.select_neurons`.
+    """
+    by = {criterion: policy for policy, (_, criterion) in reversed(POLICIES.items())}
+    return select_neurons(scores, str(by[scores.criterion]), percent=percent)
 
 
 def overlaps(masks: Mapping[str, NeuronMask]) -> dict[tuple[str, str], Overlap]:

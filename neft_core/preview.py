@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from neft_core import config
-from neft_core.config import Params
+from neft_core.config import MEASURES, Params
 from neft_core.graph import Graph, locked
 from neft_core.overrides import Preview
 from neft_core.workspace import PIPELINE

@@ -1,0 +1,246 @@
+"""What every part of a study has, and the parts that analyse its runs."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from neft_core.config.section import Section, refuse
+
+Names = Annotated[list[str], Field(min_length=1)]
+"""Methods of the catalogue, whose run is METHOD-TASK with the part's task, or whole runs' names."""
+
+Metric = Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "accuracy"]
+"""A key of `METRICS` in neft_core/metrics.py."""
+
+
+class Shown(Section):
+    """What every part of a study has."""
+
+    title: str = Field(default="", max_length=200)
+    """Heading; empty: the part's own."""
+    notes: list[str] = Field(default_factory=list)
+    """Sentences below it."""
+
+    def named(self) -> Iterator[tuple[str, str, str]]:
+        """What it names: the key that does, the section of params, the name there.
+
+        Of the section `runs` a method of the catalogue too, with its task after a space.
+        """
+        yield from ()
+
+
+class OnTask(Shown):
+    """A part about runs that were trained on one task."""
+
+    task: str
+    """A key of `tasks`: the one that the runs were trained on."""
+
+    def _methods(self) -> Iterator[tuple[str, str]]:
+        """Keys, and the methods or runs that they name."""
+        yield from ()
+
+    def named(self) -> Iterator[tuple[str, str, str]]:
+        """See `Shown.named`."""
+        yield "task", "tasks", self.task
+        for key, name in self._methods():
+            yield key, "runs", f"{name} {self.task}"
+
+
+class OverlapSection(Shown):
+    """Neurons that selections from different scores have in common (Table 5)."""
+
+    show: Literal["overlap"]
+    """What is shown."""
+    rows: dict[str, Annotated[list[Names], Field(min_length=1)]] = Field(min_length=1)
+    """For each label pairs of scores that are compared, such as one for each seed of a warm-up:
+    tasks, or keys of `warmups`, `scores` or `activations`."""
+    percents: list[Annotated[float, Field(gt=0, le=100)]] = Field(
+        default=[3.0, 6.0, 9.0, 12.0], min_length=1
+    )
+    """Budgets: what each of the scores would select, in percent of all parameters."""
+    paper: dict[str, list[float]] = Field(default_factory=dict)
+    """By label what the paper reports at each budget, in percent."""
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "OverlapSection":
+        for label, pairs in self.rows.items():
+            for pair in pairs:
+                if len(pair) != 2 or pair[0] == pair[1]:
+                    raise refuse(f"rows.{label}: got {pair}; two different scores are compared")
+        for label, values in self.paper.items():
+            if label not in self.rows or len(values) != len(self.percents):
+                raise refuse(f"paper.{label}: got {values}; a label of rows, a number for a budget")
+        return self
+
+    def named(self) -> Iterator[tuple[str, str, str]]:
+        """See `Shown.named`."""
+        for label, pairs in self.rows.items():
+            for pair in pairs:
+                for name in pair:
+                    yield f"rows.{label}", "scores", name
+
+
+class TradeOffSection(OnTask):
+    """What is trained against what comes of it, a line for each method (Table 6, Fig. 2)."""
+
+    show: Literal["trade_off"]
+    """What is shown."""
+    series: dict[str, Names] = Field(min_length=1)
+    """For each line its points: the same method at several sizes."""
+    tested: list[str] | None = Field(default=None, min_length=1)
+    """Tasks on which they are tested, a figure each; null: the one they were trained on."""
+    metric: Metric | None = None
+    """Null: the first of the task's kind."""
+    levels: dict[str, str] = Field(default={"base": "base"})
+    """Lines across, by label: a method or run, or `base` or `tuned`."""
+
+    def _methods(self) -> Iterator[tuple[str, str]]:
+        for label, names in self.series.items():
+            yield from ((f"series.{label}", name) for name in names)
+        for label, name in self.levels.items():
+            if name not in ("base", "tuned"):
+                yield f"levels.{label}", name
+
+    def named(self) -> Iterator[tuple[str, str, str]]:
+        """See `Shown.named`."""
+        yield from super().named()
+        yield from (("tested", "tasks", task) for task in self.tested or [])
+
+
+class RankChangeSection(OnTask):
+    """How far neurons move in the order of use, by where they were (Fig. 3)."""
+
+    show: Literal["rank_change"]
+    """What is shown."""
+    pairs: dict[str, Names] = Field(min_length=1)
+    """For each label the run whose order counts, and the one that it is compared with; the same
+    twice compares its seeds. Both are measured in `utilisation`."""
+
+    @model_validator(mode="after")
+    def _two(self) -> "RankChangeSection":
+        for label, pair in self.pairs.items():
+            if len(pair) != 2:
+                raise refuse(f"pairs.{label}: got {pair}; two runs are compared")
+        return self
+
+    def _methods(self) -> Iterator[tuple[str, str]]:
+        for label, pair in self.pairs.items():
+            yield from ((f"pairs.{label}", name) for name in pair)
+
+
+class AddedSection(OnTask):
+    """A selection, and what is added to it in several ways (Fig. 4)."""
+
+    show: Literal["added"]
+    """What is shown."""
+    start: str
+    """The run to which neurons are added."""
+    ways: dict[str, Names] = Field(min_length=1)
+    """For each way to add the runs that have more."""
+    metric: Metric | None = None
+    """Null: the first of the task's kind."""
+
+    def _methods(self) -> Iterator[tuple[str, str]]:
+        yield "start", self.start
+        for label, names in self.ways.items():
+            yield from ((f"ways.{label}", name) for name in names)
+
+
+class AnchoredSection(OnTask):
+    """Runs whose use of neurons is compared with that of others."""
+
+    names: dict[str, str] = Field(min_length=2)
+    """Runs by label, each measured in `utilisation`; `base` is the base model."""
+    anchors: dict[str, Names] = Field(min_length=1)
+    """For each label from which is told the labels that are compared with it; the label itself
+    compares its seeds."""
+
+    @model_validator(mode="after")
+    def _labels(self) -> "AnchoredSection":
+        for anchor, others in self.anchors.items():
+            for label in (anchor, *others):
+                if label not in self.names:
+                    raise refuse(f"anchors.{anchor}: got the label '{label}'; one of names")
+        return self
+
+    def _methods(self) -> Iterator[tuple[str, str]]:
+        for label, name in self.names.items():
+            if name != "base":
+                yield f"names.{label}", name
+
+
+class AverageChangeSection(AnchoredSection):
+    """How far neurons move in the order of use, on average (Fig. 5)."""
+
+    show: Literal["average_change"]
+    """What is shown."""
+
+
+class TypesSection(AnchoredSection):
+    """How many neurons are strongly affected, suppressed, indirectly affected (Fig. 6)."""
+
+    show: Literal["types"]
+    """What is shown."""
+
+
+class CostSection(OnTask):
+    """What finding neurons costs, and when training them alone has paid for it."""
+
+    show: Literal["cost"]
+    """What is shown."""
+    rows: dict[str, str] = Field(min_length=1)
+    """Runs by label."""
+    full: str = "full"
+    """The run whose steps cost what the others save from."""
+
+    def _methods(self) -> Iterator[tuple[str, str]]:
+        yield "full", self.full
+        yield from ((f"rows.{label}", name) for label, name in self.rows.items())
+
+
+class ForgettingSection(OnTask):
+    """What runs gained on their task, and what they forgot."""
+
+    show: Literal["forgetting"]
+    """What is shown."""
+    rows: dict[str, str] = Field(min_length=1)
+    """Runs by label, each measured in `forgetting`."""
+    metric: Metric | None = None
+    """Null: the first of the task's kind."""
+
+    def _methods(self) -> Iterator[tuple[str, str]]:
+        yield from ((f"rows.{label}", name) for label, name in self.rows.items())
+
+
+class SensitivitySection(OnTask):
+    """What a selection owes to its criterion, its threshold, and the length of the warm-up."""
+
+    show: Literal["sensitivity"]
+    """What is shown."""
+    groups: dict[str, Names] = Field(min_length=1)
+    """By what is varied, the runs."""
+    reference: str | None = None
+    """The run whose neurons each selection is compared with."""
+    metric: Metric | None = None
+    """Null: the first of the task's kind."""
+
+    def _methods(self) -> Iterator[tuple[str, str]]:
+        for label, names in self.groups.items():
+            yield from ((f"groups.{label}", name) for name in names)
+        if self.reference is not None:
+            yield "reference", self.reference
+
+
+AnalysisSection = (
+    OverlapSection
+    | TradeOffSection
+    | RankChangeSection
+    | AddedSection
+    | AverageChangeSection
+    | TypesSection
+    | CostSection
+    | ForgettingSection
+    | SensitivitySection
+)
+"""Parts that analyse runs."""

@@ -1,0 +1,174 @@
+"""Parts about what training takes and leaves: `cost` and `forgetting`."""
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from neft_core import figures
+from neft_core.config.shown import CostSection, ForgettingSection
+from neft_core.files import read_json
+from neft_core.findings import Findings, mean, number
+from neft_core.page import Gallery, Html, fill
+from neft_core.study_runs import (
+    absent,
+    failure,
+    first_metric,
+    heading,
+    row_of,
+    run_of,
+    score,
+    spread,
+)
+from neft_core.study_tables import Cell, Table
+
+
+def cost(found: Findings, part: CostSection, gallery: Gallery) -> list[Table | Html]:
+    """Seconds and memory before and in training, when the first are earned back; and speed."""
+    heads = ["method", "run", "trained parameters", "ms a step", "saved a step (ms)",
+             "peak memory (GB)", "before training (s)", "its peak memory (GB)",
+             "steps to break even"]  # fmt: skip
+    costs = found.costs()
+    full = run_of(found, part.full, part.task)
+    dear = _step(found, costs, full)
+    rows: list[list[Cell]] = []
+    bars: dict[str, figures.Value] = {}
+    for label, name in part.rows.items():
+        run = run_of(found, name, part.task)
+        step, row = _step(found, costs, run), row_of(found, part.task, run)
+        if step is None or row is None:
+            rows.append([Cell(label), *absent(run, failure(found, name, part.task), len(heads) - 1)])
+            continue
+        bars[label] = step
+        stages = [entry for stage in found.before(run) for entry in costs.get(stage, [])]
+        before = sum(entry["seconds"] for entry in stages)
+        saved = dear[0] - step[0] if dear is not None and run != full else None
+        even = before / saved * 1000 if saved is not None and saved > 0 else None
+        parameters = number(row["parameters"]) or 0.0
+        cells = [Cell(label), Cell(run), Cell(f"{parameters:,.0f}", int(parameters)), spread(step)]
+        cells.append(Cell("–") if saved is None else Cell(f"{saved:+.2f}", round(saved, 6)))
+        cells.append(_memory(costs[run]))
+        cells.append(Cell(f"{before:.1f}", round(before, 3)) if stages else Cell("none"))
+        cells.append(_memory(stages))
+        if saved is None:
+            cells.append(Cell("–"))
+        else:
+            cells.append(Cell("never: no faster") if even is None else _count(even))
+        rows.append(cells)
+    notes = [
+        f"A step is an update with its share of dev losses; what is saved is told against {full}; "
+        "± one standard deviation over seeds. Before training: warm-up and scoring, once for a "
+        "task whatever the number of runs, of which each row here pays all. Break even: after so "
+        "many steps the time saved has paid for it. On a CPU peak memory is the process's, with "
+        "libraries and all that it did before.",
+        *part.notes,
+    ]
+    title = part.title or "Cost of finding neurons, and what training them saves"
+    pieces: list[Table | Html] = [Table(f"cost-{part.task}", title, heads, rows, notes)]
+    if bars:
+        figure = figures.bars(
+            list(bars), {"a step": list(bars.values())}, label="ms a step", horizontal=True, unit=".1f"
+        )
+        caption = "Bars are one standard deviation over seeds."
+        drawn = gallery.add(f"study-step-{part.task}", figure, "Time of a training step", caption)
+        pieces.append(fill('<div class="figures">{drawn}</div>', drawn=drawn))
+    speeds = _speeds(found, part)
+    return [*pieces, *([speeds] if speeds else [])]
+
+
+def _step(found: Findings, costs: Mapping[str, Any], run: str) -> tuple[float, float | None] | None:
+    """Milliseconds of a step: mean and deviation over seeds; None where nothing was trained."""
+    steps = [seed.get("steps", 0) for seed in found.seeds(run)]
+    if run not in costs or len(steps) != len(costs[run]) or not all(steps):
+        return None
+    pairs = zip(costs[run], steps, strict=True)
+    return mean([1000 * entry["seconds"] / count for entry, count in pairs])
+
+
+def _memory(entries: list[Mapping[str, float]]) -> Cell:
+    peak = max((entry.get("peak_bytes", 0) for entry in entries), default=0) / 1e9
+    return Cell(f"{peak:.2f}", round(peak, 6)) if peak else Cell("–")
+
+
+def _count(value: float) -> Cell:
+    return Cell(f"{value:,.0f}", round(value, 3))
+
+
+def _speeds(found: Findings, part: CostSection) -> Table | None:
+    """Tokens a second of each row that `speed` measured."""
+    heads = ["generation, tokens a second", "run", "base", "as adapter", "merged", "adapter / base",
+             "merged / base"]  # fmt: skip
+    rows, said = [], ""
+    for label, name in part.rows.items():
+        run = run_of(found, name, part.task)
+        for key, entry in found.params.speed.items():
+            path = found.ws.path("cost", f"speed.{key}.json")
+            if entry.run != run or not path.is_file():
+                continue
+            data = read_json(path)
+            speeds = data["tokens_per_second"]
+            said = (
+                f"{data['prompts']} prompts in one batch, {data['new_tokens']} tokens each, on a "
+                f"{data['device']}; ± one standard deviation over {len(speeds['base'])} "
+                "measurements, taken in turns; ratios are medians of these turns."
+            )
+            forms = ("base", "adapter", "merged")
+            rows.append([Cell(label), Cell(run), *(spread(mean(speeds[f]), ",.0f") for f in forms)])
+            for form in forms[1:]:
+                ratio = statistics.median(
+                    a / b for a, b in zip(speeds[form], speeds["base"], strict=True)
+                )
+                rows[-1].append(Cell(f"{ratio:.2f}", round(ratio, 4)))
+    title = "Speed of generation"
+    return Table(f"speed-{part.task}", title, heads, rows, [said]) if rows else None
+
+
+def forgetting(found: Findings, part: ForgettingSection, gallery: Gallery) -> list[Table | Html]:
+    """What each run gained on its task beside what it lost on text of the pre-training kind."""
+    metric = first_metric(found, part.task, part.metric)
+    heads = ["method", "run", "% of model", heading(metric), "gain", "loss before", "loss after",
+             "forgotten"]  # fmt: skip
+    base = score(row_of(found, part.task, "base"), metric)
+    rows: list[list[Cell]] = []
+    points: dict[str, list[figures.Place]] = {}
+    texts = 0
+    for label, name in part.rows.items():
+        run = run_of(found, name, part.task)
+        row, data = row_of(found, part.task, run), _measured(found, run)
+        value = score(row, metric)
+        if row is None or data is None or value is None or base is None:
+            rows.append([Cell(label), *absent(run, failure(found, name, part.task), len(heads) - 1)])
+            continue
+        texts, before = data["texts"], data["base"]
+        after = mean(list(data["seeds"].values()))
+        gain, change = value[0] - base[0], (after[0] - before, after[1])
+        percent = number(row["percent"]) or 0.0
+        cells = [Cell(label), Cell(run), Cell(f"{percent:.2f}", percent), spread(value, run=run)]
+        cells += [Cell(f"{gain:+.2f}", round(gain, 6)), Cell(f"{before:.3f}", before)]
+        rows.append([*cells, spread(after, ".3f"), spread(change, "+.3f")])
+        points[label] = [(gain, *change)]
+    notes = [
+        f"Gain: {heading(metric)} over the base's. Loss: nats per token on {texts:,} texts of the "
+        "pre-training kind that the base has not seen; forgotten is what it rose by. ± one "
+        "standard deviation over seeds.",
+        *part.notes,
+    ]
+    title = part.title or "What was gained, and what was forgotten"
+    pieces: list[Table | Html] = [Table(f"forgetting-{part.task}", title, heads, rows, notes)]
+    if points:
+        figure = figures.lines(
+            points,
+            x_label=f"gain ({heading(metric)} over the base)",
+            y_label="forgotten (nats per token)",
+        )
+        caption = "Lower right is best. Bars are one standard deviation over seeds."
+        drawn = gallery.add(f"study-forgetting-{part.task}", figure, "Forgetting and gain", caption)
+        pieces.append(fill('<div class="figures">{drawn}</div>', drawn=drawn))
+    return pieces
+
+
+def _measured(found: Findings, run: str) -> dict[str, Any] | None:
+    for key, entry in found.params.forgetting.items():
+        path = found.ws.path("evaluation", f"forgetting.{key}.json")
+        if entry.run == run and path.is_file():
+            return dict(read_json(path))
+    return None

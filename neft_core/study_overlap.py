@@ -1,0 +1,81 @@
+"""Part `overlap`: what selections from different scores have in common, beside chance (Table 5)."""
+
+from typing import TYPE_CHECKING
+
+from neft_core import figures
+from neft_core.config.shown import OverlapSection
+from neft_core.errors import NeftError
+from neft_core.findings import Findings, mean
+from neft_core.page import Gallery, Html
+from neft_core.study_tables import Cell, Table
+
+if TYPE_CHECKING:
+    from neft_core.overlaps import Overlap
+
+
+def overlap(found: Findings, part: OverlapSection, gallery: Gallery) -> list[Table | Html]:
+    """A table with a row for each comparison, a column for each budget; and a figure of it."""
+    heads = ["neurons in common", *(f"{percent:g} %" for percent in part.percents)]
+    rows: list[list[Cell]] = []
+    series: dict[str, list[figures.Place]] = {}
+    chances: dict[float, list[tuple[float, float]]] = {p: [] for p in part.percents}
+    for label, pairs in part.rows.items():
+        cells = [Cell(label)]
+        for place, percent in enumerate(part.percents):
+            try:
+                shares = [_common(found, pair, percent) for pair in pairs]
+            except NeftError as fault:
+                cells.append(Cell(f"failed: {fault}"))
+                continue
+            chances[percent] += [(common.chance, common.by_module) for common in shares]
+            value, spread = mean([100 * common.share for common in shares])
+            paper = part.paper.get(label)
+            more = {} if spread is None else {"sd": round(spread, 6)}
+            more |= {} if paper is None else {"paper": paper[place]}
+            said = f"{value:.1f} %" + (f" ± {spread:.1f}" if spread is not None else "")
+            said += f" (paper {paper[place]:g} %)" if paper else ""
+            cells.append(Cell(said, round(value, 6), more=more))
+            series.setdefault(label, []).append((percent, value, spread))
+        rows.append(cells)
+    named = {"by chance": 0, "by chance within modules": 1}
+    for name, which in named.items():
+        cells = [Cell(name)]
+        for percent, values in chances.items():
+            if not values:
+                cells.append(Cell("–"))
+                continue
+            share, _ = mean([100 * value[which] for value in values])
+            cells.append(Cell(f"{share:.1f} %", round(share, 6)))
+            if not which:
+                series.setdefault(name, []).append((percent, share, None))
+        rows.append(cells)
+    notes = [
+        "Of the neurons that one of the scores would select, the share that the other selects "
+        "too; ± one standard deviation over the pairs compared. By chance: of masks drawn at "
+        "random; within modules: of masks that agree in how many neurons each module has, and "
+        "in nothing else.",
+        *part.notes,
+    ]
+    pieces: list[Table | Html] = [
+        Table("overlap", part.title or "Overlap of selections", heads, rows, notes)
+    ]
+    if len(part.percents) > 1 and any(name not in named for name in series):
+        figure = figures.lines(
+            series, x_label="budget (% of the model's parameters)", y_label="in common (%)"
+        )
+        caption = "Bars are one standard deviation over the pairs compared."
+        pieces.append(gallery.add("study-overlap", figure, "Neurons in common by budget", caption))
+    return pieces
+
+
+def _common(found: Findings, pair: list[str], percent: float) -> "Overlap":
+    from neft_core import overlaps
+    from neft_core.masks import NeuronScores
+
+    first, second = (
+        overlaps.most_sensitive(
+            NeuronScores.load(found.ws.path("scores", f"{name}.safetensors")), percent
+        )
+        for name in pair
+    )
+    return overlaps.overlap(first, second)

@@ -1,0 +1,76 @@
+"""What the parts of a study read of its runs: their rows of the summary, and whether they failed."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from neft_core.findings import Findings, Row, number
+from neft_core.metrics import TITLES
+from neft_core.study_tables import Cell
+
+
+def run_of(found: Findings, name: str, task: str) -> str:
+    """The run that a part means: METHOD-TASK, or its whole name."""
+    return f"{name}-{task}" if f"{name}-{task}" in found.params.runs else name
+
+
+def failure(found: Findings, name: str, task: str) -> str:
+    """Why a run is missing, in words for a cell."""
+    for stage, reason in found.failed.items():
+        if stage.partition("@")[2] in (name, f"{name}-{task}"):
+            return f"failed: {reason}"
+    return "failed: what it needs was not made" if found.failed else "not there"
+
+
+def row_of(found: Findings, task: str, run: str) -> Row | None:
+    """A run's row among the results on a task's test split; `base` and `tuned` have theirs."""
+    return next((row for row in found.rows(task) if row["name"] == run), None)
+
+
+def first_metric(found: Findings, task: str, wanted: str | None) -> str:
+    """The metric that a part means."""
+    from neft_core.metrics import OF_TASK
+
+    return wanted or OF_TASK[found.params.tasks[task].format.task][0]
+
+
+def heading(metric: str) -> str:
+    """A metric as tables name it."""
+    return TITLES[metric]
+
+
+def score(row: Row | None, metric: str) -> tuple[float, float | None] | None:
+    """Mean and deviation over seeds."""
+    value = number(row.get(metric)) if row else None
+    return None if value is None or row is None else (value, number(row.get(f"{metric}_std")))
+
+
+def spread(value: tuple[float, float | None] | None, form: str = ".2f", **more: Any) -> Cell:
+    """A cell of a mean with its deviation."""
+    if value is None:
+        return Cell("–")
+    mean, deviation = value
+    if deviation is None:
+        return Cell(format(mean, form), mean, **more)
+    said = f"{mean:{form}} ± {deviation:{form.lstrip('+')}}"
+    return Cell(said, mean, more={"sd": deviation}, **more)
+
+
+def words(*values: object) -> list[Cell]:
+    """Cells of text."""
+    return [Cell(str(value)) for value in values]
+
+
+def absent(label: str, why: str, columns: int) -> list[Cell]:
+    """A row of something that isn't there."""
+    return [Cell(label), Cell(why), *(Cell("–") for _ in range(columns - 2))]
+
+
+def best(values: Iterable[float | None], *, lowest: bool = False) -> float | None:
+    """The best of a column, where there are two at least."""
+    known = [value for value in values if value is not None]
+    return (min if lowest else max)(known) if len(known) > 1 else None
+
+
+def means(found: Findings, run: str, key: str) -> Sequence[float]:
+    """A number of each seed's metrics.json."""
+    return [entry[key] for entry in found.seeds(run) if key in entry]
