@@ -1,22 +1,24 @@
 """Parts about what training takes and leaves: `cost` and `forgetting`."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neft_core import figures
 from neft_core.config.shown import CostSection, ForgettingSection
 from neft_core.files import read_json
 from neft_core.findings import Findings, mean, number
-from neft_core.page import Gallery, Html, fill
+from neft_core.page import Gallery, Html
 from neft_core.study_runs import (
     absent,
     failure,
     first_metric,
     heading,
+    name_of,
     row_of,
     run_of,
     score,
+    side_by_side,
     spread,
 )
 from neft_core.study_tables import Cell, Table
@@ -27,7 +29,7 @@ def cost(found: Findings, part: CostSection, gallery: Gallery) -> list[Table | H
     heads = ["method", "run", "trained parameters", "ms a step", "saved a step (ms)",
              "peak memory (GB)", "before training (s)", "its peak memory (GB)",
              "steps to break even"]  # fmt: skip
-    costs = found.costs()
+    costs, named = found.costs(), name_of(found, part)
     full = run_of(found, part.full, part.task)
     dear = _step(found, costs, full)
     rows: list[list[Cell]] = []
@@ -36,7 +38,9 @@ def cost(found: Findings, part: CostSection, gallery: Gallery) -> list[Table | H
         run = run_of(found, name, part.task)
         step, row = _step(found, costs, run), row_of(found, part.task, run)
         if step is None or row is None:
-            rows.append([Cell(label), *absent(run, failure(found, name, part.task), len(heads) - 1)])
+            rows.append(
+                [Cell(label), *absent(run, failure(found, name, part.task), len(heads) - 1)]
+            )
             continue
         bars[label] = step
         stages = [entry for stage in found.before(run) for entry in costs.get(stage, [])]
@@ -63,14 +67,18 @@ def cost(found: Findings, part: CostSection, gallery: Gallery) -> list[Table | H
         *part.notes,
     ]
     title = part.title or "Cost of finding neurons, and what training them saves"
-    pieces: list[Table | Html] = [Table(f"cost-{part.task}", title, heads, rows, notes)]
+    pieces: list[Table | Html] = [Table(named, title, heads, rows, notes)]
     if bars:
         figure = figures.bars(
-            list(bars), {"a step": list(bars.values())}, label="ms a step", horizontal=True, unit=".1f"
+            list(bars),
+            {"a step": list(bars.values())},
+            label="ms a step",
+            horizontal=True,
+            unit=".1f",
         )
         caption = "Bars are one standard deviation over seeds."
-        drawn = gallery.add(f"study-step-{part.task}", figure, "Time of a training step", caption)
-        pieces.append(fill('<div class="figures">{drawn}</div>', drawn=drawn))
+        drawn = gallery.add(f"study-{named}", figure, "Time of a training step", caption)
+        pieces.append(side_by_side(drawn))
     speeds = _speeds(found, part)
     return [*pieces, *([speeds] if speeds else [])]
 
@@ -84,7 +92,7 @@ def _step(found: Findings, costs: Mapping[str, Any], run: str) -> tuple[float, f
     return mean([1000 * entry["seconds"] / count for entry, count in pairs])
 
 
-def _memory(entries: list[Mapping[str, float]]) -> Cell:
+def _memory(entries: Sequence[Mapping[str, float]]) -> Cell:
     peak = max((entry.get("peak_bytes", 0) for entry in entries), default=0) / 1e9
     return Cell(f"{peak:.2f}", round(peak, 6)) if peak else Cell("–")
 
@@ -119,12 +127,12 @@ def _speeds(found: Findings, part: CostSection) -> Table | None:
                 )
                 rows[-1].append(Cell(f"{ratio:.2f}", round(ratio, 4)))
     title = "Speed of generation"
-    return Table(f"speed-{part.task}", title, heads, rows, [said]) if rows else None
+    return Table(f"{name_of(found, part)}-speed", title, heads, rows, [said]) if rows else None
 
 
 def forgetting(found: Findings, part: ForgettingSection, gallery: Gallery) -> list[Table | Html]:
     """What each run gained on its task beside what it lost on text of the pre-training kind."""
-    metric = first_metric(found, part.task, part.metric)
+    metric, named = first_metric(found, part.task, part.metric), name_of(found, part)
     heads = ["method", "run", "% of model", heading(metric), "gain", "loss before", "loss after",
              "forgotten"]  # fmt: skip
     base = score(row_of(found, part.task, "base"), metric)
@@ -136,7 +144,9 @@ def forgetting(found: Findings, part: ForgettingSection, gallery: Gallery) -> li
         row, data = row_of(found, part.task, run), _measured(found, run)
         value = score(row, metric)
         if row is None or data is None or value is None or base is None:
-            rows.append([Cell(label), *absent(run, failure(found, name, part.task), len(heads) - 1)])
+            rows.append(
+                [Cell(label), *absent(run, failure(found, name, part.task), len(heads) - 1)]
+            )
             continue
         texts, before = data["texts"], data["base"]
         after = mean(list(data["seeds"].values()))
@@ -153,7 +163,7 @@ def forgetting(found: Findings, part: ForgettingSection, gallery: Gallery) -> li
         *part.notes,
     ]
     title = part.title or "What was gained, and what was forgotten"
-    pieces: list[Table | Html] = [Table(f"forgetting-{part.task}", title, heads, rows, notes)]
+    pieces: list[Table | Html] = [Table(named, title, heads, rows, notes)]
     if points:
         figure = figures.lines(
             points,
@@ -161,8 +171,8 @@ def forgetting(found: Findings, part: ForgettingSection, gallery: Gallery) -> li
             y_label="forgotten (nats per token)",
         )
         caption = "Lower right is best. Bars are one standard deviation over seeds."
-        drawn = gallery.add(f"study-forgetting-{part.task}", figure, "Forgetting and gain", caption)
-        pieces.append(fill('<div class="figures">{drawn}</div>', drawn=drawn))
+        drawn = gallery.add(f"study-{named}", figure, "Forgetting and gain", caption)
+        pieces.append(side_by_side(drawn))
     return pieces
 
 

@@ -3,15 +3,17 @@
 from neft_core import figures
 from neft_core.config.shown import AddedSection, TradeOffSection
 from neft_core.findings import Findings, number
-from neft_core.page import Gallery, Html, fill, join
+from neft_core.page import Gallery, Html
 from neft_core.study_runs import (
     absent,
     failure,
     first_metric,
     heading,
+    name_of,
     row_of,
     run_of,
     score,
+    side_by_side,
     spread,
 )
 from neft_core.study_tables import Cell, Table
@@ -20,6 +22,7 @@ from neft_core.study_tables import Cell, Table
 def trade_off(found: Findings, part: TradeOffSection, gallery: Gallery) -> list[Table | Html]:
     """A figure for each task that is tested, and a table of all their points."""
     tasks = part.tested or [part.task]
+    named = name_of(found, part)
     metrics = {task: first_metric(found, task, part.metric) for task in tasks}
     heads = ["method", "run", "trained parameters", "% of model"]
     heads += [f"{heading(metrics[task])}, {task}" for task in tasks]
@@ -31,7 +34,7 @@ def trade_off(found: Findings, part: TradeOffSection, gallery: Gallery) -> list[
             of_task = {task: row_of(found, task, run) for task in tasks}
             own = next((row for row in of_task.values() if row), None)
             if own is None:
-                rows.append([Cell(label), *absent(run, failure(found, name, part.task), 3 + len(tasks))])
+                rows.append([Cell(label), *absent(run, failure(found, run), 3 + len(tasks))])
                 continue
             trained, percent = number(own["parameters"]) or 0.0, number(own["percent"]) or 0.0
             cells = [Cell(label), Cell(run), Cell(f"{trained:,.0f}", int(trained))]
@@ -57,10 +60,10 @@ def trade_off(found: Findings, part: TradeOffSection, gallery: Gallery) -> list[
                 levels[task][label] = value[0]
     title = part.title or "Trained parameters against results"
     notes = ["± one standard deviation over seeds.", *part.notes]
-    pieces: list[Table | Html] = [Table(f"trade-off-{part.task}", title, heads, rows, notes)]
+    pieces: list[Table | Html] = [Table(named, title, heads, rows, notes)]
     drawn = [
         gallery.add(
-            f"study-trade-off-{part.task}" + (f"-{task}" if task != part.task else ""),
+            f"study-{named}" + (f"-{task}" if task != part.task else ""),
             figures.trade_off(lines[task], heading(metrics[task]), levels[task]),
             f"{heading(metrics[task])} on {task} against what is trained on {part.task}",
             "A line is a method at several sizes; bars are one standard deviation over seeds. "
@@ -69,19 +72,19 @@ def trade_off(found: Findings, part: TradeOffSection, gallery: Gallery) -> list[
         for task in tasks
         if lines[task]
     ]
-    return [*pieces, *([_side_by_side(drawn)] if drawn else [])]
+    return [*pieces, *([side_by_side(*drawn)] if drawn else [])]
 
 
 def added(found: Findings, part: AddedSection, gallery: Gallery) -> list[Table | Html]:
     """A line for each way to add neurons to a selection, from that selection on."""
-    metric = first_metric(found, part.task, part.metric)
+    metric, named = first_metric(found, part.task, part.metric), name_of(found, part)
     heads = ["added", "run", "added % of model", "% of model", heading(metric), "Δ to the start"]
     start = run_of(found, part.start, part.task)
     first = row_of(found, part.task, start)
     if first is None or (begun := score(first, metric)) is None:
-        why = failure(found, part.start, part.task)
+        why = failure(found, start)
         rows = [absent("nothing", f"{start}: {why}", len(heads))]
-        return [Table(f"added-{part.task}", part.title or _ADDED, heads, rows, part.notes)]
+        return [Table(named, part.title or _ADDED, heads, rows, part.notes)]
     base = number(first["percent"]) or 0.0
     rows = [[Cell("nothing"), Cell(start), Cell("0", 0), Cell(f"{base:.2f}", base),
              spread(begun, run=start), Cell("–")]]  # fmt: skip
@@ -93,7 +96,7 @@ def added(found: Findings, part: AddedSection, gallery: Gallery) -> list[Table |
             row = row_of(found, part.task, run)
             value = score(row, metric)
             if row is None or value is None:
-                rows.append([Cell(label), *absent(run, failure(found, name, part.task), 5)])
+                rows.append([Cell(label), *absent(run, failure(found, run), 5)])
                 continue
             percent = number(row["percent"]) or 0.0
             more = percent - base
@@ -110,17 +113,13 @@ def added(found: Findings, part: AddedSection, gallery: Gallery) -> list[Table |
             )
     notes = ["± one standard deviation over seeds.", *part.notes]
     figure = gallery.add(
-        f"study-added-{part.task}",
+        f"study-{named}",
         figures.added_neurons(series, heading(metric)),
         f"Adding neurons to {start}",
         "Bars are one standard deviation over seeds. The form of the paper's Fig. 4.",
     )
-    table = Table(f"added-{part.task}", part.title or _ADDED, heads, rows, notes)
-    return [table, _side_by_side([figure])]
+    table = Table(named, part.title or _ADDED, heads, rows, notes)
+    return [table, side_by_side(figure)]
 
 
 _ADDED = "Neurons added to a selection"
-
-
-def _side_by_side(drawn: list[Html]) -> Html:
-    return fill('<div class="figures">{drawn}</div>', drawn=join(drawn))

@@ -7,6 +7,7 @@ from neft_core.config.shown import OverlapSection
 from neft_core.errors import NeftError
 from neft_core.findings import Findings, mean
 from neft_core.page import Gallery, Html
+from neft_core.study_runs import name_of, side_by_side
 from neft_core.study_tables import Cell, Table
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 def overlap(found: Findings, part: OverlapSection, gallery: Gallery) -> list[Table | Html]:
     """A table with a row for each comparison, a column for each budget; and a figure of it."""
+    name = name_of(found, part)
     heads = ["neurons in common", *(f"{percent:g} %" for percent in part.percents)]
     rows: list[list[Cell]] = []
     series: dict[str, list[figures.Place]] = {}
@@ -38,8 +40,8 @@ def overlap(found: Findings, part: OverlapSection, gallery: Gallery) -> list[Tab
             series.setdefault(label, []).append((percent, value, spread))
         rows.append(cells)
     named = {"by chance": 0, "by chance within modules": 1}
-    for name, which in named.items():
-        cells = [Cell(name)]
+    for label, which in named.items():
+        cells = [Cell(label)]
         for percent, values in chances.items():
             if not values:
                 cells.append(Cell("–"))
@@ -47,7 +49,7 @@ def overlap(found: Findings, part: OverlapSection, gallery: Gallery) -> list[Tab
             share, _ = mean([100 * value[which] for value in values])
             cells.append(Cell(f"{share:.1f} %", round(share, 6)))
             if not which:
-                series.setdefault(name, []).append((percent, share, None))
+                series.setdefault(label, []).append((percent, share, None))
         rows.append(cells)
     notes = [
         "Of the neurons that one of the scores would select, the share that the other selects "
@@ -57,14 +59,15 @@ def overlap(found: Findings, part: OverlapSection, gallery: Gallery) -> list[Tab
         *part.notes,
     ]
     pieces: list[Table | Html] = [
-        Table("overlap", part.title or "Overlap of selections", heads, rows, notes)
+        Table(name, part.title or "Overlap of selections", heads, rows, notes)
     ]
-    if len(part.percents) > 1 and any(name not in named for name in series):
+    if len(part.percents) > 1 and len(series) > 1:
         figure = figures.lines(
             series, x_label="budget (% of the model's parameters)", y_label="in common (%)"
         )
         caption = "Bars are one standard deviation over the pairs compared."
-        pieces.append(gallery.add("study-overlap", figure, "Neurons in common by budget", caption))
+        drawn = gallery.add(f"study-{name}", figure, "Neurons in common by budget", caption)
+        pieces.append(side_by_side(drawn))
     return pieces
 
 

@@ -3,7 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from neft_core import study_results
+from neft_core import (
+    study_cost,
+    study_curves,
+    study_overlap,
+    study_results,
+    study_sensitivity,
+    study_use,
+)
 from neft_core.findings import Findings
 from neft_core.page import Gallery, Html, join, paragraph
 from neft_core.study_tables import Table
@@ -14,6 +21,15 @@ Part = Callable[[Findings, Any, Gallery], list[Table | Html]]
 PARTS: dict[str, Part] = {
     "table": study_results.table,
     "rates": study_results.rates,
+    "overlap": study_overlap.overlap,
+    "trade_off": study_curves.trade_off,
+    "rank_change": study_use.rank_change,
+    "added": study_curves.added,
+    "average_change": study_use.average_change,
+    "types": study_use.types,
+    "cost": study_cost.cost,
+    "forgetting": study_cost.forgetting,
+    "sensitivity": study_sensitivity.sensitivity,
 }
 """The parts by `show`."""
 

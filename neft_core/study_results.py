@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from neft_core.config.study import BEFORE, RatesSection, TableSection
+from neft_core.config.shown import BEFORE
+from neft_core.config.study import RatesSection, TableSection
 from neft_core.findings import Findings, Row, mean, number
 from neft_core.metrics import OF_TASK, TITLES
 from neft_core.page import Gallery, Html

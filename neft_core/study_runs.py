@@ -1,11 +1,17 @@
-"""What the parts of a study read of its runs: their rows of the summary, and whether they failed."""
+"""What the parts of a study read of its runs: results, and why some are missing."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from neft_core.findings import Findings, Row, number
-from neft_core.metrics import TITLES
+from neft_core.metrics import OF_TASK, TITLES
+from neft_core.page import Html, fill, join
 from neft_core.study_tables import Cell
+
+
+def name_of(found: Findings, part: Any) -> str:
+    """What a part's files are called."""
+    return part.name or found.numbered(part.show, part).replace("_", "-")
 
 
 def run_of(found: Findings, name: str, task: str) -> str:
@@ -13,12 +19,11 @@ def run_of(found: Findings, name: str, task: str) -> str:
     return f"{name}-{task}" if f"{name}-{task}" in found.params.runs else name
 
 
-def failure(found: Findings, name: str, task: str) -> str:
-    """Why a run is missing, in words for a cell."""
-    for stage, reason in found.failed.items():
-        if stage.partition("@")[2] in (name, f"{name}-{task}"):
-            return f"failed: {reason}"
-    return "failed: what it needs was not made" if found.failed else "not there"
+def failure(found: Findings, run: str, *measured: str) -> str:
+    """Why a run's results, or a measurement of it, are missing, in words for a cell."""
+    items = (run, *measured)
+    reasons = [why for stage, why in found.failed.items() if stage.partition("@")[2] in items]
+    return f"failed: {reasons[0]}" if reasons else "not there"
 
 
 def row_of(found: Findings, task: str, run: str) -> Row | None:
@@ -28,8 +33,6 @@ def row_of(found: Findings, task: str, run: str) -> Row | None:
 
 def first_metric(found: Findings, task: str, wanted: str | None) -> str:
     """The metric that a part means."""
-    from neft_core.metrics import OF_TASK
-
     return wanted or OF_TASK[found.params.tasks[task].format.task][0]
 
 
@@ -55,22 +58,16 @@ def spread(value: tuple[float, float | None] | None, form: str = ".2f", **more: 
     return Cell(said, mean, more={"sd": deviation}, **more)
 
 
-def words(*values: object) -> list[Cell]:
-    """Cells of text."""
-    return [Cell(str(value)) for value in values]
-
-
 def absent(label: str, why: str, columns: int) -> list[Cell]:
     """A row of something that isn't there."""
     return [Cell(label), Cell(why), *(Cell("–") for _ in range(columns - 2))]
 
 
-def best(values: Iterable[float | None], *, lowest: bool = False) -> float | None:
-    """The best of a column, where there are two at least."""
-    known = [value for value in values if value is not None]
-    return (min if lowest else max)(known) if len(known) > 1 else None
-
-
 def means(found: Findings, run: str, key: str) -> Sequence[float]:
     """A number of each seed's metrics.json."""
     return [entry[key] for entry in found.seeds(run) if key in entry]
+
+
+def side_by_side(*drawn: Html) -> Html:
+    """Figures of a part."""
+    return fill('<div class="figures">{drawn}</div>', drawn=join(drawn))

@@ -4,7 +4,7 @@ from neft_core import figures
 from neft_core.config.shown import SensitivitySection
 from neft_core.errors import NeftError
 from neft_core.findings import Findings, mean, number
-from neft_core.page import Gallery, Html, fill
+from neft_core.page import Gallery, Html
 from neft_core.study_runs import (
     absent,
     failure,
@@ -14,6 +14,7 @@ from neft_core.study_runs import (
     row_of,
     run_of,
     score,
+    side_by_side,
     spread,
 )
 from neft_core.study_tables import Cell, Table
@@ -23,7 +24,15 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
     """A row for each selection: what it asked for, what it got, what came of it."""
     metric = first_metric(found, part.task, part.metric)
     reference = run_of(found, part.reference, part.task) if part.reference else None
-    heads = ["varied", "selection", "warm-up steps", "neurons", "% of model", heading(metric), "dev loss"]
+    heads = [
+        "varied",
+        "selection",
+        "warm-up steps",
+        "neurons",
+        "% of model",
+        heading(metric),
+        "dev loss",
+    ]
     heads += ["in common with the reference", "by chance"] if reference else []
     rows: list[list[Cell]] = []
     groups: list[str] = []
@@ -34,7 +43,9 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
             row = row_of(found, part.task, run)
             value = score(row, metric)
             if row is None or value is None:
-                rows.append([Cell(label), *absent(run, failure(found, name, part.task), len(heads) - 1)])
+                rows.append(
+                    [Cell(label), *absent(run, failure(found, name, part.task), len(heads) - 1)]
+                )
                 continue
             said, steps = _asked(found, run)
             neurons = means(found, run, "selected_neurons")
@@ -57,16 +68,16 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
             "the share of all candidates that it selects."
         )
     title = part.title or "Sensitivity to criterion, threshold and warm-up"
-    table = Table(f"sensitivity-{part.task}", title, heads, rows, [*notes, *part.notes])
+    table = Table(named, title, heads, rows, [*notes, *part.notes])
     if not groups:
         return [table]
     figure = gallery.add(
-        f"study-sensitivity-{part.task}",
+        f"study-{named}",
         figures.bars(groups, {metric: values}, label=heading(metric), horizontal=True, unit=".1f"),
         f"{heading(metric)} by selection",
         "Bars are one standard deviation over seeds.",
     )
-    return [table, fill('<div class="figures">{figure}</div>', figure=figure)]
+    return [table, side_by_side(figure)]
 
 
 def _asked(found: Findings, run: str) -> tuple[str, str]:

@@ -3,15 +3,20 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
 from neft_core import neuron_figures
-from neft_core.config.shown import AnchoredSection, AverageChangeSection, RankChangeSection, TypesSection
+from neft_core.config.shown import (
+    AnchoredSection,
+    AverageChangeSection,
+    RankChangeSection,
+    TypesSection,
+)
 from neft_core.errors import NeftError
 from neft_core.findings import Findings, mean
-from neft_core.page import Gallery, Html, fill, join
-from neft_core.study_runs import absent, failure, run_of, spread
+from neft_core.page import Gallery, Html
+from neft_core.study_runs import absent, failure, name_of, run_of, side_by_side, spread
 from neft_core.study_tables import Cell, Table
 
 if TYPE_CHECKING:
@@ -60,8 +65,8 @@ def ranks(found: Findings, name: str, task: str) -> Ranks:
                 [tensors[k].long() for k in wanted],
                 {group.module: group for group in groups},
             )
-    why = failure(found, name, task)
-    raise NeftError(why if found.failed else f"{run}: no entry of utilisation measures it")
+    named = [key for key, entry in found.params.utilisation.items() if entry.run == run]
+    raise NeftError(failure(found, run, *named) if named else "not measured in utilisation")
 
 
 def pairs(before: Ranks, after: Ranks) -> "list[tuple[Tensor, Tensor]]":
@@ -75,7 +80,10 @@ def pairs(before: Ranks, after: Ranks) -> "list[tuple[Tensor, Tensor]]":
             raise NeftError("one seed; nothing to compare it with")
         return list(combinations(before.seeds, 2))
     most = max(len(before.seeds), len(after.seeds))
-    many = [(ranks.seeds * most)[:most] if len(ranks.seeds) == 1 else ranks.seeds for ranks in (before, after)]
+    many = [
+        (ranks.seeds * most)[:most] if len(ranks.seeds) == 1 else ranks.seeds
+        for ranks in (before, after)
+    ]
     return list(zip(*many, strict=False))
 
 
@@ -83,8 +91,11 @@ def rank_change(found: Findings, part: RankChangeSection, gallery: Gallery) -> l
     """Avg(dRank) by percentile of the first run's order."""
     from neft_core import utilisation as core
 
-    edges = core.EDGES
-    heads = ["compared", *(f"{100 * a:g}–{100 * b:g} %" for a, b in zip(edges, edges[1:], strict=False))]
+    edges, named = core.EDGES, name_of(found, part)
+    heads = [
+        "compared",
+        *(f"{100 * a:g}–{100 * b:g} %" for a, b in pairwise(edges)),
+    ]
     rows: list[list[Cell]] = []
     series: dict[str, list[tuple[float, float | None]]] = {}
     candidates = 0
@@ -107,15 +118,15 @@ def rank_change(found: Findings, part: RankChangeSection, gallery: Gallery) -> l
         f"the most used first; ± one standard deviation over seeds. {SEEDS}",
         *part.notes,
     ]
-    pieces: list[Table | Html] = [Table(f"rank-change-{part.task}", title, heads, rows, notes)]
+    pieces: list[Table | Html] = [Table(named, title, heads, rows, notes)]
     if series:
         figure = gallery.add(
-            f"study-rank-change-{part.task}",
+            f"study-{named}",
             neuron_figures.rank_change(edges, series),
             "Avg(ΔRank) by percentile",
             "Bars are one standard deviation over seeds. The form of the paper's Fig. 3.",
         )
-        pieces.append(_figures([figure]))
+        pieces.append(side_by_side(figure))
     return pieces
 
 
@@ -125,6 +136,7 @@ def average_change(
     """Avg(dRank) of several runs against each anchor."""
     from neft_core import utilisation as core
 
+    named = name_of(found, part)
     heads = ["against", "run", "Avg(ΔRank)", "% of candidates"]
     rows: list[list[Cell]] = []
     drawn: list[Html] = []
@@ -146,7 +158,7 @@ def average_change(
         if bars:
             drawn.append(
                 gallery.add(
-                    f"study-average-change-{part.task}-{number}",
+                    f"study-{named}-{number}",
                     neuron_figures.average_rank_change(bars, anchor),
                     f"Avg(ΔRank) against {anchor}",
                     "Bars are one standard deviation over seeds. The form of the paper's Fig. 5.",
@@ -154,8 +166,8 @@ def average_change(
             )
     title = part.title or "How far neurons move in the order of use"
     notes = [f"± one standard deviation over seeds. {SEEDS}", *part.notes]
-    table = Table(f"average-change-{part.task}", title, heads, rows, notes)
-    return [table, *([_figures(drawn)] if drawn else [])]
+    table = Table(named, title, heads, rows, notes)
+    return [table, *([side_by_side(*drawn)] if drawn else [])]
 
 
 def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table | Html]:
@@ -176,6 +188,7 @@ def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table |
             for where in counts[0]
         }
 
+    named = name_of(found, part)
     kinds: list[str] = []
     rows: list[list[Cell]] = []
     layers: list[list[Cell]] = []
@@ -200,7 +213,7 @@ def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table |
         if shown:
             drawn.append(
                 gallery.add(
-                    f"study-types-{part.task}-{number}",
+                    f"study-{named}-{number}",
                     neuron_figures.neuron_types(shown, bars, anchor),
                     f"Neuron types against {anchor}",
                     "Bars are one standard deviation over seeds. The form of the paper's Fig. 6.",
@@ -214,14 +227,13 @@ def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table |
         f"affected: trained in neither run. ± one standard deviation over seeds. {SEEDS}",
         *part.notes,
     ]
-    name = f"types-{part.task}"
     pieces: list[Table | Html] = [
-        Table(name, title, ["against", "run", *kinds], rows, notes),
-        *([_figures(drawn)] if drawn else []),
+        Table(named, title, ["against", "run", *kinds], rows, notes),
+        *([side_by_side(*drawn)] if drawn else []),
     ]
     if layers:
         heads = ["against", "run", "layer", *kinds]
-        pieces.append(Table(f"{name}-layers", f"{title} by layer", heads, layers))
+        pieces.append(Table(f"{named}-layers", f"{title} by layer", heads, layers))
     return pieces
 
 
@@ -254,7 +266,3 @@ def _trained(found: Findings, of: Ranks) -> "Tensor":
     # Of a run that selects none, or of one that has no mask because it changes all.
     still = of.run == "base" or found.params.runs[of.run].method.name == "neft"
     return torch.full((len(of.seeds[0]),), not still)
-
-
-def _figures(drawn: list[Html]) -> Html:
-    return fill('<div class="figures">{drawn}</div>', drawn=join(drawn))

@@ -1,17 +1,20 @@
 """What every part of a study has, and the parts that analyse its runs."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
-from neft_core.config.section import Section, refuse
+from neft_core.config.section import Section, known, refuse
+
+if TYPE_CHECKING:
+    from neft_core.config.params import Params
+
+BEFORE: Final = ("base", "tuned")
+"""Rows of the models before any run."""
 
 Names = Annotated[list[str], Field(min_length=1)]
 """Methods of the catalogue, whose run is METHOD-TASK with the part's task, or whole runs' names."""
-
-Metric = Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "accuracy"]
-"""A key of `METRICS` in neft_core/metrics.py."""
 
 
 class Shown(Section):
@@ -19,15 +22,13 @@ class Shown(Section):
 
     title: str = Field(default="", max_length=200)
     """Heading; empty: the part's own."""
+    name: str = Field(default="", pattern=r"^[a-z0-9_-]*$")
+    """Of its files; empty: what is shown, with a number where there are several."""
     notes: list[str] = Field(default_factory=list)
     """Sentences below it."""
 
-    def named(self) -> Iterator[tuple[str, str, str]]:
-        """What it names: the key that does, the section of params, the name there.
-
-        Of the section `runs` a method of the catalogue too, with its task after a space.
-        """
-        yield from ()
+    def check(self, where: str, params: "Params") -> None:
+        """Refuse names that params don't know; `where` are the keys of this section."""
 
 
 class OnTask(Shown):
@@ -35,16 +36,27 @@ class OnTask(Shown):
 
     task: str
     """A key of `tasks`: the one that the runs were trained on."""
+    metric: str | None = None
+    """A metric of the task's kind; null: its first."""
 
     def _methods(self) -> Iterator[tuple[str, str]]:
         """Keys, and the methods or runs that they name."""
         yield from ()
 
-    def named(self) -> Iterator[tuple[str, str, str]]:
-        """See `Shown.named`."""
-        yield "task", "tasks", self.task
+    def check(self, where: str, params: "Params") -> None:
+        """The task and its metric are known, and the runs are of that task."""
+        from neft_core.metrics import OF_TASK
+
+        known(f"{where}.task", self.task, list(params.tasks))
+        if self.metric is not None:
+            known(
+                f"{where}.metric", self.metric, list(OF_TASK[params.tasks[self.task].format.task])
+            )
+        runs = [name for name, run in params.runs.items() if run.task == self.task]
+        short = [name.removesuffix(f"-{self.task}") for name in runs]
         for key, name in self._methods():
-            yield key, "runs", f"{name} {self.task}"
+            if name not in runs:
+                known(f"{where}.{key}", name, short)
 
 
 class OverlapSection(Shown):
@@ -73,12 +85,13 @@ class OverlapSection(Shown):
                 raise refuse(f"paper.{label}: got {values}; a label of rows, a number for a budget")
         return self
 
-    def named(self) -> Iterator[tuple[str, str, str]]:
-        """See `Shown.named`."""
+    def check(self, where: str, params: "Params") -> None:
+        """The scores are known."""
+        names = [*params.tasks, *params.warmups, *params.scores, *params.activations]
         for label, pairs in self.rows.items():
             for pair in pairs:
                 for name in pair:
-                    yield f"rows.{label}", "scores", name
+                    known(f"{where}.rows.{label}", name, names)
 
 
 class TradeOffSection(OnTask):
@@ -90,8 +103,6 @@ class TradeOffSection(OnTask):
     """For each line its points: the same method at several sizes."""
     tested: list[str] | None = Field(default=None, min_length=1)
     """Tasks on which they are tested, a figure each; null: the one they were trained on."""
-    metric: Metric | None = None
-    """Null: the first of the task's kind."""
     levels: dict[str, str] = Field(default={"base": "base"})
     """Lines across, by label: a method or run, or `base` or `tuned`."""
 
@@ -99,13 +110,14 @@ class TradeOffSection(OnTask):
         for label, names in self.series.items():
             yield from ((f"series.{label}", name) for name in names)
         for label, name in self.levels.items():
-            if name not in ("base", "tuned"):
+            if name not in BEFORE:
                 yield f"levels.{label}", name
 
-    def named(self) -> Iterator[tuple[str, str, str]]:
-        """See `Shown.named`."""
-        yield from super().named()
-        yield from (("tested", "tasks", task) for task in self.tested or [])
+    def check(self, where: str, params: "Params") -> None:
+        """Tested tasks are known too."""
+        super().check(where, params)
+        for task in self.tested or []:
+            known(f"{where}.tested", task, list(params.tasks))
 
 
 class RankChangeSection(OnTask):
@@ -138,8 +150,6 @@ class AddedSection(OnTask):
     """The run to which neurons are added."""
     ways: dict[str, Names] = Field(min_length=1)
     """For each way to add the runs that have more."""
-    metric: Metric | None = None
-    """Null: the first of the task's kind."""
 
     def _methods(self) -> Iterator[tuple[str, str]]:
         yield "start", self.start
@@ -206,8 +216,6 @@ class ForgettingSection(OnTask):
     """What is shown."""
     rows: dict[str, str] = Field(min_length=1)
     """Runs by label, each measured in `forgetting`."""
-    metric: Metric | None = None
-    """Null: the first of the task's kind."""
 
     def _methods(self) -> Iterator[tuple[str, str]]:
         yield from ((f"rows.{label}", name) for label, name in self.rows.items())
@@ -222,8 +230,6 @@ class SensitivitySection(OnTask):
     """By what is varied, the runs."""
     reference: str | None = None
     """The run whose neurons each selection is compared with."""
-    metric: Metric | None = None
-    """Null: the first of the task's kind."""
 
     def _methods(self) -> Iterator[tuple[str, str]]:
         for label, names in self.groups.items():

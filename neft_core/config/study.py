@@ -1,32 +1,16 @@
 """Section `study`: the question that a study's runs answer, and how the answer is shown."""
 
 from collections.abc import Container
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from neft_core.config.runs import Method
 from neft_core.config.section import Section, known, refuse
+from neft_core.config.shown import BEFORE, AnalysisSection, Shown
 
 if TYPE_CHECKING:
     from neft_core.config.params import Params
-
-BEFORE: Final = ("base", "tuned")
-"""Rows of the models before any run."""
-
-
-class Shown(Section):
-    """What every part of a study has."""
-
-    title: str = Field(default="", max_length=200)
-    """Heading; empty: the part's own."""
-    name: str = Field(default="", pattern=r"^[a-z0-9_-]*$")
-    """Of its files; empty: what is shown, with a number where there are several."""
-    notes: list[str] = Field(default_factory=list)
-    """Sentences below it."""
-
-    def check(self, where: str, params: "Params") -> None:
-        """Refuse names that params don't know; `where` are the keys of this section."""
 
 
 class TableSection(Shown):
@@ -116,7 +100,7 @@ class RatesSection(Shown):
         known(f"{where}.task", self.task, params.tasks)
 
 
-PartSection = Annotated[TableSection | RatesSection, Field(discriminator="show")]
+PartSection = Annotated[TableSection | RatesSection | AnalysisSection, Field(discriminator="show")]
 """Each kind of part has its section here, and its function in `PARTS` of study_parts.py."""
 
 
