@@ -39,9 +39,9 @@ def describe(preview: Preview) -> str:
         )
     for moved in params.transfers.values():
         lines.append(f"transfer: {moved.run} is tested on {moved.task} too")
-    for section in MEASURES:
-        runs = [measure.run for measure in getattr(params, section).values()]
-        lines += [f"{section} of {', '.join(runs)}"] if runs else []
+    for kind in MEASURES:
+        measured = [entry.run for entry in getattr(params, kind).values()]
+        lines += [f"{kind} of {', '.join(measured)}"] if measured else []
     stages = _stages(params)
     lines.append(f"params are valid; {len(stages)} stages")
     if preview.workspace is not None:

@@ -10,7 +10,7 @@ import torch
 from conftest import edit
 from ruamel.yaml import YAML
 
-from neft_core import analyses, config, loading, runs
+from neft_core import analyses, config, loading, measures, runs
 from neft_core.masks import NeuronMask, NeuronScores
 from neft_core.selection import select_neurons
 from neft_core.workspace import Workspace
@@ -195,7 +195,7 @@ def test_unseen_text_is_what_pre_training_never_read(finished, tmp_path):
             "format": template["format"] | languages,
         }
     (tmp_path / "params.yaml").write_text(json.dumps(data))
-    texts = analyses._unseen(Workspace(tmp_path), 40)
+    texts = measures.held_out(Workspace(tmp_path), None, 40, "here")
     assert len(texts) == len(set(texts)) == 40
     seen = set()
     for pair, rows in ((("en", "fr"), 10), (("en", "zh"), 30)):
@@ -212,7 +212,7 @@ def test_unseen_text_is_what_pre_training_never_read(finished, tmp_path):
     [
         (
             ["forgetting", "neft"],
-            "forgetting: the base wasn't built from a generated corpus, so no",
+            "--text: the base wasn't built from a generated corpus, so no text of its",
         ),
         (
             ["forgetting", "nef", "--text", "params.yaml"],
