@@ -38,9 +38,9 @@ def cost(found: Findings, part: CostSection, gallery: Gallery) -> list[Table | H
         run = run_of(found, name, part.task)
         step, row = _step(found, costs, run), row_of(found, part.task, run)
         if step is None or row is None:
-            rows.append(
-                [Cell(label), *absent(run, failure(found, name, part.task), len(heads) - 1)]
-            )
+            still = row is not None and any("trained" in seed for seed in found.seeds(run))
+            why = "nothing trained" if still else failure(found, run)
+            rows.append([Cell(label), *absent(run, why, len(heads) - 1)])
             continue
         bars[label] = step
         stages = [entry for stage in found.before(run) for entry in costs.get(stage, [])]
@@ -144,9 +144,9 @@ def forgetting(found: Findings, part: ForgettingSection, gallery: Gallery) -> li
         row, data = row_of(found, part.task, run), _measured(found, run)
         value = score(row, metric)
         if row is None or data is None or value is None or base is None:
-            rows.append(
-                [Cell(label), *absent(run, failure(found, name, part.task), len(heads) - 1)]
-            )
+            entries = [key for key, entry in found.params.forgetting.items() if entry.run == run]
+            why = failure(found, run, *entries) if entries else "not measured"
+            rows.append([Cell(label), *absent(run, why, len(heads) - 1)])
             continue
         texts, before = data["texts"], data["base"]
         after = mean(list(data["seeds"].values()))
