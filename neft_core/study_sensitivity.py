@@ -45,9 +45,7 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
             row = row_of(found, part.task, run)
             value = score(row, metric)
             if row is None or value is None:
-                rows.append(
-                    [Cell(label), *absent(run, failure(found, name, part.task), len(heads) - 1)]
-                )
+                rows.append([Cell(label), *absent(run, failure(found, run), len(heads) - 1)])
                 continue
             said, steps = _asked(found, run)
             neurons = means(found, run, "selected_neurons")

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import re
 import shutil
@@ -175,7 +176,7 @@ def changes(ws, first: tuple[str, str], second: tuple[str, str]) -> list[int]:
 def test_rank_changes_by_loops(studied, tables):
     more, seeds = tables["rank-change"]
     edges = (0, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 1)
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         head, values, own = f"{100 * low:g}–{100 * high:g} %", [], []
         for seed in ("seed-1", "seed-2"):
             order = ranks(studied, "low-3")[seed]
