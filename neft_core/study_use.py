@@ -138,6 +138,7 @@ def average_change(
 
     named = name_of(found, part)
     heads = ["against", "run", "Avg(ΔRank)", "% of candidates"]
+    heads += ["the paper's"] if part.paper else []
     rows: list[list[Cell]] = []
     drawn: list[Html] = []
 
@@ -148,13 +149,15 @@ def average_change(
         bars = {}
         for label, (value, first) in values.items():
             if isinstance(value, str):
-                rows.append([Cell(anchor), *absent(label, value, 3)])
+                rows.append([Cell(anchor), *absent(label, value, len(heads) - 1)])
                 continue
             share = 100 * value[0] / len(first.seeds[0])
             bars[label] = value
-            rows.append(
-                [Cell(anchor), Cell(label), spread(value, ",.0f"), Cell(f"{share:.2f}", share)]
-            )
+            cells = [spread(value, ",.0f"), Cell(f"{share:.2f}", share)]
+            if part.paper:
+                told = part.paper.get(anchor, {}).get(label)
+                cells.append(Cell("–") if told is None else Cell(f"{told:,.0f}", told))
+            rows.append([Cell(anchor), Cell(label), *cells])
         if bars:
             drawn.append(
                 gallery.add(

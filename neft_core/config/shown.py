@@ -185,6 +185,16 @@ class AverageChangeSection(AnchoredSection):
 
     show: Literal["average_change"]
     """What is shown."""
+    paper: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """By anchor and label what the paper reports where its setting is this one."""
+
+    @model_validator(mode="after")
+    def _reported_of_labels(self) -> "AverageChangeSection":
+        for anchor, values in self.paper.items():
+            for label in values:
+                if label not in self.anchors.get(anchor, []):
+                    raise refuse(f"paper.{anchor}: got the label '{label}'; one of its anchor's")
+        return self
 
 
 class TypesSection(AnchoredSection):
