@@ -106,9 +106,11 @@ def shades(colour: str = PALETTE[0], levels: int = 20) -> "Colormap":
 
 
 def brief(number: float) -> str:
-    """A number in few characters: 950, 17.2k, 1.5M."""
+    """A number in few characters: 0.46, 950, 17.2k, 1.5M."""
     from matplotlib.ticker import EngFormatter
 
+    if abs(number) < 1:
+        return f"{number:.2g}"
     small = abs(number) < 1000 and float(number).is_integer()
     return str(EngFormatter(sep="", places=0 if small else 1)(number))
 
@@ -117,7 +119,8 @@ def counted(axis: Any, *, log: bool = False) -> None:
     """Label an axis of counts: 20k, 1.5M; on a log axis at 1, 2 and 5 of each power where few."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    axis.set_major_formatter(EngFormatter(sep=""))
+    large = EngFormatter(sep="")
+    axis.set_major_formatter(lambda value, _: f"{value:g}" if abs(value) < 1 else large(value))
     if log:
         low, high = axis.get_view_interval()
         few = high / max(low, 1e-300) < 300

@@ -89,8 +89,9 @@ def lines(
     looks = _looks(list(series), style)
     with styled():
         figure, (axes,) = canvas()
-        for name, height in (levels or {}).items():
-            axes.axhline(height, color=INK, linewidth=0.9, linestyle=DASHES[1], label=name)
+        for number, (name, height) in enumerate((levels or {}).items()):
+            dash = DASHES[1 + number % (len(DASHES) - 1)]
+            axes.axhline(height, color=INK, linewidth=0.9, linestyle=dash, label=name)
         for name, points in series.items():
             x, mean, spread = zip(*sorted(points, key=lambda p: p[:2]), strict=True)
             axes.errorbar(

@@ -111,7 +111,7 @@ def rank_change(found: Findings, part: RankChangeSection, gallery: Gallery) -> l
         candidates = len(first.seeds[0])
         values = [mean([row[3] for row in bucket]) for bucket in zip(*of_seeds, strict=True)]
         series[label] = values
-        rows.append([Cell(label), *(spread(value, ",.0f") for value in values)])
+        rows.append([Cell(label), *(spread(value, ",.1f") for value in values)])
     title = part.title or "How far neurons move in the order of use, by where they were"
     notes = [
         f"Avg(ΔRank) of {candidates:,} candidates by percentile of the first run's Pearson order, "
@@ -153,7 +153,7 @@ def average_change(
                 continue
             share = 100 * value[0] / len(first.seeds[0])
             bars[label] = value
-            cells = [spread(value, ",.0f"), Cell(f"{share:.2f}", share)]
+            cells = [spread(value, ",.1f"), Cell(f"{share:.2f}", share)]
             if part.paper:
                 told = part.paper.get(anchor, {}).get(label)
                 cells.append(Cell("–") if told is None else Cell(f"{told:,.0f}", told))
@@ -206,7 +206,9 @@ def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table |
             kinds = list(value["all"])
             shown.append(label)
             for where, counts in value.items():
-                cells = [spread(count, ",.0f") for count in counts.values()]
+                (every, _), *others = counts.values()
+                cells = [Cell(f"{every:,.0f}", int(every))]
+                cells += [spread(count, ",.1f") for count in others]
                 if where == "all":
                     rows.append([Cell(anchor), Cell(label), *cells])
                     for kind, count in list(counts.items())[1:]:

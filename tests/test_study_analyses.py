@@ -85,8 +85,23 @@ def studied(finished, tmp_path_factory):
     for name in ("low-3", "low-6", "mixed", "none", "scaled"):
         for stage in ("select", "train", "evaluate"):
             STAGES[stage](ws, f"{name}-en-fr")
-    run_stages(ws, "utilisation", "forgetting", "speed", "summary", "report")
+    run_stages(ws, "utilisation", "forgetting", "speed", "summary")
+    told_apart(ws)
+    run_stages(ws, "report")
     return ws
+
+
+def told_apart(ws) -> None:
+    """So small a model says nothing right: let each row of the summary have scores of its own."""
+    path = ws.path("summary", "summary.csv")
+    rows = list(csv.DictReader(io.StringIO(path.read_text())))
+    for place, row in enumerate(rows):
+        row |= {"bleu": 11.5 + 3 * place, "chrf": 60.25 - 2 * place}
+        row |= {"bleu_std": 0.125 * place, "chrf_std": 0.25 * place}
+    with path.open("w") as handle:
+        writer = csv.DictWriter(handle, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 @pytest.fixture
@@ -280,7 +295,7 @@ def test_sensitivity_tells_what_each_selection_got(studied, tables):
     assert (none["selection"], none["neurons"], none["dev loss sd"]) == (
         "threshold below -1", "0", "",
     )  # fmt: skip
-    assert float(none["BLEU"]) == float(summary(studied, "base")["bleu"])
+    assert float(none["BLEU"]) == float(summary(studied, "none-en-fr")["bleu"])
     assert (none["warm-up steps"], scaled["warm-up steps"]) == ("6", "12")
     masks = {name: NeuronMask.load(studied.path("masks", f"{name}-en-fr.safetensors"))
              for name in ("scaled", "low-3", "low-6")}  # fmt: skip
