@@ -92,6 +92,11 @@ class OverlapSection(Shown):
             for pair in pairs:
                 for name in pair:
                     known(f"{where}.rows.{label}", name, names)
+                    if name in params.tasks and not params.tasks[name].trains:
+                        raise refuse(
+                            f"{where}.rows.{label}: got '{name}', which has no rows to train on, "
+                            "so no scores; another"
+                        )
 
 
 class TradeOffSection(OnTask):
