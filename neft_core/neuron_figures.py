@@ -155,7 +155,9 @@ def rank_change(edges: Sequence[float], series: Mapping[str, Sequence[Value]]) -
     Source: Xu et al. 2024, Fig. 3.
     """
     buckets = [f"{100 * a:g}–{100 * b:g}" for a, b in itertools.pairwise(edges)]
-    return bars(buckets, series, label="Avg(ΔRank)", across="percentile of the Pearson order (%)")
+    return bars(
+        buckets, series, label="Avg(ΔRank), places", across="percentile of the Pearson order (%)"
+    )
 
 
 def average_rank_change(values: Mapping[str, Value], anchor: str) -> "Figure":

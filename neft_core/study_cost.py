@@ -20,6 +20,7 @@ from neft_core.study_runs import (
     score,
     side_by_side,
     spread,
+    table,
 )
 from neft_core.study_tables import Cell, Table
 
@@ -67,7 +68,7 @@ def cost(found: Findings, part: CostSection, gallery: Gallery) -> list[Table | H
         *part.notes,
     ]
     title = part.title or "Cost of finding neurons, and what training them saves"
-    pieces: list[Table | Html] = [Table(named, title, heads, rows, notes)]
+    pieces: list[Table | Html] = [table(named, title, heads, rows, notes)]
     if bars:
         figure = figures.bars(
             list(bars),
@@ -163,7 +164,7 @@ def forgetting(found: Findings, part: ForgettingSection, gallery: Gallery) -> li
         *part.notes,
     ]
     title = part.title or "What was gained, and what was forgotten"
-    pieces: list[Table | Html] = [Table(named, title, heads, rows, notes)]
+    pieces: list[Table | Html] = [table(named, title, heads, rows, notes)]
     if points:
         figure = figures.lines(
             points,

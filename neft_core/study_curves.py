@@ -15,6 +15,7 @@ from neft_core.study_runs import (
     score,
     side_by_side,
     spread,
+    table,
 )
 from neft_core.study_tables import Cell, Table
 
@@ -60,7 +61,7 @@ def trade_off(found: Findings, part: TradeOffSection, gallery: Gallery) -> list[
                 levels[task][label] = value[0]
     title = part.title or "Trained parameters against results"
     notes = ["± one standard deviation over seeds.", *part.notes]
-    pieces: list[Table | Html] = [Table(named, title, heads, rows, notes)]
+    pieces: list[Table | Html] = [table(named, title, heads, rows, notes)]
     drawn = [
         gallery.add(
             f"study-{named}" + (f"-{task}" if task != part.task else ""),
@@ -84,7 +85,7 @@ def added(found: Findings, part: AddedSection, gallery: Gallery) -> list[Table |
     if first is None or (begun := score(first, metric)) is None:
         why = failure(found, start)
         rows = [absent("nothing", f"{start}: {why}", len(heads))]
-        return [Table(named, part.title or _ADDED, heads, rows, part.notes)]
+        return [table(named, part.title or _ADDED, heads, rows, part.notes)]
     base = number(first["percent"]) or 0.0
     rows = [[Cell("nothing"), Cell(start), Cell("0", 0), Cell(f"{base:.2f}", base),
              spread(begun, run=start), Cell("–")]]  # fmt: skip
@@ -118,8 +119,8 @@ def added(found: Findings, part: AddedSection, gallery: Gallery) -> list[Table |
         f"Adding neurons to {start}",
         "Bars are one standard deviation over seeds. The form of the paper's Fig. 4.",
     )
-    table = Table(named, part.title or _ADDED, heads, rows, notes)
-    return [table, side_by_side(figure)]
+    shown = table(named, part.title or _ADDED, heads, rows, notes)
+    return [shown, side_by_side(figure)]
 
 
 _ADDED = "Neurons added to a selection"

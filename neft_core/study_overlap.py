@@ -7,7 +7,7 @@ from neft_core.config.shown import OverlapSection
 from neft_core.errors import NeftError
 from neft_core.findings import Findings, mean
 from neft_core.page import Gallery, Html
-from neft_core.study_runs import name_of, side_by_side
+from neft_core.study_runs import FAILED, name_of, side_by_side, table
 from neft_core.study_tables import Cell, Table
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def overlap(found: Findings, part: OverlapSection, gallery: Gallery) -> list[Tab
             try:
                 shares = [_common(found, pair, percent) for pair in pairs]
             except NeftError as fault:
-                cells.append(Cell(f"failed: {fault}"))
+                cells.append(Cell(f"{FAILED}{fault}"))
                 continue
             chances[percent] += [(common.chance, common.by_module) for common in shares]
             value, spread = mean([100 * common.share for common in shares])
@@ -59,7 +59,7 @@ def overlap(found: Findings, part: OverlapSection, gallery: Gallery) -> list[Tab
         *part.notes,
     ]
     pieces: list[Table | Html] = [
-        Table(name, part.title or "Overlap of selections", heads, rows, notes)
+        table(name, part.title or "Overlap of selections", heads, rows, notes)
     ]
     if len(part.percents) > 1 and len(series) > 1:
         figure = figures.lines(

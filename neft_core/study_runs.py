@@ -6,7 +6,11 @@ from typing import Any
 from neft_core.findings import Findings, Row, number
 from neft_core.metrics import OF_TASK, TITLES
 from neft_core.page import Html, fill, join
-from neft_core.study_tables import Cell
+from neft_core.study_results import failed, failures
+from neft_core.study_tables import Cell, Table
+
+FAILED = "failed: "
+"""How a cell begins in which something failed, until its reason stands below the table."""
 
 
 def name_of(found: Findings, part: Any) -> str:
@@ -23,7 +27,7 @@ def failure(found: Findings, run: str, *measured: str) -> str:
     """Why a run's results, or a measurement of it, are missing, in words for a cell."""
     items = (run, *measured)
     reasons = [why for stage, why in found.failed.items() if stage.partition("@")[2] in items]
-    return f"failed: {reasons[0]}" if reasons else "not there"
+    return f"{FAILED}{reasons[0]}" if reasons else "not there"
 
 
 def row_of(found: Findings, task: str, run: str) -> Row | None:
@@ -61,6 +65,25 @@ def spread(value: tuple[float, float | None] | None, form: str = ".2f", **more: 
 def absent(label: str, why: str, columns: int) -> list[Cell]:
     """A row of something that isn't there."""
     return [Cell(label), Cell(why), *(Cell("–") for _ in range(columns - 2))]
+
+
+def table(
+    name: str,
+    title: str,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[Cell]],
+    notes: Sequence[str] = (),
+) -> Table:
+    """A table with the reasons for what failed below it."""
+    reasons: dict[str, int] = {}
+
+    def told(cell: Cell) -> Cell:
+        if not cell.text.startswith(FAILED):
+            return cell
+        return failed(reasons, cell.text.removeprefix(FAILED))
+
+    lines = [list(map(told, row)) for row in rows]
+    return Table(name, title, heads, lines, [*failures(reasons), *notes])
 
 
 def means(found: Findings, run: str, key: str) -> Sequence[float]:

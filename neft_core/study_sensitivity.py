@@ -17,6 +17,7 @@ from neft_core.study_runs import (
     score,
     side_by_side,
     spread,
+    table,
 )
 from neft_core.study_tables import Cell, Table
 
@@ -68,16 +69,16 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
             "the share of all candidates that it selects."
         )
     title = part.title or "Sensitivity to criterion, threshold and warm-up"
-    table = Table(named, title, heads, rows, [*notes, *part.notes])
+    shown = table(named, title, heads, rows, [*notes, *part.notes])
     if not groups:
-        return [table]
+        return [shown]
     figure = gallery.add(
         f"study-{named}",
         figures.bars(groups, {metric: values}, label=heading(metric), horizontal=True, unit=".1f"),
         f"{heading(metric)} by selection",
         "Bars are one standard deviation over seeds.",
     )
-    return [table, side_by_side(figure)]
+    return [shown, side_by_side(figure)]
 
 
 def _asked(found: Findings, run: str) -> tuple[str, str]:

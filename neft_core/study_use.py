@@ -16,7 +16,15 @@ from neft_core.config.shown import (
 from neft_core.errors import NeftError
 from neft_core.findings import Findings, mean
 from neft_core.page import Gallery, Html
-from neft_core.study_runs import absent, failure, name_of, run_of, side_by_side, spread
+from neft_core.study_runs import (
+    absent,
+    failure,
+    name_of,
+    run_of,
+    side_by_side,
+    spread,
+    table,
+)
 from neft_core.study_tables import Cell, Table
 
 if TYPE_CHECKING:
@@ -118,7 +126,7 @@ def rank_change(found: Findings, part: RankChangeSection, gallery: Gallery) -> l
         f"the most used first; ± one standard deviation over seeds. {SEEDS}",
         *part.notes,
     ]
-    pieces: list[Table | Html] = [Table(named, title, heads, rows, notes)]
+    pieces: list[Table | Html] = [table(named, title, heads, rows, notes)]
     if series:
         figure = gallery.add(
             f"study-{named}",
@@ -169,8 +177,8 @@ def average_change(
             )
     title = part.title or "How far neurons move in the order of use"
     notes = [f"± one standard deviation over seeds. {SEEDS}", *part.notes]
-    table = Table(named, title, heads, rows, notes)
-    return [table, *([side_by_side(*drawn)] if drawn else [])]
+    shown = table(named, title, heads, rows, notes)
+    return [shown, *([side_by_side(*drawn)] if drawn else [])]
 
 
 def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table | Html]:
@@ -233,12 +241,12 @@ def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table |
         *part.notes,
     ]
     pieces: list[Table | Html] = [
-        Table(named, title, ["against", "run", *kinds], rows, notes),
+        table(named, title, ["against", "run", *kinds], rows, notes),
         *([side_by_side(*drawn)] if drawn else []),
     ]
     if layers:
         heads = ["against", "run", "layer", *kinds]
-        pieces.append(Table(f"{named}-layers", f"{title} by layer", heads, layers))
+        pieces.append(table(f"{named}-layers", f"{title} by layer", heads, layers))
     return pieces
 
 
