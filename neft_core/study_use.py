@@ -203,6 +203,7 @@ def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table |
     kinds: list[str] = []
     rows: list[list[Cell]] = []
     layers: list[list[Cell]] = []
+    places: list[str] = []
     drawn: list[Html] = []
     for number, (anchor, values) in enumerate(_against(found, part, measure), start=1):
         bars: dict[str, list[Any]] = {}
@@ -211,18 +212,19 @@ def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table |
             if isinstance(value, str):
                 rows.append([Cell(anchor), *absent(label, value, 5)])
                 continue
-            kinds = list(value["all"])
+            whole = dict(value.pop("all"))
+            every, _ = whole.pop("neurons")
+            kinds = list(whole)
             shown.append(label)
-            for where, counts in value.items():
-                (every, _), *others = counts.values()
-                cells = [Cell(f"{every:,.0f}", int(every))]
-                cells += [spread(count, ",.1f") for count in others]
-                if where == "all":
-                    rows.append([Cell(anchor), Cell(label), *cells])
-                    for kind, count in list(counts.items())[1:]:
-                        bars.setdefault(kind, []).append(count)
-                else:
-                    layers.append([Cell(anchor), Cell(label), Cell(where), *cells])
+            cells = [Cell(f"{every:,.0f}", int(every))]
+            cells += [spread(count, ",.1f") for count in whole.values()]
+            rows.append([Cell(anchor), Cell(label), *cells])
+            for kind, count in whole.items():
+                bars.setdefault(kind, []).append(count)
+                if number == 1:
+                    places = [where.rpartition(".")[2] for where in value]
+                    cells = [spread(counts[kind], ",.1f") for counts in value.values()]
+                    layers.append([Cell(label), Cell(kind), *cells])
         if shown:
             drawn.append(
                 gallery.add(
@@ -232,7 +234,7 @@ def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table |
                     "Bars are one standard deviation over seeds. The form of the paper's Fig. 6.",
                 )
             )
-    kinds = kinds or ["neurons", "strongly affected", "suppressed", "indirectly affected"]
+    kinds = kinds or ["strongly affected", "suppressed", "indirectly affected"]
     title = part.title or "Types of neurons"
     notes = [
         f"Strongly affected: the rank moves by more than {100 * core.STRONG:.1f} % of the "
@@ -241,12 +243,13 @@ def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table |
         *part.notes,
     ]
     pieces: list[Table | Html] = [
-        table(named, title, ["against", "run", *kinds], rows, notes),
+        table(named, title, ["against", "run", "neurons", *kinds], rows, notes),
         *([side_by_side(*drawn)] if drawn else []),
     ]
     if layers:
-        heads = ["against", "run", "layer", *kinds]
-        pieces.append(table(f"{named}-layers", f"{title} by layer", heads, layers))
+        heads = ["run", "type", *(f"layer {place}" for place in places)]
+        against = f"{title} by layer, against {next(iter(part.anchors))}"
+        pieces.append(table(f"{named}-layers", against, heads, layers))
     return pieces
 
 
@@ -258,12 +261,13 @@ def _against(
     for anchor, others in part.anchors.items():
         values: dict[str, tuple[Any, Any]] = {}
         for label in others:
+            shown = "another seed" if label == anchor else label
             try:
                 first = ranks(found, part.names[anchor], part.task)
                 second = ranks(found, part.names[label], part.task)
-                values[label] = measure(first, second), first
+                values[shown] = measure(first, second), first
             except NeftError as fault:
-                values[label] = str(fault), None
+                values[shown] = str(fault), None
         result.append((anchor, values))
     return result
 
