@@ -4,7 +4,6 @@ The only module that imports MLflow; `delivery` says what is written.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ import neft_core
 from neft_core import records
 from neft_core.errors import NeftError
 from neft_core.files import replacing
-from neft_core.workspace import Workspace
+from neft_core.workspace import Workspace, exclusive
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -184,7 +183,8 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
     artifacts = None if is_server(uri) else (home / "mlruns").as_uri()
     experiment_name = workspace.params().tracking.experiment
     try:
-        with _one_at_a_time(workspace):
+        # Several clients that make the same new database would all fail.
+        with exclusive(workspace.state("mlflow.lock")):
             if own:
                 _set_aside(own)
                 _make_whole(own)
@@ -213,16 +213,6 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
             reason = "does not answer"
         reason = reason.replace(uri, public(uri))
         raise NeftError(f"MLflow at {public(uri)}: {reason}; check MLFLOW_TRACKING_URI") from fault
-
-
-@contextlib.contextmanager
-def _one_at_a_time(workspace: Workspace) -> Iterator[None]:
-    """Several clients that make the same new database would all fail."""
-    path = workspace.state("mlflow.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _set_aside(database: Path) -> None:

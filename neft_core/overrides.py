@@ -1,4 +1,4 @@
-"""`--params` and `--set`: which params a run uses.
+"""`--params` and `--set`, and a deployment's overrides: which params a run uses.
 
 `--set` changes the workspace's params.yaml (comments stay), as `dvc exp run -S` does: the file is
 what DVC hashes, so whatever ran is what it says. `--params FILE` with a file that is no
@@ -20,7 +20,7 @@ from neft_core import loading
 from neft_core.config import NO_FILE, Params, parse_params, read_yaml
 from neft_core.errors import NeftError
 from neft_core.files import replacing
-from neft_core.workspace import Workspace, find_workspace, init_workspace
+from neft_core.workspace import Workspace, cache_of, exclusive, find_workspace, init_workspace
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,42 @@ def apply(file: Path | None, settings: Sequence[str]) -> Workspace:
     return ws
 
 
+def private(host: Workspace, runs: Sequence[str], settings: Sequence[str]) -> Workspace:
+    """A workspace of its own for a choice of runs and for settings; the host's files stay.
+
+    It lies below the host, shares its DVC cache, and is named by what its params say: the same choice
+    finds its results again, and another one never touches them.
+
+    Args:
+        host: the workspace whose params.yaml is changed.
+        runs: names of the runs to keep; none: all.
+        settings: changes, each as `KEY=VALUE`.
+
+    Raises:
+        NeftError: a run is unknown, or the outcome isn't valid.
+    """
+    text, _ = _changed(host.params_file, settings)
+    document = _round_trip().load(text)
+    known = document["runs"]
+    for name in runs:
+        if name not in known:
+            raise NeftError(f"runs: no run '{name}' in params.yaml; there are {', '.join(known)}")
+    for name in [name for name in known if runs and name not in runs]:
+        del known[name]
+        for other, entry in list((document.get("transfers") or {}).items()):
+            if entry.get("run") == name:
+                del document["transfers"][other]
+    _absolute(document, host.root)
+    buffer = io.StringIO()
+    _round_trip().dump(document, buffer)
+    _, data = _checked(buffer.getvalue(), "overrides")
+    mark = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+    folder = host.state("workspaces", f"params-{mark}")
+    with exclusive(host.state("workspaces.lock")):
+        ws = init_workspace(folder, buffer.getvalue(), cache=cache_of(host))
+    return ws
+
+
 def _owner(file: Path | None) -> Workspace | None:
     """The workspace whose own params.yaml is meant; None for any other file."""
     if file is None:
@@ -90,7 +126,7 @@ def _private_workspace(file: Path) -> Workspace:
         # A file of the same name, elsewhere, was here first.
         mark = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:6]
         folder = folder.with_name(f"{name}-{mark}")
-    ws = init_workspace(folder, "", cache=host.root / ".dvc" / "cache")
+    ws = init_workspace(folder, "", cache=cache_of(host))
     with replacing(ws.state("params-file")) as temporary:
         temporary.write_text(str(file.resolve()), encoding="utf-8")
     document = _round_trip().load(file.read_text(encoding="utf-8"))

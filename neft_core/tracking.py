@@ -66,6 +66,11 @@ def experiment(workspace: Workspace) -> str | None:
     return str(known["experiment"]) if same else None
 
 
+def execution_run(workspace: Workspace) -> str | None:
+    """Id of the MLflow run of the execution that was delivered last."""
+    return _read_state(workspace).get("execution") if experiment(workspace) else None
+
+
 class Tracker:
     """Tracking beside a running pipeline: a store that is away costs a line, not the training."""
 
@@ -269,7 +274,9 @@ def _write_state(workspace: Workspace, store: Store, wanted: Wanted) -> None:
     path = workspace.state("tracked.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
+    execution = store.find(wanted.execution)
     state = {
+        "execution": execution.info.run_id if execution else None,
         "uri": public(tracking_uri(workspace)),
         "experiment": store.experiment,
         "experiment name": workspace.params().tracking.experiment,

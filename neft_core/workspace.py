@@ -92,6 +92,24 @@ def hold(lock: Path, what: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def exclusive(lock: Path) -> Iterator[None]:
+    """Wait for a lock file, and hold it while the block runs."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def cache_of(workspace: Workspace) -> Path:
+    """The directory of a workspace's DVC cache, which may be shared with others."""
+    from dvc.config import Config
+
+    own = workspace.root / ".dvc"
+    told = Config(str(own))["cache"].get("dir")
+    return Path(told) if told else own / "cache"
+
+
 def init_workspace(folder: Path, params: str, *, cache: Path | None = None) -> Workspace:
     """Make a directory a workspace, as a DVC repository of its own.
 
