@@ -1,5 +1,6 @@
 """Registering the deployments of prefect.yaml with a Prefect server, and the limit for the GPU."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -41,10 +42,8 @@ def deploy(workspace: Workspace, file: Path, clients: Mapping[str, str]) -> str:
         with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
             client.raise_for_api_version_mismatch()
             limit = GlobalConcurrencyLimitCreate(name=GPU, limit=1)
-            try:
+            with contextlib.suppress(ObjectAlreadyExists):  # yours may be larger
                 client.create_global_concurrency_limit(limit)
-            except ObjectAlreadyExists:
-                pass  # yours may be larger
     except Exception as fault:  # of httpx and Prefect, a dozen unrelated types
         reason = " ".join(str(fault).split())[:200] or type(fault).__name__
         raise NeftError(

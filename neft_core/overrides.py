@@ -71,8 +71,8 @@ def apply(file: Path | None, settings: Sequence[str]) -> Workspace:
 def private(host: Workspace, runs: Sequence[str], settings: Sequence[str]) -> Workspace:
     """A workspace of its own for a choice of runs and for settings; the host's files stay.
 
-    It lies below the host, shares its DVC cache, and is named by what its params say: the same choice
-    finds its results again, and another one never touches them.
+    It lies below the host, shares its DVC cache, and is named by what its params say: the same
+    choice finds its results again, and another one never touches them.
 
     Args:
         host: the workspace whose params.yaml is changed.
@@ -100,8 +100,7 @@ def private(host: Workspace, runs: Sequence[str], settings: Sequence[str]) -> Wo
     mark = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
     folder = host.state("workspaces", f"params-{mark}")
     with exclusive(host.state("workspaces.lock")):
-        ws = init_workspace(folder, buffer.getvalue(), cache=cache_of(host))
-    return ws
+        return init_workspace(folder, buffer.getvalue(), cache=cache_of(host))
 
 
 def _owner(file: Path | None) -> Workspace | None:

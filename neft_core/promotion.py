@@ -1,7 +1,7 @@
 """The gate before the alias `champion`: is a trained run better than base and champion?
 
-Better is: on the test split's first metric, by more than a margin, with a small p-value of the paired
-bootstrap; and not at the cost of more forgetting than allowed.
+Better is: on the test split's first metric, by more than a margin, with a small p-value of the
+paired bootstrap; and not at the cost of more forgetting than allowed.
 """
 
 from collections.abc import Sequence

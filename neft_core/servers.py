@@ -1,8 +1,8 @@
 """`neft up` and `neft down`: Prefect, MLflow and a worker on this machine, detached.
 
 Every process started here bears a mark in its environment, which its children inherit. So `down`
-finds exactly what `up` started and what the worker started for it, and a process that has got an old
-number after a reboot is never taken for one of ours.
+finds exactly what `up` started and what the worker started for it, and a process that has got an
+old number after a reboot is never taken for one of ours.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import http.client
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time

@@ -88,10 +88,7 @@ class Answering(PythonModel):  # type: ignore[misc]
         self.task = facts["task"]
         card = models.Base(**facts["base"])
         device = loading.device(self.params)
-        if facts["form"] == "merged":
-            directory = folder / CHECKPOINT
-        else:
-            directory = _base(card)
+        directory = folder / CHECKPOINT if facts["form"] == "merged" else _base(card)
         dtype = getattr(torch, loading.frozen_type(self.params.compute, device == "cpu"))
         trust = card.trust_remote_code
         model = models.load_model(directory, dtype, trust_remote_code=trust)
