@@ -100,7 +100,9 @@ def private(host: Workspace, runs: Sequence[str], settings: Sequence[str]) -> Wo
     mark = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
     folder = host.state("workspaces", f"params-{mark}")
     with exclusive(host.state("workspaces.lock")):
-        return init_workspace(folder, buffer.getvalue(), cache=cache_of(host))
+        return init_workspace(
+            folder, buffer.getvalue(), cache=cache_of(host), pipeline=host.root / "dvc.yaml"
+        )
 
 
 def _owner(file: Path | None) -> Workspace | None:

@@ -110,7 +110,9 @@ def cache_of(workspace: Workspace) -> Path:
     return Path(told) if told else own / "cache"
 
 
-def init_workspace(folder: Path, params: str, *, cache: Path | None = None) -> Workspace:
+def init_workspace(
+    folder: Path, params: str, *, cache: Path | None = None, pipeline: Path = PIPELINE
+) -> Workspace:
     """Make a directory a workspace, as a DVC repository of its own.
 
     What is there already is kept: dvc.yaml is written anew, params.yaml only where there is none.
@@ -119,6 +121,7 @@ def init_workspace(folder: Path, params: str, *, cache: Path | None = None) -> W
         folder: the directory; made where missing.
         params: text of its params.yaml.
         cache: a DVC cache directory to share.
+        pipeline: what its dvc.yaml is a copy of.
 
     Raises:
         NeftError: the directory can't be written, or dvc fails.
@@ -126,7 +129,7 @@ def init_workspace(folder: Path, params: str, *, cache: Path | None = None) -> W
     try:
         (folder / "data").mkdir(parents=True, exist_ok=True)
         (folder / NO_FILE).touch()
-        shutil.copyfile(PIPELINE, folder / "dvc.yaml")
+        shutil.copyfile(pipeline, folder / "dvc.yaml")
         if not (folder / Params.FILE).exists():
             (folder / Params.FILE).write_text(params, encoding="utf-8")
         ignore = folder / ".gitignore"

@@ -1,0 +1,208 @@
+"""Servers that stay, on this machine: started, used by deployments, stopped."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import urllib.request
+from pathlib import Path
+
+import fabricated
+import pytest
+from operating import (
+    ask,
+    belonging,
+    ended,
+    environment,
+    free_port,
+    kill_left,
+    neft,
+    start_run,
+    tasks,
+    until,
+)  # fmt: skip
+
+from neft_core import servers
+from neft_core.errors import NeftError
+from neft_core.workspace import Workspace, init_dvc
+
+
+@pytest.fixture
+def state(tmp_path):
+    return tmp_path / "state"
+
+
+def test_a_worker_gets_no_password_of_a_database(state, monkeypatch, tmp_path):
+    """What stages inherit is what the worker has."""
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql://me:planted@host/db")
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql://me:planted@h/p")
+    state.mkdir()
+    for name, knows in (("worker", False), ("mlflow", True)):
+        server = servers.Server(name, ("env",), {})
+        servers._start(state, server, "mark").wait(30)
+        told = (state / f"{name}.log").read_text()
+        assert "NEFT_SERVERS=mark" in told
+        assert ("planted" in told) is knows
+        assert (state / f"{name}.log").stat().st_mode & 0o077 == 0
+
+
+def test_commands_hold_no_password(state):
+    told = {"MLFLOW_BACKEND_STORE_URI": "postgresql://me:planted@host/db"}
+    found = servers.servers(state, "127.0.0.1", 4200, 5000, told)
+    assert [server.name for server in found] == ["prefect", "mlflow", "worker"]
+    assert not [part for server in found for part in server.command if "planted" in part]
+    assert found[1].env["MLFLOW_BACKEND_STORE_URI"] == told["MLFLOW_BACKEND_STORE_URI"]
+    assert found[1].env["MLFLOW_ARTIFACTS_DESTINATION"] == str(state / "artifacts")
+    assert "planted" not in str(found[2].env)
+
+
+def test_a_last_line_is_told_without_passwords(state):
+    state.mkdir()
+    log = state / "prefect.log"
+    log.write_text("no connection to postgresql://me:planted@host:5432/db\n")
+    assert servers._last_line(log) == "no connection to postgresql://host:5432/db"
+
+
+def test_a_port_in_use_is_one_line_and_nothing_starts(state):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(NeftError) as fault:
+            servers.up(state, "127.0.0.1", free_port(), port, print)
+    assert str(fault.value) == (
+        f"port {port}: in use by another program; stop that one, or give --mlflow-port another "
+        "number"
+    )
+    assert not (state / "servers.json").exists()
+
+
+def test_down_without_up(state, capsys):
+    servers.down(state, print)
+    assert capsys.readouterr().out == "nothing runs\n"
+
+
+def test_down_stops_what_bears_the_mark_and_nobody_else(state, capsys):
+    """After a reboot another process may have a number that was written down."""
+    state.mkdir()
+    script = ["sh", "-c", "trap 'exit 0' TERM; (sleep 60 & wait) & wait"]
+    env = {**os.environ, servers.MARK: "ours"}
+    ours = subprocess.Popen(script, env=env, start_new_session=True)
+    other = subprocess.Popen(["sleep", "60"], env={**os.environ, servers.MARK: "another"})
+    try:
+        until(lambda: len(servers._marked("ours")) == 3)
+        record = {"mark": "ours", "pids": {"worker": ours.pid, "prefect": other.pid},
+                  "host": "127.0.0.1", "prefect": 1, "mlflow": 2}  # fmt: skip
+        (state / "servers.json").write_text(json.dumps(record))
+        assert servers._running(record) == {"worker"}
+        servers.down(state, print)
+        assert capsys.readouterr().out == "stopped 3 processes\n"
+        assert ours.wait(10) is not None
+        assert other.poll() is None
+        assert servers._marked("ours") == []
+        assert servers.clients(state) == {}
+    finally:
+        for process in (ours, other):
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pids": {}}'])
+def test_a_damaged_record_is_as_none(state, text):
+    state.mkdir()
+    (state / "servers.json").write_text(text)
+    assert servers.clients(state) == {}
+
+
+def make(root: Path, **fake: str) -> Workspace:
+    fabricated.make(root)
+    init_dvc(root)
+    (root / "fake.json").write_text(json.dumps(fake))
+    return Workspace(root)
+
+
+@pytest.mark.integration
+def test_servers_and_deployments(tmp_path):
+    """Up, deploy, a run that fails, one that is cancelled, two with other params at once, down."""
+    ws = make(tmp_path / "ws")
+    env = environment(tmp_path)
+    ports = ["--prefect-port", str(free_port()), "--mlflow-port", str(free_port())]
+    try:
+        told = neft(ws.root, env, "up", *ports).stdout.splitlines()
+        assert [line.split(":")[0] for line in told] == [
+            "prefect", "mlflow", "worker", "for this shell",
+        ]  # fmt: skip
+        exported = told[-1].partition("export ")[2].split()
+        clients = dict(pair.split("=", 1) for pair in exported)
+        api, tracking = clients["PREFECT_API_URL"], clients["MLFLOW_TRACKING_URI"]
+        again = neft(ws.root, env, "up", *ports).stdout
+        assert again.count("runs already") == 3
+        wrong = neft(ws.root, env, "up", "--mlflow-port", "1", status=2).stderr
+        assert "servers run already with host 127.0.0.1, ports" in wrong
+
+        neft(ws.root, env, "deploy")
+        found = ask(api, "/deployments/filter", {})
+        assert {d["name"] for d in found} == {"nightly", "on-demand", "promote"}
+        nightly = next(d for d in found if d["name"] == "nightly")
+        assert nightly["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
+        limits = ask(api, "/v2/concurrency_limits/filter", {})
+        assert ("gpu", 1) in [(limit["name"], limit["limit"]) for limit in limits]
+        neft(ws.root, env, "deploy")
+        assert len(ask(api, "/deployments/filter", {})) == 3
+
+        failing = make(tmp_path / "failing", FAKE_FAIL="train full")
+        slow = make(tmp_path / "slow", FAKE_DELAY="1", FAKE_STEPS="300")
+        broken = start_run(api, "neft-pipeline/on-demand", workspace=str(failing.root))
+        tasted = [
+            start_run(
+                api, "neft-pipeline/on-demand", runs=["neft"], overrides=[f"runs.neft.lr={lr}"]
+            )
+            for lr in (0.001, 0.002)
+        ]
+        assert ended(api, broken)["type"] == "FAILED"
+        message = until(lambda: tasks(api, broken).get("train@full"))["message"]
+        assert "data/x.jsonl: line 7: no target; add one\ntrain full works" in message
+        for run in tasted:
+            assert ended(api, run)["type"] == "COMPLETED"
+        assert not (ws.root / "dvc.lock").exists()
+        private = sorted(ws.state("workspaces").iterdir())
+        assert len(private) == 2
+        assert {(p / "params.yaml").read_text().count("lr: 0.00") for p in private}
+        for folder in private:
+            assert (folder / "dvc.lock").exists()
+            assert not (folder / ".dvc/cache").exists(), "the host's is shared"
+        query = {"experiment_ids": ["1"], "filter": "tags.`neft.kind` = 'training'"}
+        listed = ask(f"{tracking}/api/2.0/mlflow", "/runs/search", query)["runs"]
+        rates = [
+            next(p["value"] for p in run["data"]["params"] if p["key"] == "lr") for run in listed
+        ]
+        assert rates.count("0.001") == rates.count("0.002") == 2, "two seeds of each"
+
+        cancelled = start_run(api, "neft-pipeline/on-demand", workspace=str(slow.root))
+        live = slow.state("live/train/full/seed-1/train.csv")
+        until(live.exists, 120)
+        ask(api, f"/flow_runs/{cancelled}/set_state", {"state": {"type": "CANCELLING"}})
+        assert ended(api, cancelled)["type"] == "CANCELLED"
+        until(lambda: not [line for line in belonging(tmp_path) if "fabricated.py" in line])
+
+        # With a run at work, as when a machine is shut down by hand.
+        start_run(api, "neft-pipeline/on-demand", workspace=str(slow.root), force=True)
+        live.unlink()
+        until(live.exists, 120)
+        neft(ws.root, env, "down")
+        assert list(belonging(tmp_path)) == []
+        with pytest.raises(OSError, match="refused"):
+            urllib.request.urlopen(tracking, timeout=5)
+
+        # Killed, as by a power cut: what was written down is stale.
+        neft(ws.root, env, "up", *ports)
+        for line in list(belonging(tmp_path)):
+            os.kill(int(line.split()[0]), signal.SIGKILL)
+        until(lambda: not list(belonging(tmp_path)))
+        assert neft(ws.root, env, "up", *ports).stdout.count("(started") == 3
+        assert len(ask(api, "/deployments/filter", {})) == 3, "what was known is kept"
+        neft(ws.root, env, "down")
+        assert list(belonging(tmp_path)) == []
+    finally:
+        kill_left(tmp_path)
