@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,8 @@ def promote(
             version = _version(ws, store, name, key, run, seed, merged)
             _describe(store, name, version, run, seed, decision)
             store.client.set_registered_model_alias(name, CHALLENGER, version)
-            if decision.champion and not (again and champion.version == version):
-                before = champion.version if champion else ""
+            if decision.champion and not (champion and str(champion.version) == version):
+                before = str(champion.version) if champion else ""
                 store.client.set_model_version_tag(name, version, TOOK_OVER, before)
                 store.client.set_registered_model_alias(name, CHAMPION, version)
     return name, version, decision
@@ -119,9 +120,9 @@ def _opened(ws: Workspace) -> Iterator[Store]:
     """The workspace's store, also for what MLflow does without a client."""
     # No bars for files of a few kB; what the user set stays.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    mlflow.set_tracking_uri(tracking_uri(ws))
+    mlflow.set_registry_uri(tracking_uri(ws))
     with open_store(ws) as store:
-        mlflow.set_tracking_uri(tracking_uri(ws))
-        mlflow.set_registry_uri(tracking_uri(ws))
         yield store
 
 
@@ -170,7 +171,7 @@ def _version(
 ) -> str:
     """The version of a trained run in a form; registered where there is none."""
     form = "merged" if merged else "adapter"
-    with contextlib.suppress(MlflowException):  # exists
+    if not store.client.search_registered_models(f"name = '{name}'"):
         store.client.create_registered_model(name)
     for found in store.client.search_model_versions(f"name = '{name}'"):
         if (found.tags.get(KEY), found.tags.get(FORM)) == (key, form):
@@ -218,21 +219,23 @@ def _save(ws: Workspace, run: str, folder: Path, target: Path, run_id: str, logg
     columns = [ColSpec("string", name) for name in serving.COLUMNS[kind]]
     longest = ParamSpec("max_new_tokens", "long", params.evaluation.max_new_tokens)
     libraries = ("mlflow", "torch", "transformers", "peft", "safetensors")
-    mlflow.pyfunc.save_model(
-        str(target),
-        python_model=str(Path(serving.__file__).with_name("served.py")),
-        artifacts={"model": str(folder)},
-        mlflow_model=Model(
-            artifact_path=logged.artifact_location,
-            model_uuid=logged.model_id,
-            run_id=run_id,
-            model_id=logged.model_id,
-        ),
-        signature=ModelSignature(
-            Schema(columns), Schema([ColSpec("string")]), ParamSchema([longest])
-        ),
-        pip_requirements=["neft", *(f"{name}=={version(name)}" for name in libraries)],
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that an example would be welcome
+        mlflow.pyfunc.save_model(
+            str(target),
+            python_model=str(Path(serving.__file__).with_name("served.py")),
+            artifacts={"model": str(folder)},
+            mlflow_model=Model(
+                artifact_path=logged.artifact_location,
+                model_uuid=logged.model_id,
+                run_id=run_id,
+                model_id=logged.model_id,
+            ),
+            signature=ModelSignature(
+                Schema(columns), Schema([ColSpec("string")]), ParamSchema([longest])
+            ),
+            pip_requirements=["neft", *(f"{name}=={version(name)}" for name in libraries)],
+        )
 
 
 def _describe(

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas
 from mlflow.pyfunc import PythonModel
 
 from neft_core import __version__, config, loading
@@ -101,7 +102,12 @@ class Answering(PythonModel):  # type: ignore[misc]
         self.tokenizer = models.load_tokenizer(directory, trust_remote_code=trust)
         self.context = card.context
 
-    def predict(self, context: Any, model_input: Any, params: Any = None) -> list[str]:  # noqa: ARG002
+    def predict(  # MLflow demands these names, and knows this type not to be a schema.
+        self,
+        context: Any,  # noqa: ARG002
+        model_input: pandas.DataFrame,
+        params: dict[str, Any] | None = None,
+    ) -> list[str]:
         """One text for each question; of nli, the label.
 
         Args:
