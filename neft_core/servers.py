@@ -116,6 +116,7 @@ def servers(
             "worker",
             (python, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"),
             {**home, "PREFECT_API_URL": api, "MLFLOW_TRACKING_URI": tracking,
+             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
              "PATH": os.pathsep.join([str(tools), environment.get("PATH", os.defpath)])},
         ),
     ]  # fmt: skip

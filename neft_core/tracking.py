@@ -78,6 +78,7 @@ class Tracker:
         self.workspace = workspace
         self._log = log
         self._away = False
+        self._told = False
         self._changed = 0
 
     def sync(self, graph: Graph) -> None:
@@ -92,7 +93,8 @@ class Tracker:
         self._changed += done.created + done.updated
 
     def close(self, graph: Graph) -> None:
-        """Deliver what is left, and say so."""
+        """Deliver what is left, also to a store that was away for a while, and say so."""
+        self._away = False
         self.sync(graph)
         if self._changed and not self._away:
             self._log.info("MLflow: brought up to date")
@@ -139,6 +141,9 @@ class Tracker:
 
     def _give_up(self, fault: NeftError) -> None:
         self._away = True
+        if self._told:
+            return
+        self._told = True
         self._log.warning("%s; the work goes on, 'neft track' delivers later", fault)
 
 

@@ -124,7 +124,7 @@ def make(root: Path, **fake: str) -> Workspace:
 
 @pytest.mark.integration
 def test_servers_and_deployments(tmp_path):
-    """Up, deploy, a run that fails, one that is cancelled, two with other params at once, down."""
+    """Up, a power cut, deploy, a run that fails, one that is cancelled, one at work, down."""
     ws = make(tmp_path / "ws")
     env = environment(tmp_path)
     ports = ["--prefect-port", str(free_port()), "--mlflow-port", str(free_port())]
@@ -141,6 +141,12 @@ def test_servers_and_deployments(tmp_path):
         wrong = neft(ws.root, env, "up", "--mlflow-port", "1", status=2).stderr
         assert "servers run already with host 127.0.0.1, ports" in wrong
 
+        # A power cut: what was written down is stale.
+        for line in list(belonging(tmp_path)):
+            os.kill(int(line.split()[0]), signal.SIGKILL)
+        until(lambda: not list(belonging(tmp_path)))
+        assert neft(ws.root, env, "up", *ports).stdout.count("(started") == 3
+
         neft(ws.root, env, "deploy")
         found = ask(api, "/deployments/filter", {})
         assert {d["name"] for d in found} == {"nightly", "on-demand", "promote"}
@@ -150,59 +156,29 @@ def test_servers_and_deployments(tmp_path):
         assert ("gpu", 1) in [(limit["name"], limit["limit"]) for limit in limits]
         neft(ws.root, env, "deploy")
         assert len(ask(api, "/deployments/filter", {})) == 3
+        made = ask(api, "/automations/filter", {})
+        assert {one["name"] for one in made} == {"neft-silent-runs", "neft-unstarted-runs"}
 
-        failing = make(tmp_path / "failing", FAKE_FAIL="train full")
-        slow = make(tmp_path / "slow", FAKE_DELAY="1", FAKE_STEPS="300")
+        failing = make(tmp_path / "failing", FAKE_FAIL="corpus en-fr")
         broken = start_run(api, "neft-pipeline/on-demand", workspace=str(failing.root))
-        tasted = [
-            start_run(
-                api, "neft-pipeline/on-demand", runs=["neft"], overrides=[f"runs.neft.lr={lr}"]
-            )
-            for lr in (0.001, 0.002)
-        ]
-        assert ended(api, broken)["type"] == "FAILED"
-        message = until(lambda: tasks(api, broken).get("train@full"))["message"]
-        assert "data/x.jsonl: line 7: no target; add one\ntrain full works" in message
-        for run in tasted:
-            assert ended(api, run)["type"] == "COMPLETED"
-        assert not (ws.root / "dvc.lock").exists()
-        private = sorted(ws.state("workspaces").iterdir())
-        assert len(private) == 2
-        assert {(p / "params.yaml").read_text().count("lr: 0.00") for p in private}
-        for folder in private:
-            assert (folder / "dvc.lock").exists()
-            assert not (folder / ".dvc/cache").exists(), "the host's is shared"
-        query = {"experiment_ids": ["1"], "filter": "tags.`neft.kind` = 'training'"}
-        listed = ask(f"{tracking}/api/2.0/mlflow", "/runs/search", query)["runs"]
-        rates = [
-            next(p["value"] for p in run["data"]["params"] if p["key"] == "lr") for run in listed
-        ]
-        assert rates.count("0.001") == rates.count("0.002") == 2, "two seeds of each"
-
+        slow = make(tmp_path / "slow", FAKE_DELAY="1", FAKE_STEPS="300")
         cancelled = start_run(api, "neft-pipeline/on-demand", workspace=str(slow.root))
+        assert ended(api, broken)["type"] == "FAILED"
+        message = until(lambda: tasks(api, broken).get("corpus@en-fr"))["message"]
+        assert "data/x.jsonl: line 7: no target; add one\ncorpus en-fr works" in message
         live = slow.state("live/train/full/seed-1/train.csv")
         until(live.exists, 120)
         ask(api, f"/flow_runs/{cancelled}/set_state", {"state": {"type": "CANCELLING"}})
         assert ended(api, cancelled)["type"] == "CANCELLED"
         until(lambda: not [line for line in belonging(tmp_path) if "fabricated.py" in line])
 
-        # With a run at work, as when a machine is shut down by hand.
-        start_run(api, "neft-pipeline/on-demand", workspace=str(slow.root), force=True)
+        # With a run at work.
         live.unlink()
+        start_run(api, "neft-pipeline/on-demand", workspace=str(slow.root))
         until(live.exists, 120)
         neft(ws.root, env, "down")
         assert list(belonging(tmp_path)) == []
         with pytest.raises(OSError, match="refused"):
             urllib.request.urlopen(tracking, timeout=5)
-
-        # Killed, as by a power cut: what was written down is stale.
-        neft(ws.root, env, "up", *ports)
-        for line in list(belonging(tmp_path)):
-            os.kill(int(line.split()[0]), signal.SIGKILL)
-        until(lambda: not list(belonging(tmp_path)))
-        assert neft(ws.root, env, "up", *ports).stdout.count("(started") == 3
-        assert len(ask(api, "/deployments/filter", {})) == 3, "what was known is kept"
-        neft(ws.root, env, "down")
-        assert list(belonging(tmp_path)) == []
     finally:
         kill_left(tmp_path)
