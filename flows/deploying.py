@@ -95,7 +95,8 @@ def deploy(workspace: Workspace, file: Path, clients: Mapping[str, str]) -> str:
     except Exception as fault:  # of httpx and Prefect, a dozen unrelated types
         reason = " ".join(str(fault).split())[:200] or type(fault).__name__
         raise NeftError(
-            f"PREFECT_API_URL: {public(url)} does not answer ({reason}); start that server"
+            f"PREFECT_API_URL: {public(url)}: {reason}; start that server, or name its "
+            "user:password in PREFECT_API_AUTH_STRING"
         ) from None
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(

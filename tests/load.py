@@ -76,14 +76,13 @@ def load(stack: Stack, ws: Workspace, runs: int, patience: float) -> dict[str, A
     began = time.monotonic()
     first = schedule(stack, ws, list(range(1, runs + 1)))
     ids = list(first.values())
-    third = runs // 3
-    until(lambda: ended(stack, ids, third) and at_work(ws), patience)
+    until(lambda: ended(stack, ids, runs // 10) and at_work(ws), patience)
     stack.kill("worker")
     stack.kill("mlflow")
     time.sleep(2)
     stack.start("mlflow")
     stack.start("worker")
-    until(lambda: stack.healthy("mlflow"), 180)
+    stack.wait("mlflow")
     until(lambda: ended(stack, ids), patience)
     outcome = states(stack, ids)
     seconds = time.monotonic() - began

@@ -1,5 +1,6 @@
 """What tests of running servers share: processes, ports, and asking Prefect's API."""
 
+import base64
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -53,9 +55,15 @@ def neft(
 
 
 def ask(api: str, path: str, body: Any = None) -> Any:
-    """Prefect's API: GET, or POST where there is a body."""
+    """Prefect's or MLflow's API: GET, or POST where there is a body; `user:password@` logs in."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{api}{path}", data, {"Content-Type": "application/json"})
+    parts = urllib.parse.urlsplit(api)
+    login, _, host = parts.netloc.rpartition("@")
+    headers = {"Content-Type": "application/json"}
+    if login:
+        headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
+    url = urllib.parse.urlunsplit(parts._replace(netloc=host))
+    request = urllib.request.Request(f"{url}{path}", data, headers)
     with urllib.request.urlopen(request, timeout=30) as reply:
         return json.loads(reply.read() or b"null")
 

@@ -82,11 +82,14 @@ class Stack:
             name: f"planted-{secrets.token_hex(8)}"
             for name in ("POSTGRES_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY")
         }
+        self.secrets["PREFECT_AUTH"] = f"team:{secrets.token_hex(12)}"
         self.ports = {name: free_port() for name in ("postgres", "s3", "prefect", "mlflow")}
         self.services = compose({**self.secrets, **settings})
-        self.api = f"http://127.0.0.1:{self.ports['prefect']}/api"
+        login = self.secrets["PREFECT_AUTH"]
+        self.api = f"http://{login}@127.0.0.1:{self.ports['prefect']}/api"
         self.tracking = f"http://127.0.0.1:{self.ports['mlflow']}"
         self.worker_ports: dict[str, int] = {}
+        self.children: dict[str, subprocess.Popen[bytes]] = {}
 
     def here(self, text: str) -> str:
         """A container's addresses, ports and folders as they are on this machine."""
@@ -126,9 +129,8 @@ class Stack:
         """Start a service, and wait for nothing."""
         name = name or service
         place = self.folder / "workspace"
-        place.mkdir(exist_ok=True)
         with (self.folder / f"{name}.log").open("ab") as log:
-            subprocess.Popen(
+            self.children[name] = subprocess.Popen(
                 self.command(service), env=self.environment(service, name), cwd=place,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
@@ -176,6 +178,19 @@ class Stack:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
+        for started, child in self.children.items():
+            if started.startswith(name):
+                child.wait(30)
+
+    def wait(self, service: str) -> None:
+        """Until a service is healthy."""
+
+        def asked() -> bool:
+            log = self.folder / f"{service}.log"
+            assert self.children[service].poll() is None, log.read_text()[-2000:]
+            return self.healthy(service)
+
+        until(asked, 180)
 
 
 @contextlib.contextmanager
@@ -254,16 +269,17 @@ def running(folder: Path, workers: int = 1, **settings: str) -> Iterator[Stack]:
     try:
         with database(stack), store(stack.ports["s3"]):
             until(lambda: stack.healthy("postgres"))
-            (folder / "workspace").mkdir(exist_ok=True)
+            for volume in ("workspace", "state"):
+                (folder / volume).mkdir()
             stack.run("bucket")
             stack.run("bucket")  # a restart finds it there
             stack.start("prefect")
             stack.start("mlflow")
-            for service in ("prefect", "mlflow"):
-                until(lambda service=service: stack.healthy(service), 180)
+            stack.wait("prefect")
+            stack.wait("mlflow")
             for number in range(1, workers + 1):
                 stack.start("worker", "worker" if number == 1 else f"worker-{number}")
-            until(lambda: stack.healthy("worker"), 120)
+            stack.wait("worker")
             try:
                 yield stack
             finally:

@@ -12,7 +12,12 @@ from operating import PROJECT, ask, until
 from ruamel.yaml import YAML
 from stack import COMPOSE, Stack, compose, image_environment, postgresql, running
 
-FILLED = {"POSTGRES_PASSWORD": "a", "S3_ACCESS_KEY": "b", "S3_SECRET_KEY": "c"}
+FILLED = {
+    "POSTGRES_PASSWORD": "a",
+    "S3_ACCESS_KEY": "b",
+    "S3_SECRET_KEY": "c",
+    "PREFECT_AUTH": "d:e",
+}
 
 
 def dockerfile() -> list[tuple[str, str]]:
@@ -50,7 +55,7 @@ def test_secrets_have_no_default():
             compose({**FILLED, name: ""})
     example = (PROJECT / "docker/.env.example").read_text()
     assert dict(re.findall(r"^(\w+)=(.*)$", example, re.M)) | FILLED == {
-        **FILLED, "PREFECT_AUTH": "", "DEVICE": "cpu", "PREFECT_PORT": "4200",
+        **FILLED, "DEVICE": "cpu", "PREFECT_PORT": "4200",
         "MLFLOW_PORT": "5000", "S3_PORT": "9000",
     }  # fmt: skip
     used = set(re.findall(r"\$\{(\w+)", COMPOSE.read_text())) - {"NEFT_IMAGE"}
@@ -96,7 +101,7 @@ def stack(tmp_path_factory):
 @pytest.mark.integration
 def test_a_load_with_a_killed_worker_and_a_killed_mlflow(stack: Stack):
     ws = load.workspace(stack, FAKE_DELAY="1")
-    found = load.load(stack, ws, 3, 400)
+    found = load.load(stack, ws, 3, 200)
     assert found["messages"] in ([], ["no sign of life in 100 s: its process was killed"])
     assert set(found["first"]) <= {"COMPLETED", "CRASHED"}, found
     assert found["second"] == {"COMPLETED": 3}
