@@ -25,12 +25,11 @@ from neft_core.workspace import Workspace, init_dvc
 DEPLOYMENT = "neft-pipeline/on-demand"
 
 
-def workspace(stack: Stack, **fake: str) -> Workspace:
+def workspace(stack: Stack) -> Workspace:
     """The tiny workspace in the workers' volume, and the deployments for it."""
     root = stack.folder / "workspace/tiny"
     fabricated.make(root)
     init_dvc(root)
-    (root / "fake.json").write_text(json.dumps(fake))
     stack.run("worker", "sh", "-c", "cd tiny && python -m neft_core.cli deploy")
     return Workspace(root)
 
@@ -137,7 +136,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         with running(Path(scratch), options.workers) as stack:
             ws = workspace(stack)
-            ask(stack.api, "/work_pools/filter", {})
+            # As `prefect work-pool set-concurrency-limit neft 4`.
+            stack.run("worker", "prefect", "work-pool", "set-concurrency-limit", "neft", "4")
             found = load(stack, ws, options.runs, 3600)
         found["processes left over"] = len(stack.processes())
     json.dump(found, sys.stdout, indent=1)

@@ -118,7 +118,8 @@ class Stack:
             "DVC_SITE_CACHE_DIR": str(self.folder / "site"),
             "OMP_NUM_THREADS": "1",
             "PREFECT_WORKER_WEBSERVER_PORT": str(self.worker_ports.setdefault(name, free_port())),
-            MARK: f"{self.folder} {name}",
+            "FAKE_DELAY": "1",  # of `fabricated`: seconds for each step of a training
+            MARK: f"{self.folder} {name} ",
         }
 
     def command(self, service: str) -> list[str]:
@@ -167,7 +168,9 @@ class Stack:
                 alive = (place / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
                 told = (place / "environ").read_bytes().split(b"\0")
                 mark = f"{MARK}={self.folder} ".encode()
-                if alive and [v for v in told if v.startswith(mark + (name or "").encode())]:
+                if alive and [
+                    v for v in told if v.startswith(mark + (f"{name} " if name else "").encode())
+                ]:
                     found.append(int(place.name))
         return found
 
@@ -179,7 +182,7 @@ class Stack:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
         for started, child in self.children.items():
-            if started.startswith(name):
+            if name in ("", started):
                 child.wait(30)
 
     def wait(self, service: str) -> None:

@@ -100,7 +100,7 @@ def stack(tmp_path_factory):
 
 @pytest.mark.integration
 def test_a_load_with_a_killed_worker_and_a_killed_mlflow(stack: Stack):
-    ws = load.workspace(stack, FAKE_DELAY="1")
+    ws = load.workspace(stack)
     found = load.load(stack, ws, 3, 200)
     assert found["messages"] in ([], ["no sign of life in 100 s: its process was killed"])
     assert set(found["first"]) <= {"COMPLETED", "CRASHED"}, found
