@@ -51,7 +51,9 @@ def _automations() -> list[AutomationCore]:
                 threshold=1,
                 within=timedelta(seconds=seconds),
             ),
-            actions=[ChangeFlowRunState(state=StateType.CRASHED, message=why)],
+            actions=[
+                ChangeFlowRunState(name=None, state=StateType.CRASHED, message=why, force=False)
+            ],
         )
 
     silent = f"no sign of life in {SILENCE} s: its process was killed"

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import UUID
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import (
@@ -137,6 +138,7 @@ def _walk(workspace: Workspace, force: bool) -> Result:
     reasons: list[Exception] = []
     states: dict[str, State] = {}
     progress = create_progress_artifact(0.0, key="neft-progress", description="Stages dealt with")
+    assert isinstance(progress, UUID)
     for stage in graph.stages:
         before = {result.outcomes[name] for name in stage.upstream}
         if before & {"ran", "restored"}:

@@ -76,11 +76,13 @@ def load(stack: Stack, ws: Workspace, runs: int, patience: float) -> dict[str, A
     first = schedule(stack, ws, list(range(1, runs + 1)))
     ids = list(first.values())
     until(lambda: ended(stack, ids, runs // 10) and at_work(ws), patience)
-    stack.kill("worker")
+    busy = set(at_work(ws))
+    victim = next(name for name in stack.worker_ports if busy & set(stack.processes(name)))
+    stack.kill(victim)
     stack.kill("mlflow")
     time.sleep(2)
     stack.start("mlflow")
-    stack.start("worker")
+    stack.start("worker", victim)
     stack.wait("mlflow")
     until(lambda: ended(stack, ids), patience)
     outcome = states(stack, ids)
@@ -114,8 +116,8 @@ def names(graph: Graph) -> list[str]:
     return [stage.name for stage in graph.stages]
 
 
-def at_work(ws: Workspace) -> list[str]:
-    """Command lines of stages that run in the private workspaces."""
+def at_work(ws: Workspace) -> list[int]:
+    """Numbers of the processes that train in the private workspaces."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
@@ -124,7 +126,7 @@ def at_work(ws: Workspace) -> list[str]:
         except OSError:
             continue
         if inside and "fabricated.py train" in line:
-            found.append(line)
+            found.append(int(place.name))
     return found
 
 

@@ -54,8 +54,8 @@ def neft(
     return done
 
 
-def ask(api: str, path: str, body: Any = None) -> Any:
-    """Prefect's or MLflow's API: GET, or POST where there is a body; `user:password@` logs in."""
+def ask(api: str, path: str, body: Any = None, method: str | None = None) -> Any:
+    """Prefect's or MLflow's API: GET, or POST (or `method`) where there is a body; `user:password@` logs in."""
     data = None if body is None else json.dumps(body).encode()
     parts = urllib.parse.urlsplit(api)
     login, _, host = parts.netloc.rpartition("@")
@@ -63,7 +63,7 @@ def ask(api: str, path: str, body: Any = None) -> Any:
     if login:
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
     url = urllib.parse.urlunsplit(parts._replace(netloc=host))
-    request = urllib.request.Request(f"{url}{path}", data, headers)
+    request = urllib.request.Request(f"{url}{path}", data, headers, method=method)
     with urllib.request.urlopen(request, timeout=30) as reply:
         return json.loads(reply.read() or b"null")
 

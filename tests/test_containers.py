@@ -101,9 +101,15 @@ def stack(tmp_path_factory):
 @pytest.mark.integration
 def test_a_load_with_a_killed_worker_and_a_killed_mlflow(stack: Stack):
     ws = load.workspace(stack)
+    for found in ask(stack.api, "/automations/filter", {}):
+        if found["name"] == "neft-silent-runs":  # a test can't wait as long; heartbeats come in 30
+            found["trigger"]["within"] = 45
+            kept = ("name", "description", "enabled", "tags", "trigger", "actions")
+            body = {key: found[key] for key in kept}
+            ask(stack.api, f"/automations/{found['id']}", body, "PUT")
     found = load.load(stack, ws, 3, 200)
-    assert found["messages"] in ([], ["no sign of life in 100 s: its process was killed"])
-    assert set(found["first"]) <= {"COMPLETED", "CRASHED"}, found
+    assert found["messages"] == ["no sign of life in 100 s: its process was killed"]
+    assert set(found["first"]) == {"COMPLETED", "CRASHED"} or found["first"] == {"CRASHED": 3}
     assert found["second"] == {"COMPLETED": 3}
     # Two seeds and an execution of each.
     assert found["mlflow runs"] == found["of these by key"] == 9, found
