@@ -55,7 +55,7 @@ def neft(
 
 
 def ask(api: str, path: str, body: Any = None, method: str | None = None) -> Any:
-    """Prefect's or MLflow's API: GET, or POST (or `method`) where there is a body; `user:password@` logs in."""
+    """Prefect's or MLflow's API: GET, or with a body POST or `method`; `user:password@` logs in."""
     data = None if body is None else json.dumps(body).encode()
     parts = urllib.parse.urlsplit(api)
     login, _, host = parts.netloc.rpartition("@")
