@@ -1,6 +1,7 @@
 """Results by DVC's remotes: pushed from one clone, pulled into another, up to date there."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,28 +27,35 @@ def call(folder: Path, env: dict[str, str], *line: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A git repository whose stages are all made, and its environment."""
+    folder = tmp_path_factory.mktemp("made")
+    env = environment(folder, **KEYS, GIT_CONFIG_GLOBAL=os.devnull)
+    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    env |= {f"GIT_{a}_{b}": "x" for a in ("AUTHOR", "COMMITTER") for b in ("NAME", "EMAIL")}
+    fabricated.make(folder / "ws")
+    (folder / "ws/.gitignore").write_text(IGNORED)
+    call(folder / "ws", env, "git", "init", "-q")
+    init_dvc(folder / "ws")
+    call(folder / "ws", env, sys.executable, "-m", "dvc", "repro", "-q")
+    return folder / "ws", env
+
+
 @pytest.mark.parametrize("kind", ["directory", "s3"])
-def test_what_one_clone_pushes_another_finds_up_to_date(kind, tmp_path):
+def test_what_one_clone_pushes_another_finds_up_to_date(kind, made, tmp_path):
     if kind == "s3":
         pytest.importorskip("dvc_s3")
         pytest.importorskip("moto")
-    env = environment(tmp_path, **KEYS, GIT_CONFIG_GLOBAL=os.devnull)
-    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    env |= {
-        f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
-    }
+    template, env = made
     first, second = tmp_path / "first", tmp_path / "second"
-    fabricated.make(first)
-    (first / ".gitignore").write_text(IGNORED)
-    call(first, env, "git", "init", "-q")
-    init_dvc(first)
+    shutil.copytree(template, first)
     dvc = (sys.executable, "-m", "dvc")
 
     def share(url: str, *more: tuple[str, str]) -> None:
         call(first, env, *dvc, "remote", "add", "-d", "team", url)
         for key, value in more:
             call(first, env, *dvc, "remote", "modify", "team", key, value)
-        call(first, env, *dvc, "repro", "-q")
         call(first, env, "git", "add", ".")
         call(first, env, "git", "commit", "-q", "-m", "x")
         call(first, env, *dvc, "push", "-q", "--run-cache")
