@@ -24,9 +24,11 @@ from neft_core.workspace import Workspace
 GPU = "gpu"
 """The limit that stages on an accelerator take; of one, so that they run one after the other."""
 
+FLOWS = ("neft-pipeline", "neft-promotion")
+"""Names of our flows."""
 
 SILENCE = 100
-"""Seconds without a heartbeat (our workers send one every 30) after which a run has crashed."""
+"""Seconds without a heartbeat (our flows send one every 30) after which a run has crashed."""
 
 START = 600
 """Seconds that a worker may take from taking a run to its first step."""
@@ -46,6 +48,10 @@ def _automations() -> list[AutomationCore]:
                 after={after},
                 expect=expect | _ENDED,
                 match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+                # Of our flows alone: others may send fewer signs of life.
+                match_related=ResourceSpecification(
+                    {"prefect.resource.role": ["flow"], "prefect.resource.name": list(FLOWS)}
+                ),
                 for_each={"prefect.resource.id"},
                 posture=Posture.Proactive,
                 threshold=1,

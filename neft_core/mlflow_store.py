@@ -1,6 +1,6 @@
 """The MLflow experiment of a workspace: opened, and asked and written in few calls.
 
-The only module that imports MLflow; `delivery` says what is written.
+Beside the registry of models the only module that imports MLflow; `delivery` says what is written.
 """
 
 import contextlib
