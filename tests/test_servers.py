@@ -1,5 +1,7 @@
 """Servers that stay, on this machine: started, used by deployments, stopped."""
 
+import importlib
+import inspect
 import json
 import os
 import signal
@@ -11,6 +13,7 @@ from pathlib import Path
 import fabricated
 import pytest
 from operating import (
+    PROJECT,
     ask,
     belonging,
     ended,
@@ -22,6 +25,7 @@ from operating import (
     tasks,
     until,
 )  # fmt: skip
+from ruamel.yaml import YAML
 
 from neft_core import servers
 from neft_core.errors import NeftError
@@ -106,6 +110,23 @@ def test_down_stops_what_bears_the_mark_and_nobody_else(state, capsys):
         for process in (ours, other):
             process.kill()
             process.wait()
+
+
+def test_deployments_name_flows_and_their_parameters():
+    """Also with the limit, the pool and the flows' names that the code speaks of."""
+    from flows import deploying
+
+    told = YAML(typ="safe").load((PROJECT / "prefect.yaml").read_text())["deployments"]
+    assert [entry["name"] for entry in told] == ["nightly", "on-demand", "promote"]
+    for entry in told:
+        module, _, name = entry["entrypoint"].rpartition(".")
+        flow = getattr(importlib.import_module(module), name)
+        assert flow.name in deploying.FLOWS
+        assert set(entry["parameters"]) <= set(inspect.signature(flow.fn).parameters)
+        assert entry["work_pool"] == {"name": servers.POOL}
+    assert told[0]["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+    heartbeat = int(os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+    assert heartbeat * 3 < deploying.SILENCE
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pids": {}}'])
