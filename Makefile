@@ -62,4 +62,5 @@ bench: install
 	$(BIN)/python -m benchmarks.utilisation --out work/bench/utilisation
 
 clean:
+	if [ -x $(BIN)/neft ]; then $(BIN)/neft down; fi
 	rm -rf work reports .neft mlflow.db mlruns dvc_plots
