@@ -1,6 +1,7 @@
 # make demo: set up and run the default job; make test: set up and pass the tests;
 # make install: set up alone; make lint: style and types; make check: lint and test;
-# make bench: the cost of a training step, every method side by side, and of scoring and analyses
+# make up: Prefect, MLflow and a worker, left running; make deploy: their deployments; make down: stop
+# exactly these; make bench: the cost of a training step, every method side by side, and of scoring and analyses
 # beside reading (on an idle machine).
 # The first of these names that is Python 3.11 or newer; PYTHON=... chooses another.
 PYTHON ?= $(shell for name in python3.11 python3; do \
@@ -12,7 +13,7 @@ STAMP := $(VENV)/installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
 export DO_NOT_TRACK := true
 
-.PHONY: install demo test check lint bench clean
+.PHONY: install demo test check lint bench up down deploy clean
 
 install: $(STAMP)
 
@@ -27,6 +28,20 @@ $(STAMP): pyproject.toml
 
 demo: install
 	$(BIN)/neft run
+
+# Prefect, MLflow and a worker on this machine, which stay: docs/operations.md.
+HOST ?= 127.0.0.1
+PREFECT_PORT ?= 4200
+MLFLOW_PORT ?= 5000
+
+up: install
+	$(BIN)/neft up --host $(HOST) --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+
+down:
+	$(BIN)/neft down
+
+deploy: install
+	$(BIN)/neft deploy
 
 lint: install
 	$(BIN)/ruff check .
@@ -47,4 +62,5 @@ bench: install
 	$(BIN)/python -m benchmarks.utilisation --out work/bench/utilisation
 
 clean:
+	if [ -x $(BIN)/neft ]; then $(BIN)/neft down; fi
 	rm -rf work reports .neft mlflow.db mlruns dvc_plots

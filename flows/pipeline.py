@@ -8,12 +8,19 @@ import functools
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import UUID
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.concurrency.sync import concurrency
@@ -26,7 +33,8 @@ from neft_core import tracking
 from neft_core.config import HubModel, HubSource, Params
 from neft_core.errors import NeftError
 from neft_core.graph import Changes, Graph, Stage
-from neft_core.pages import pages
+from neft_core.overrides import variant
+from neft_core.pages import pages, report_page
 from neft_core.remaining import Remaining
 from neft_core.repro import StageFailed, reproduce
 from neft_core.study_files import note_failures
@@ -43,6 +51,18 @@ ON_DEVICE = {
 
 SHOWING = ("summary", "report")
 """Stages that show what there is; in a study also where something failed."""
+
+
+LAST_LINES = 15
+"""How many of a failed stage's lines its task's state tells."""
+
+
+class Ended(StageFailed):
+    """A stage's failure with its last lines, as a task's state tells it."""
+
+    def __init__(self, fault: NeftError | StageFailed, lines: Iterable[str]) -> None:
+        super().__init__("\n".join([str(fault), *lines]))
+        self.fault = fault
 
 
 @dataclass
@@ -70,11 +90,22 @@ def _run_name() -> str:
     description="Base model and corpus to a comparison of methods.",
     flow_run_name=_run_name,
 )
-def pipeline(workspace: str = ".", force: bool = False, study: bool = False) -> Result:
+def pipeline(
+    workspace: str = ".",
+    runs: list[str] | None = None,
+    overrides: list[str] | None = None,
+    force: bool = False,
+    study: bool = False,
+) -> Result:
     """Make every stage that is not up to date.
+
+    With `runs` or `overrides` that happens in a private workspace below the given one, which shares
+    its DVC cache: its own files and dvc.lock stay as they are.
 
     Args:
         workspace: a directory with dvc.yaml and params.yaml.
+        runs: names of the runs to make, of those in params.yaml; none: all.
+        overrides: changes of params.yaml, each as `KEY=VALUE`, such as `runs.neft.lr=1e-3`.
         force: run each stage even if nothing changed.
         study: whether it is a study's own workspace: the time left is told, and what could not be
             made is written into its params.yaml, so that summary and report tell of the rest.
@@ -84,6 +115,9 @@ def pipeline(workspace: str = ".", force: bool = False, study: bool = False) -> 
         StageFailed: a stage failed otherwise.
     """
     found = find_workspace(Path(workspace))
+    if runs or overrides:
+        found = variant(found, runs or [], overrides or [])
+        get_run_logger().info("private workspace %s", found.root)
     with hold(found.state("lock"), str(found.root)):
         return _walk(found, force, study)
 
@@ -94,7 +128,7 @@ def run_pipeline(workspace: Workspace, force: bool = False, study: bool = False)
     with hold(workspace.state("lock"), str(workspace.root)):
         pass
     with server.api() as lasting, console(lasting):
-        return pipeline(str(workspace.root), force, study)
+        return pipeline(str(workspace.root), force=force, study=study)
 
 
 def _walk(workspace: Workspace, force: bool, study: bool) -> Result:
@@ -113,6 +147,8 @@ def _walk(workspace: Workspace, force: bool, study: bool) -> Result:
     causes: dict[str, str] = {}
     states: dict[str, State] = {}
     clock = Remaining(workspace.host.state("seconds.json")) if study else None
+    progress = create_progress_artifact(0.0, key="neft-progress", description="Stages dealt with")
+    assert isinstance(progress, UUID)
     for place, stage in enumerate(graph.stages):
         if study and causes and stage.family == "summary" and _any_result(result.outcomes):
             note_failures(workspace, causes)
@@ -137,17 +173,18 @@ def _walk(workspace: Workspace, force: bool, study: bool) -> Result:
         started = time.monotonic()
         try:
             state = _task(stage, params, work)(wait_for=done)
-        except (NeftError, StageFailed) as fault:
-            reasons.append(fault)
-            causes[stage.name] = str(fault).partition("\n")[0]
+        except Ended as ended:
+            reasons.append(ended.fault)
+            causes[stage.name] = str(ended.fault).partition("\n")[0]
             result.outcomes[stage.name] = "failed"
-            log.error("%s failed: %s", stage.name, fault)
+            log.error("%s failed: %s", stage.name, ended.fault)
         else:
             result.outcomes[stage.name] = state.name.lower() if state.name else "ran"
             if state.is_completed():
                 states[stage.name] = state
             if clock and result.outcomes[stage.name] in ("ran", "restored"):
                 clock.took(stage.family, time.monotonic() - started)
+        update_progress_artifact(progress, 100 * len(result.outcomes) / len(graph.stages))
     skipped = [name for name, outcome in result.outcomes.items() if outcome == "skipped"]
     if skipped:
         log.warning("skipped, as they need what failed: %s", ", ".join(skipped))
@@ -162,6 +199,11 @@ def _walk(workspace: Workspace, force: bool, study: bool) -> Result:
         key="neft-mlflow",
         description="Served by MLflow's server, or by 'neft ui' in the workspace",
     )
+    report = report_page(workspace)
+    if report:
+        create_link_artifact(
+            report, link_text="report", key="neft-report", description="Tables and figures"
+        )
     result.seconds = time.monotonic() - began
     server.settle(str(flow_run.id), len(result.outcomes))
     if reasons:
@@ -246,7 +288,10 @@ def _make(
             own = re.escape(" ".join(filter(None, (stage.family, stage.item))))
             return "  " + re.sub(rf"^{own}[,:] *", "", line)
 
+        last: deque[str] = deque(maxlen=LAST_LINES)
+
         def told(line: str) -> None:
+            last.append(line)
             log.info("%s", said(line))
 
         why = "; ".join([*changes.inputs, *changes.outputs][:3]) or "forced"
@@ -256,7 +301,10 @@ def _make(
                 stack.enter_context(concurrency("gpu", occupy=1, strict=False))
             if stage.family == "train" and stage.item:
                 stack.enter_context(tracker.follow(graph, stage.item))
-            outcome = reproduce(graph, stage.name, told, on_state=on_state(said), force=force)
+            try:
+                outcome = reproduce(graph, stage.name, told, on_state=on_state(said), force=force)
+            except (NeftError, StageFailed) as fault:
+                raise Ended(fault, last) from None
         if stage.family in ("train", "evaluate"):
             tracker.sync(graph)
         if outcome == "unchanged":

@@ -1,4 +1,4 @@
-"""The command line: `neft run | study | plan | stage | init | track | ui | analyse | ...`."""
+"""The command line: `neft run | study | plan | stage | init | track | ui | up | promote ...`."""
 
 import argparse
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from neft_core import __version__, commands, questions, study_command
+from neft_core import __version__, commands, operations, questions, study_command
 from neft_core.errors import NeftError, say
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -167,6 +167,8 @@ def _parser() -> argparse.ArgumentParser:
             help=f"of {name}'s page (default: {port})",
         )
     ui.set_defaults(command=commands.ui)
+
+    operations.add(command)
 
     questions.add(command("analyse", "ask masks, scores and trained runs"))
 

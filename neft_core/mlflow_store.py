@@ -1,10 +1,9 @@
 """The MLflow experiment of a workspace: opened, and asked and written in few calls.
 
-The only module that imports MLflow; `delivery` says what is written.
+Beside the registry of models the only module that imports MLflow; `delivery` says what is written.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ import neft_core
 from neft_core import records
 from neft_core.errors import NeftError
 from neft_core.files import replacing
-from neft_core.workspace import Workspace
+from neft_core.workspace import Workspace, exclusive
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -173,6 +172,7 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -191,7 +191,8 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
     artifacts = None if is_server(uri) else (home / "mlruns").as_uri()
     experiment_name = workspace.params().tracking.experiment
     try:
-        with _one_at_a_time(workspace):
+        # Several clients that make the same new database would all fail.
+        with exclusive(workspace.host.state("mlflow.lock")):
             if own:
                 _set_aside(own)
                 _make_whole(own)
@@ -220,16 +221,6 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
             reason = "does not answer"
         reason = reason.replace(uri, public(uri))
         raise NeftError(f"MLflow at {public(uri)}: {reason}; check MLFLOW_TRACKING_URI") from fault
-
-
-@contextlib.contextmanager
-def _one_at_a_time(workspace: Workspace) -> Iterator[None]:
-    """Several clients that make the same new database would all fail."""
-    path = workspace.host.state("mlflow.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _set_aside(database: Path) -> None:

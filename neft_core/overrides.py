@@ -1,4 +1,4 @@
-"""`--params` and `--set`: which params a run uses.
+"""`--params` and `--set`, and a deployment's overrides: which params a run uses.
 
 `--set` changes the workspace's params.yaml (comments stay), as `dvc exp run -S` does: the file is
 what DVC hashes, so whatever ran is what it says. `--params FILE` with a file that is no
@@ -21,7 +21,14 @@ from neft_core import loading
 from neft_core.config import NO_FILE, Params, parse_params, read_yaml
 from neft_core.errors import NeftError
 from neft_core.files import replacing
-from neft_core.workspace import Workspace, find_workspace, hold, init_workspace
+from neft_core.workspace import (
+    Workspace,
+    cache_of,
+    exclusive,
+    find_workspace,
+    hold,
+    init_workspace,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,40 @@ def apply(file: Path | None, settings: Sequence[str]) -> Workspace:
     return ws
 
 
+def variant(host: Workspace, runs: Sequence[str], settings: Sequence[str]) -> Workspace:
+    """A workspace of its own for a choice of runs and for settings; the host's files stay.
+
+    It lies below the host, shares its DVC cache, and is named by what its params say: the same
+    choice finds its results again, and another one never touches them.
+
+    Args:
+        host: the workspace whose params.yaml is changed.
+        runs: names of the runs to keep; none: all.
+        settings: changes, each as `KEY=VALUE`.
+
+    Raises:
+        NeftError: a run is unknown, or the outcome isn't valid.
+    """
+    text, _ = _changed(host.params_file, settings)
+    document = _round_trip().load(text)
+    known = document["runs"]
+    for name in runs:
+        if name not in known:
+            raise NeftError(f"runs: no run '{name}' in params.yaml; there are {', '.join(known)}")
+    for name in [name for name in known if runs and name not in runs]:
+        del known[name]
+        for other, entry in list((document.get("transfers") or {}).items()):
+            if entry.get("run") == name:
+                del document["transfers"][other]
+    absolute(document, host.root)
+    text = _dumped(document)
+    _, data = checked(text, "overrides")
+    mark = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+    folder = host.state("workspaces", f"params-{mark}")
+    with exclusive(host.state("workspaces.lock")):
+        return init_workspace(folder, text, cache=cache_of(host), pipeline=host.root / "dvc.yaml")
+
+
 def _owner(file: Path | None) -> Workspace | None:
     """The workspace whose own params.yaml is meant; None for any other file."""
     if file is None:
@@ -105,7 +146,7 @@ def private(name: str, file: Path, params: str) -> Workspace:
     host = find_workspace()
     folder = place(host, name, file)
     with hold(Workspace(folder).state("lock"), str(folder)):  # nobody is running it
-        ws = init_workspace(folder, "", cache=host.root / ".dvc" / "cache")
+        ws = init_workspace(folder, "", cache=cache_of(host))
         with replacing(ws.state("params-file")) as temporary:
             temporary.write_text(str(file.resolve()), encoding="utf-8")
         with replacing(ws.params_file) as temporary:

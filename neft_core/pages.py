@@ -1,6 +1,7 @@
 """The pages of MLflow and Prefect: their addresses, the commands that open them, `neft ui`."""
 
 import contextlib
+import errno
 import os
 import shlex
 import socket
@@ -14,8 +15,8 @@ from pathlib import Path
 from neft_core import processes
 from neft_core.errors import NeftError
 from neft_core.mlflow_store import VIEW, is_server, public, tracking_uri
-from neft_core.tracking import experiment
-from neft_core.workspace import Workspace
+from neft_core.tracking import execution_run, experiment
+from neft_core.workspace import REPORTS, Workspace
 
 HOST, MLFLOW_PORT, PREFECT_PORT = "127.0.0.1", 5000, 4200
 
@@ -91,6 +92,15 @@ def _runs(workspace: Workspace, root: str) -> str:
     return f"{root}/#/experiments/{found}/runs?{view}"
 
 
+def report_page(workspace: Workspace) -> str | None:
+    """Address of the report as an artifact on MLflow's server; None where it isn't there."""
+    uri, run = tracking_uri(workspace), execution_run(workspace)
+    if run is None or not is_server(uri) or not (workspace.root / REPORTS).is_dir():
+        return None
+    place = f"experiments/{experiment(workspace)}/runs/{run}/artifacts/{REPORTS}/report.html"
+    return f"{public(uri).rstrip('/')}/#/{place}"
+
+
 def serve(found: list[Page]) -> None:
     """Serve the pages until Ctrl-C; those of the user's own servers are only named.
 
@@ -101,18 +111,7 @@ def serve(found: list[Page]) -> None:
     if len({page.port for page in own}) < len(own):
         raise NeftError(f"port {own[0].port}: asked for twice; each page needs one of its own")
     for page in own:
-        with socket.socket() as probe:
-            # As the servers do: a port that was closed a moment ago is free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, page.port))
-            except OSError:
-                raise NeftError(
-                    f"port {page.port}: in use by another program; stop that one, "
-                    f"or give --{page.name.lower()}-port another number"
-                ) from None
-            except OverflowError:
-                raise NeftError(f"port {page.port}: there is none; 1 to 65535") from None
+        check_port(HOST, page.port, f"give --{page.name.lower()}-port another number")
     with contextlib.ExitStack() as stack:
         running = [stack.enter_context(_started(page)) for page in own]
         for page in found:
@@ -146,6 +145,29 @@ def _started(page: Page) -> Iterator[Callable[[], None]]:
                     raise NeftError(f"{page.name}'s server: no answer; run {page.line()}")
                 time.sleep(0.1)
             yield check
+
+
+def check_port(host: str, port: int, remedy: str) -> None:
+    """Refuse a port that can't be listened on.
+
+    Raises:
+        NeftError: it is in use, there is no such port, or no such address on this machine.
+    """
+    with socket.socket() as probe:
+        # As the servers do: a port that was closed a moment ago is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OverflowError:
+            raise NeftError(f"port {port}: there is none; 1 to 65535") from None
+        except OSError as fault:
+            if isinstance(fault, socket.gaierror) or fault.errno == errno.EADDRNOTAVAIL:
+                raise NeftError(f"host {host}: no address of this machine; 127.0.0.1 is") from None
+            if fault.errno == errno.EACCES:
+                raise NeftError(f"port {port}: not allowed here; choose above 1023") from None
+            raise NeftError(
+                f"port {port}: in use by another program; stop that one, or {remedy}"
+            ) from None
 
 
 def _answers(port: int) -> bool:

@@ -77,6 +77,11 @@ def run_ids(workspace: Workspace) -> dict[str, dict[int, str]]:
     return {run: ids for run, ids in found.items() if ids}
 
 
+def execution_run(workspace: Workspace) -> str | None:
+    """Id of the MLflow run of the execution that was delivered last."""
+    return _read_state(workspace).get("execution") if experiment(workspace) else None
+
+
 class Tracker:
     """Tracking beside a running pipeline: a store that is away costs a line, not the training."""
 
@@ -84,6 +89,7 @@ class Tracker:
         self.workspace = workspace
         self._log = log
         self._away = False
+        self._told = False
         self._changed = 0
 
     def sync(self, graph: Graph) -> None:
@@ -98,7 +104,8 @@ class Tracker:
         self._changed += done.created + done.updated
 
     def close(self, graph: Graph) -> None:
-        """Deliver what is left, and say so."""
+        """Deliver what is left, also to a store that was away for a while, and say so."""
+        self._away = False
         self.sync(graph)
         if self._changed and not self._away:
             self._log.info("MLflow: brought up to date")
@@ -145,6 +152,9 @@ class Tracker:
 
     def _give_up(self, fault: NeftError) -> None:
         self._away = True
+        if self._told:
+            return
+        self._told = True
         self._log.warning("%s; the work goes on, 'neft track' delivers later", fault)
 
 
@@ -282,7 +292,9 @@ def _write_state(workspace: Workspace, store: Store, wanted: Wanted) -> None:
     path = workspace.state("tracked.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
+    execution = store.find(wanted.execution)
     state = {
+        "execution": execution.info.run_id if execution else None,
         "uri": public(tracking_uri(workspace)),
         "experiment": store.experiment,
         "experiment name": workspace.params().tracking.experiment,

@@ -99,7 +99,27 @@ def hold(lock: Path, what: str) -> Iterator[None]:
         yield
 
 
-def init_workspace(folder: Path, params: str, *, cache: Path | None = None) -> Workspace:
+@contextlib.contextmanager
+def exclusive(lock: Path) -> Iterator[None]:
+    """Wait for a lock file, and hold it while the block runs."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def cache_of(workspace: Workspace) -> Path:
+    """The directory of a workspace's DVC cache, which may be shared with others."""
+    from dvc.config import Config
+
+    own = workspace.root / ".dvc"
+    told = Config(str(own))["cache"].get("dir")
+    return Path(told) if told else own / "cache"
+
+
+def init_workspace(
+    folder: Path, params: str, *, cache: Path | None = None, pipeline: Path = PIPELINE
+) -> Workspace:
     """Make a directory a workspace, as a DVC repository of its own.
 
     What is there already is kept: dvc.yaml is written anew, params.yaml only where there is none.
@@ -108,6 +128,7 @@ def init_workspace(folder: Path, params: str, *, cache: Path | None = None) -> W
         folder: the directory; made where missing.
         params: text of its params.yaml.
         cache: a DVC cache directory to share.
+        pipeline: what its dvc.yaml is a copy of.
 
     Raises:
         NeftError: the directory can't be written, or dvc fails.
@@ -115,7 +136,7 @@ def init_workspace(folder: Path, params: str, *, cache: Path | None = None) -> W
     try:
         (folder / "data").mkdir(parents=True, exist_ok=True)
         (folder / NO_FILE).touch()
-        shutil.copyfile(PIPELINE, folder / "dvc.yaml")
+        shutil.copyfile(pipeline, folder / "dvc.yaml")
         if not (folder / Params.FILE).exists():
             (folder / Params.FILE).write_text(params, encoding="utf-8")
         ignore = folder / ".gitignore"

@@ -1,6 +1,7 @@
 """Workspaces whose stages write a run's files in the pipeline's form, without computing anything.
 
-`python fabricated.py NAME [ITEM]` is such a stage; environment variables make it slow or fail.
+`python fabricated.py NAME [ITEM]` is such a stage; variables, or the same names in a file
+`fake.json` of the workspace, make it slow or fail.
 """
 
 import json
@@ -37,9 +38,10 @@ def make(root: Path) -> None:
     (root / "data").mkdir(parents=True)
     (root / "data/none").touch()
     (root / "params.yaml").write_text(PARAMS)
-    shutil.copy(__file__, root / "fabricated.py")
     text = (PROJECT / "neft_core/pipeline.yaml").read_text()
-    (root / "dvc.yaml").write_text(re.sub(r"neft stage", f"{sys.executable} fabricated.py", text))
+    (root / "dvc.yaml").write_text(
+        re.sub(r"neft stage", f"{sys.executable} {Path(__file__).resolve()}", text)
+    )
 
 
 def _put(path: Path, text: str) -> None:
@@ -58,9 +60,15 @@ def _tensors(path: Path, lengths: dict[str, int]) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
 
 
+def _told(name: str, otherwise: str) -> str:
+    file = Path("fake.json")
+    own = json.loads(file.read_text()) if file.exists() else {}
+    return str(own.get(name, os.environ.get(name, otherwise)))
+
+
 def train(work: Path, run: str) -> None:
     """Two seeds with a row each step, live ones as they come."""
-    steps, delay = int(os.environ.get("FAKE_STEPS", "4")), float(os.environ.get("FAKE_DELAY", "0"))
+    steps, delay = int(_told("FAKE_STEPS", "4")), float(_told("FAKE_DELAY", "0"))
     cost = {}
     for seed in (1, 2) if run == "neft" else (1,):
         live = Path(f".neft/live/train/{run}/seed-{seed}")
@@ -93,7 +101,7 @@ def stage(name: str, item: str) -> None:
     print(f"{name} {item} works", flush=True)
     with Path("ran.log").open("a") as log:
         log.write(f"{name} {item}\n")
-    if os.environ.get("FAKE_FAIL") == f"{name} {item}":
+    if _told("FAKE_FAIL", "") == f"{name} {item}":
         print("data/x.jsonl: line 7: no target; add one", file=sys.stderr)
         sys.exit(2)
     if name == "corpus":

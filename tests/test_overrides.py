@@ -7,7 +7,7 @@ from conftest import TINY_PARAMS
 
 from neft_core import overrides
 from neft_core.errors import NeftError
-from neft_core.workspace import Workspace, init_workspace
+from neft_core.workspace import Workspace, cache_of, init_workspace
 
 TEXT = f"# Ours.\n{TINY_PARAMS}# The end.\n".replace(
     "  full:\n", "\n  # The reference.\n  full:  # all of it\n"
@@ -165,3 +165,50 @@ def test_a_wrong_file_makes_no_workspace(ws, tmp_path):
     with pytest.raises(NeftError, match=r"wrong\.yaml: warmup\.steps: got 0; at least 1"):
         overrides.apply(file, [])
     assert not (ws.root / ".neft" / "workspaces" / "wrong").exists()
+
+
+def test_a_choice_has_a_workspace_of_its_own_that_shares_the_cache(ws):
+    (ws.root / "dvc.yaml").write_text((ws.root / "dvc.yaml").read_text() + "# ours\n")
+    before = {path: path.read_bytes() for path in (ws.params_file, ws.root / "dvc.yaml")}
+    one = overrides.variant(ws, ["neft"], ["runs.neft.lr=2e-3"])
+    other = overrides.variant(ws, ["neft"], ["runs.neft.lr=3e-3"])
+    assert overrides.variant(ws, ["neft"], ["runs.neft.lr=2e-3"]) == one != other
+    assert {path: path.read_bytes() for path in before} == before
+    for found, lr in ((one, 2e-3), (other, 3e-3)):
+        assert found.root.parent == ws.root / ".neft" / "workspaces"
+        params = found.params()
+        assert list(params.runs) == ["neft"]
+        assert params.runs["neft"].lr == lr
+        assert params.tasks["en-fr"].source.path == str(ws.root / "data/pairs")
+        assert cache_of(found) == cache_of(ws) == ws.root / ".dvc" / "cache"
+        assert (found.root / "dvc.yaml").read_bytes() == before[ws.root / "dvc.yaml"]
+    nested = overrides.variant(one, [], ["runs.neft.lr=4e-3"])
+    assert cache_of(nested) == cache_of(ws)
+
+
+def test_transfers_of_runs_that_are_left_out_go_too(ws):
+    rows = "{kind: local, path: data/x, splits: {train: t.jsonl}, dev: 2, test: 2}"
+    form = "task: translation, source_language: English, target_language: German, max_tokens: 9"
+    setting = f"tasks.de={{source: {rows}, format: {{{form}}}}}"
+    moves = "transfers={a: {run: full, task: de}, b: {run: neft, task: de}}"
+    found = overrides.variant(ws, ["neft"], [setting, moves])
+    assert list(found.params().transfers) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("runs", "settings", "line"),
+    [
+        (["../x"], [], "runs: no run '../x' in params.yaml; there are full, lora, neft"),
+        (["x"], [], "runs: no run 'x' in params.yaml; there are full, lora, neft"),
+        ([], ["runs.neft.rate=1"], "overrides: runs.neft.rate: unknown key; known here"),
+        ([], ["runs./../x={task: en-fr, method: {name: full}}"], "--set runs./../x="),
+        ([], ["nothing"], "--set nothing: got no value; write --set key.path=value"),
+    ],
+)
+def test_a_choice_that_can_not_be_makes_nothing(ws, runs, settings, line):
+    folder = ws.state("workspaces")
+    before = sorted(folder.iterdir()) if folder.exists() else []
+    with pytest.raises(NeftError) as fault:
+        overrides.variant(ws, runs, settings)
+    assert str(fault.value).startswith(line)
+    assert (sorted(folder.iterdir()) if folder.exists() else []) == before

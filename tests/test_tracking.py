@@ -334,8 +334,14 @@ def test_a_server_that_is_away_costs_one_line(
     assert "secret" not in caplog.text
     with pytest.raises(NeftError, match="check MLFLOW_TRACKING_URI"):
         sync(ws, graph)
+    tracker.close(graph)
+    assert [r.getMessage() for r in caplog.records if r.name == "test"] == ours
+    # Back at the end of the execution: it gets what it missed.
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert sync(ws, graph).created == 4
+    caplog.set_level(logging.INFO)
+    tracker.close(graph)
+    assert caplog.records[-1].getMessage() == "MLflow: brought up to date"
+    assert len(runs(ws)) == 4
 
 
 def test_what_is_told_beside_a_training_is_told_in_the_callers_context(

@@ -1,0 +1,2 @@
+-- Prefect and MLflow each keep their own table of migrations: one database for each.
+CREATE DATABASE mlflow;

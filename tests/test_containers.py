@@ -1,0 +1,162 @@
+"""docker/: what can be said of it without Docker, and its services' commands run for real."""
+
+import re
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import load
+import pytest
+from operating import PROJECT, ask, until
+from ruamel.yaml import YAML
+from stack import COMPOSE, Stack, compose, image_environment, postgresql, running
+
+FILLED = {
+    "POSTGRES_PASSWORD": "a",
+    "S3_ACCESS_KEY": "b",
+    "S3_SECRET_KEY": "c",
+    "PREFECT_AUTH": "d:e",
+}
+
+
+def dockerfile() -> list[tuple[str, str]]:
+    text = re.sub(r"^\s*#.*\n", "", (PROJECT / "docker/Dockerfile").read_text(), flags=re.M)
+    lines = text.replace("\\\n", " ").splitlines()
+    return [tuple(line.strip().split(None, 1)) for line in lines if line.strip()]
+
+
+def test_images_are_pinned_and_nothing_runs_as_root():
+    steps = dockerfile()
+    assert [rest.split()[0] for step, rest in steps if step == "FROM"] == ["python:${PYTHON}"] * 2
+    assert dict(steps)["USER"] == "neft"
+    assert dict(steps)["HEALTHCHECK"].endswith('timeout=5)"]')
+    (python,) = [rest for step, rest in steps if step == "ARG" and rest.startswith("PYTHON")]
+    assert re.fullmatch(r"PYTHON=3\.11\.\d+-slim-bookworm", python)
+    torch = re.search(r'"(torch==[^"]+)"', (PROJECT / "pyproject.toml").read_text())[1]
+    assert dict.fromkeys(re.findall(r"torch==[\d.]+", str(steps))) == {torch: None}
+    for name, service in compose(FILLED).items():
+        image, _, tag = service["image"].partition(":")
+        assert tag or image == "neft", name
+
+
+def test_what_the_dockerfile_copies_is_let_through():
+    ignored = (PROJECT / ".dockerignore").read_text().split()
+    copied = [part for step, rest in dockerfile() if step == "COPY" for part in rest.split()[:-1]]
+    for path in copied:
+        if not path.startswith(("--from", "/")):
+            assert (PROJECT / path).exists()
+            assert f"!{path}" in ignored
+
+
+def test_secrets_have_no_default():
+    for name in FILLED:
+        with pytest.raises(ValueError, match=f"{name}: set it in docker/.env"):
+            compose({**FILLED, name: ""})
+    example = (PROJECT / "docker/.env.example").read_text()
+    assert dict(re.findall(r"^(\w+)=(.*)$", example, re.M)) | FILLED == {
+        **FILLED, "DEVICE": "cpu", "PREFECT_PORT": "4200",
+        "MLFLOW_PORT": "5000", "S3_PORT": "9000",
+    }  # fmt: skip
+    used = set(re.findall(r"\$\{(\w+)", COMPOSE.read_text())) - {"NEFT_IMAGE"}
+    assert used == set(re.findall(r"^(\w+)=", example, re.M))
+
+
+def test_what_services_need_is_there_and_ports_are_on_loopback():
+    found = YAML(typ="safe").load(COMPOSE.read_text())
+    services = found["services"]
+    named = [v.split(":")[0] for s in services.values() for v in s.get("volumes", [])]
+    assert {name for name in named if not name.startswith(".")} == set(found["volumes"])
+    for service in services.values():
+        assert set(service.get("depends_on", {})) <= set(services)
+        for needed, how in service.get("depends_on", {}).items():
+            if how["condition"] == "service_healthy":
+                assert services[needed].get("healthcheck", {}).get("test"), needed
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    assert "MLFLOW_BACKEND_STORE_URI" not in services["worker"]["environment"]
+
+
+def test_a_real_parser_takes_the_compose_file(tmp_path):
+    """Debian's docker-compose, where it is installed."""
+    import shutil
+
+    if not shutil.which("docker-compose"):
+        pytest.skip("no docker-compose")
+    (tmp_path / ".env").write_text("\n".join(f"{k}={v}" for k, v in FILLED.items()))
+    line = ["docker-compose", "--env-file", str(tmp_path / ".env"), "-f", str(COMPOSE), "config"]
+    done = subprocess.run([*line, "-q"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    if postgresql() is None:
+        pytest.skip("no PostgreSQL (Debian: apt-get install postgresql)")
+    pytest.importorskip("moto")
+    with running(tmp_path_factory.mktemp("stack"), workers=2) as found:
+        yield found
+    assert found.processes() == []
+
+
+@pytest.mark.integration
+def test_a_load_with_a_killed_worker_and_a_killed_mlflow(stack: Stack):
+    ws = load.workspace(stack)
+    for found in ask(stack.api, "/automations/filter", {}):
+        if found["name"] == "neft-silent-runs":  # a test can't wait as long; heartbeats come in 30
+            found["trigger"]["within"] = 45
+            kept = ("name", "description", "enabled", "tags", "trigger", "actions")
+            body = {key: found[key] for key in kept}
+            ask(stack.api, f"/automations/{found['id']}", body, "PUT")
+    found = load.load(stack, ws, 3, 200)
+    assert found["messages"] == ["no sign of life in 100 s: its process was killed"]
+    assert set(found["first"]) == {"COMPLETED", "CRASHED"} or found["first"] == {"CRASHED": 3}
+    assert found["second"] == {"COMPLETED": 3}
+    # Two seeds and an execution of each.
+    assert found["mlflow runs"] == found["of these by key"] == 9, found
+    assert found["mlflow status"] == {"FINISHED": 9}
+    assert (found["workspaces"], found["not up to date"], found["stages left over"]) == (3, [], 0)
+
+    # Artifacts went through MLflow's server to the S3 store, and come back the same way.
+    listed = subprocess.run(
+        ["python", "-c", "import boto3; print([o['Key'] for o in boto3.client('s3')"
+         ".list_objects_v2(Bucket='neft')['Contents']])"],
+        env=stack.environment("bucket"), capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "adapter/adapter_model.safetensors" in listed
+
+    # Credentials: in what servers tell, what they keep, and what lies in files.
+    told = [ask(stack.api, "/logs/filter", {"limit": 200}), ask(stack.api, "/artifacts/filter", {})]
+    told += [ask(f"{stack.tracking}/api/2.0/mlflow", "/runs/search", {"experiment_ids": ["1"]})]
+    texts = {str(number): str(answer) for number, answer in enumerate(told)} | {
+        str(path): path.read_bytes().decode("utf-8", "replace")
+        for path in stack.folder.rglob("*")
+        if path.is_file() and path.stat().st_size < 10**7
+    }
+    assert len(texts) > 100
+    for name, secret in stack.secrets.items():
+        assert not [place for place, text in texts.items() if secret in text], name
+    for pid in stack.processes():
+        line = Path(f"/proc/{pid}/cmdline").read_text()
+        assert not [name for name, secret in stack.secrets.items() if secret in line]
+    worker = stack.environment("worker")
+    assert stack.secrets["POSTGRES_PASSWORD"] not in str(worker)
+
+
+@pytest.mark.integration
+def test_mlflow_answers_only_to_its_own_names(stack: Stack):
+    until(lambda: stack.healthy("mlflow"))
+    url = f"{stack.tracking}/api/2.0/mlflow/experiments/search?max_results=1"
+    port = stack.ports["mlflow"]
+    for host, allowed in ((f"mlflow:{port}", True), ("localhost:9", True), ("evil.org", False)):
+        request = urllib.request.Request(url, headers={"Host": host})
+        if allowed:
+            assert urllib.request.urlopen(request, timeout=20).status == 200
+        else:
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                urllib.request.urlopen(request, timeout=20)
+
+
+def test_the_images_environment_is_read():
+    found = image_environment()
+    assert found["PREFECT_HOME"] == "/state/prefect"
+    assert found["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"

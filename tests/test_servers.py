@@ -1,0 +1,205 @@
+"""Servers that stay, on this machine: started, used by deployments, stopped."""
+
+import importlib
+import inspect
+import json
+import os
+import signal
+import socket
+import subprocess
+import urllib.request
+from pathlib import Path
+
+import fabricated
+import pytest
+from operating import (
+    PROJECT,
+    ask,
+    belonging,
+    ended,
+    environment,
+    free_port,
+    kill_left,
+    neft,
+    start_run,
+    tasks,
+    until,
+)  # fmt: skip
+from ruamel.yaml import YAML
+
+from neft_core import servers
+from neft_core.errors import NeftError
+from neft_core.workspace import Workspace, init_dvc
+
+
+@pytest.fixture
+def state(tmp_path):
+    return tmp_path / "state"
+
+
+def test_a_worker_gets_no_password_of_a_database(state, monkeypatch, tmp_path):
+    """What stages inherit is what the worker has."""
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql://me:planted@host/db")
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql://me:planted@h/p")
+    state.mkdir()
+    for name, knows in (("worker", False), ("mlflow", True)):
+        server = servers.Server(name, ("env",), {})
+        servers._start(state, server, "mark").wait(30)
+        told = (state / f"{name}.log").read_text()
+        assert "NEFT_SERVERS=mark" in told
+        assert ("planted" in told) is knows
+        assert (state / f"{name}.log").stat().st_mode & 0o077 == 0
+
+
+def test_commands_hold_no_password(state):
+    told = {"MLFLOW_BACKEND_STORE_URI": "postgresql://me:planted@host/db"}
+    found = servers.servers(state, "127.0.0.1", 4200, 5000, told)
+    assert [server.name for server in found] == ["prefect", "mlflow", "worker"]
+    assert not [part for server in found for part in server.command if "planted" in part]
+    assert found[1].env["MLFLOW_BACKEND_STORE_URI"] == told["MLFLOW_BACKEND_STORE_URI"]
+    assert found[1].env["MLFLOW_ARTIFACTS_DESTINATION"] == str(state / "artifacts")
+    assert "planted" not in str(found[2].env)
+
+
+def test_a_last_line_is_told_without_passwords(state):
+    state.mkdir()
+    log = state / "prefect.log"
+    log.write_text("no connection to postgresql://me:planted@host:5432/db\n")
+    assert servers._last_line(log) == "no connection to postgresql://host:5432/db"
+
+
+def test_a_port_in_use_is_one_line_and_nothing_starts(state):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(NeftError) as fault:
+            servers.up(state, "127.0.0.1", free_port(), port, print)
+    assert str(fault.value) == (
+        f"port {port}: in use by another program; stop that one, or give --mlflow-port another "
+        "number"
+    )
+    assert not (state / "servers.json").exists()
+
+
+def test_down_without_up(state, capsys):
+    servers.down(state, print)
+    assert capsys.readouterr().out == "nothing runs\n"
+
+
+def test_down_stops_what_bears_the_mark_and_nobody_else(state, capsys):
+    """After a reboot another process may have a number that was written down."""
+    state.mkdir()
+    script = ["sh", "-c", "trap 'exit 0' TERM; (sleep 60 & wait) & wait"]
+    env = {**os.environ, servers.MARK: "ours"}
+    ours = subprocess.Popen(script, env=env, start_new_session=True)
+    other = subprocess.Popen(["sleep", "60"], env={**os.environ, servers.MARK: "another"})
+    try:
+        until(lambda: len(servers._marked("ours")) == 3)
+        record = {"mark": "ours", "pids": {"worker": ours.pid, "prefect": other.pid},
+                  "host": "127.0.0.1", "prefect": 1, "mlflow": 2}  # fmt: skip
+        (state / "servers.json").write_text(json.dumps(record))
+        assert servers._running(record) == {"worker"}
+        servers.down(state, print)
+        assert capsys.readouterr().out == "stopped 3 processes\n"
+        assert ours.wait(10) is not None
+        assert other.poll() is None
+        assert servers._marked("ours") == []
+        assert servers.clients(state) == {}
+    finally:
+        for process in (ours, other):
+            process.kill()
+            process.wait()
+
+
+def test_deployments_name_flows_and_their_parameters():
+    """Also with the limit, the pool and the flows' names that the code speaks of."""
+    from flows import deploying
+
+    told = YAML(typ="safe").load((PROJECT / "prefect.yaml").read_text())["deployments"]
+    assert [entry["name"] for entry in told] == ["nightly", "on-demand", "promote"]
+    for entry in told:
+        module, _, name = entry["entrypoint"].rpartition(".")
+        flow = getattr(importlib.import_module(module), name)
+        assert flow.name in deploying.FLOWS
+        assert set(entry["parameters"]) <= set(inspect.signature(flow.fn).parameters)
+        assert entry["work_pool"] == {"name": servers.POOL}
+    assert told[0]["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+    heartbeat = int(os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+    assert heartbeat * 3 < deploying.SILENCE
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pids": {}}'])
+def test_a_damaged_record_is_as_none(state, text):
+    state.mkdir()
+    (state / "servers.json").write_text(text)
+    assert servers.clients(state) == {}
+
+
+def make(root: Path, **fake: str) -> Workspace:
+    fabricated.make(root)
+    init_dvc(root)
+    (root / "fake.json").write_text(json.dumps(fake))
+    return Workspace(root)
+
+
+@pytest.mark.integration
+def test_servers_and_deployments(tmp_path):
+    """Up, a power cut, deploy, a run that fails, one that is cancelled, one at work, down."""
+    ws = make(tmp_path / "ws")
+    env = environment(tmp_path)
+    ports = ["--prefect-port", str(free_port()), "--mlflow-port", str(free_port())]
+    try:
+        told = neft(ws.root, env, "up", *ports).stdout.splitlines()
+        assert [line.split(":")[0] for line in told] == [
+            "prefect", "mlflow", "worker", "for this shell",
+        ]  # fmt: skip
+        exported = told[-1].partition("export ")[2].split()
+        clients = dict(pair.split("=", 1) for pair in exported)
+        api, tracking = clients["PREFECT_API_URL"], clients["MLFLOW_TRACKING_URI"]
+        again = neft(ws.root, env, "up", *ports).stdout
+        assert again.count("runs already") == 3
+        wrong = neft(ws.root, env, "up", "--mlflow-port", "1", status=2).stderr
+        assert "servers run already with host 127.0.0.1, ports" in wrong
+
+        # A power cut: what was written down is stale.
+        for line in list(belonging(tmp_path)):
+            os.kill(int(line.split()[0]), signal.SIGKILL)
+        until(lambda: not list(belonging(tmp_path)))
+        assert neft(ws.root, env, "up", *ports).stdout.count("(started") == 3
+
+        neft(ws.root, env, "deploy")
+        found = ask(api, "/deployments/filter", {})
+        assert {d["name"] for d in found} == {"nightly", "on-demand", "promote"}
+        nightly = next(d for d in found if d["name"] == "nightly")
+        assert nightly["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
+        limits = ask(api, "/v2/concurrency_limits/filter", {})
+        assert ("gpu", 1) in [(limit["name"], limit["limit"]) for limit in limits]
+        neft(ws.root, env, "deploy")
+        assert len(ask(api, "/deployments/filter", {})) == 3
+        made = ask(api, "/automations/filter", {})
+        assert {one["name"] for one in made} == {"neft-silent-runs", "neft-unstarted-runs"}
+
+        failing = make(tmp_path / "failing", FAKE_FAIL="corpus en-fr")
+        broken = start_run(api, "neft-pipeline/on-demand", workspace=str(failing.root))
+        slow = make(tmp_path / "slow", FAKE_DELAY="1", FAKE_STEPS="300")
+        cancelled = start_run(api, "neft-pipeline/on-demand", workspace=str(slow.root))
+        assert ended(api, broken)["type"] == "FAILED"
+        message = until(lambda: tasks(api, broken).get("corpus@en-fr"))["message"]
+        assert "data/x.jsonl: line 7: no target; add one\ncorpus en-fr works" in message
+        live = slow.state("live/train/full/seed-1/train.csv")
+        until(live.exists, 120)
+        ask(api, f"/flow_runs/{cancelled}/set_state", {"state": {"type": "CANCELLING"}})
+        assert ended(api, cancelled)["type"] == "CANCELLED"
+        until(lambda: not [line for line in belonging(tmp_path) if "fabricated.py" in line])
+
+        # With a run at work.
+        live.unlink()
+        start_run(api, "neft-pipeline/on-demand", workspace=str(slow.root))
+        until(live.exists, 120)
+        neft(ws.root, env, "down")
+        assert list(belonging(tmp_path)) == []
+        with pytest.raises(OSError, match="refused"):
+            urllib.request.urlopen(tracking, timeout=5)
+    finally:
+        kill_left(tmp_path)
