@@ -186,7 +186,7 @@ def test_servers_and_deployments(tmp_path):
         cancelled = start_run(api, "neft-pipeline/on-demand", workspace=str(slow.root))
         assert ended(api, broken)["type"] == "FAILED"
         message = until(lambda: tasks(api, broken).get("corpus@en-fr"))["message"]
-        assert "data/x.jsonl: line 7: no target; add one\ncorpus en-fr works" in message
+        assert "data/x.jsonl: line 7: no target; add one\ncorpus en-fr: works" in message
         live = slow.state("live/train/full/seed-1/train.csv")
         until(live.exists, 120)
         ask(api, f"/flow_runs/{cancelled}/set_state", {"state": {"type": "CANCELLING"}})
