@@ -64,7 +64,10 @@ def test_commands_hold_no_password(state):
 def test_a_last_line_is_told_without_passwords(state):
     state.mkdir()
     log = state / "prefect.log"
-    log.write_text("no connection to postgresql://me:planted@host:5432/db\n")
+    told = (
+        "no connection to postgresql://me:planted@host:5432/db\n(Background on this error at: x)\n"
+    )
+    log.write_text(told)
     assert servers._last_line(log) == "no connection to postgresql://host:5432/db"
 
 
