@@ -261,9 +261,11 @@ def _ready(server: Server, log: Path) -> bool:
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    told = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    # SQLAlchemy ends with an address that explains its errors.
+    lines = [line.strip() for line in told if line.strip() and "(Background on" not in line]
     # Without user names and passwords of the databases that it may speak of.
-    return re.sub(r"://[^/@\s]+@", "://", lines[-1].strip()) if lines else "no message"
+    return re.sub(r"://[^/@\s]+@", "://", lines[-1]) if lines else "no message"
 
 
 def _read(state: Path) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def train(work: Path, run: str) -> None:
 def stage(name: str, item: str) -> None:
     """Write one stage's outputs."""
     work = Path("work")
-    print(f"{name} {item} works", flush=True)
+    print(f"{name} {item}".strip() + ": works", flush=True)
     with Path("ran.log").open("a") as log:
         log.write(f"{name} {item}\n")
     if _told("FAKE_FAIL", "") == f"{name} {item}":

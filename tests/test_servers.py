@@ -64,7 +64,10 @@ def test_commands_hold_no_password(state):
 def test_a_last_line_is_told_without_passwords(state):
     state.mkdir()
     log = state / "prefect.log"
-    log.write_text("no connection to postgresql://me:planted@host:5432/db\n")
+    told = (
+        "no connection to postgresql://me:planted@host:5432/db\n(Background on this error at: x)\n"
+    )
+    log.write_text(told)
     assert servers._last_line(log) == "no connection to postgresql://host:5432/db"
 
 
@@ -186,7 +189,7 @@ def test_servers_and_deployments(tmp_path):
         cancelled = start_run(api, "neft-pipeline/on-demand", workspace=str(slow.root))
         assert ended(api, broken)["type"] == "FAILED"
         message = until(lambda: tasks(api, broken).get("corpus@en-fr"))["message"]
-        assert "data/x.jsonl: line 7: no target; add one\ncorpus en-fr works" in message
+        assert "data/x.jsonl: line 7: no target; add one\ncorpus en-fr: works" in message
         live = slow.state("live/train/full/seed-1/train.csv")
         until(live.exists, 120)
         ask(api, f"/flow_runs/{cancelled}/set_state", {"state": {"type": "CANCELLING"}})
