@@ -191,7 +191,7 @@ def rates(found: Findings, part: RatesSection, _gallery: Gallery) -> list[Table 
     for method, by_rate in losses.items():
         means = {rate: mean(values)[0] for rate, values in by_rate.items() if values}
         best = min(means, key=lambda rate: means[rate]) if means else None
-        if best in (min(means, default=None), max(means, default=None)):
+        if best is not None and best in (min(means), max(means)):
             edges.append(method)
         cells = [Cell(method)]
         for rate in columns:

@@ -128,6 +128,8 @@ def test_extending_goes_key_by_key_along_a_chain(folder):
     found = params(put(folder, text))
     assert (found.training.epochs, found.training.batch_size, found.training.lr) == (3, 4, 1e-3)
     assert found.runs["full-en-fr"].seeds == [7]
+    found = params(put(folder, text.replace("neft-9]}", "neft-9], seeds: [8]}")))
+    assert found.runs["full-en-fr"].seeds == [8]
 
 
 def test_another_kind_takes_the_place_of_the_whole_mapping(folder):

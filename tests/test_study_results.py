@@ -172,6 +172,18 @@ def test_rates_by_hand(folder):
     assert found["full"] == ["1.250 ± 0.354", "–", "–", "0.001"]
     assert found["neft, lowest 9 %"] == ["–", "1.000 ± 0.000", "–", "0.01"]
     assert found["lora, rank 9"] == ["–", "–", "failed (1)", "–"]
+    assert found["notes"][-1].endswith("tried: full; lora, rank 2; neft, lowest 9 %.")
+
+
+def test_a_rate_between_others_needs_no_further_one(folder):
+    data = read_yaml(made(folder, [{"show": "rates", "task": "en-fr"}]).params_file)
+    runs = data["runs"]
+    for name, rate in (("full", 2e-3), ("lora-2", 1e-3), ("lora-9", 6e-3)):
+        runs[f"{name}-en-fr"] |= {"method": METHODS["full"], "lr": rate}
+    (folder / "params.yaml").write_text(yaml_text(data))
+    found = shown(Workspace(folder))["rates"]
+    assert found["full"] == ["3.250 ± 0.354", "1.250 ± 0.354", "2.250 ± 0.354", "0.002"]
+    assert found["notes"][-1].endswith("tried: neft, lowest 9 %.")
 
 
 def test_the_page_and_the_files(folder):
