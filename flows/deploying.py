@@ -24,7 +24,7 @@ from neft_core.workspace import Workspace
 GPU = "gpu"
 """The limit that stages on an accelerator take; of one, so that they run one after the other."""
 
-FLOWS = ("neft-pipeline", "neft-promotion")
+FLOWS = ("neft-pipeline", "neft-study", "neft-promotion")
 """Names of our flows."""
 
 SILENCE = 100

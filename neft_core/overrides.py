@@ -130,20 +130,20 @@ def _private_workspace(file: Path) -> Workspace:
     parse_params(data, file.name)
     document = _round_trip().load(file.read_text(encoding="utf-8"))
     absolute(document, file.resolve().parent)
-    ws = private(name, file, _dumped(document))
+    ws = private(find_workspace(), name, file, _dumped(document))
     print(f"{file}: runs in its own workspace, {ws.root}")
     return ws
 
 
-def private(name: str, file: Path, params: str) -> Workspace:
-    """A workspace of a file's own, below the current one, whose DVC cache it shares.
+def private(host: Workspace, name: str, file: Path, params: str) -> Workspace:
+    """A workspace of a file's own, below another, whose DVC cache it shares.
 
     Args:
+        host: the other.
         name: of its folder.
         file: whose it is; another file of the same name gets another folder.
         params: the text of its params.yaml.
     """
-    host = find_workspace()
     folder = place(host, name, file)
     with hold(Workspace(folder).state("lock"), str(folder)):  # nobody is running it
         ws = init_workspace(folder, "", cache=cache_of(host))

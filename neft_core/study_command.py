@@ -52,16 +52,16 @@ def study(options: argparse.Namespace) -> int:
         names = [name for name in study_files.listed(host.root) if "/" not in name]
     # All are checked before the first one runs.
     found = [study_files.find(name, host.root) for name in names]
-    previews = [_preview(host, place, options.set) for place in found]
+    previews = [preview(host, place, options.set) for place in found]
     if options.dry_run:
-        for place, (preview, expansion) in zip(found, previews, strict=True):
-            print(_dry(place, preview, expansion.changes))
+        for place, (checked, expansion) in zip(found, previews, strict=True):
+            print(_dry(place, checked, expansion.changes))
         return 0
     codes = {}
-    for number, (place, checked) in enumerate(zip(found, previews, strict=True), 1):
+    for number, (place, both) in enumerate(zip(found, previews, strict=True), 1):
         if len(found) > 1:
             print(f"study {number} of {len(found)}: {place.name}", flush=True)
-        codes[place.name] = _run(place, *checked)
+        codes[place.name] = _run(host, place, *both)
     if len(found) > 1:
         failed = [name for name, code in codes.items() if code]
         print(f"{len(found)} studies; with failures: {', '.join(failed) or 'none'}")
@@ -74,7 +74,7 @@ def _list(titles: dict[str, str]) -> str:
     return "\n".join(["studies (neft study NAME runs one):", *lines])
 
 
-def _preview(
+def preview(
     host: "Workspace", place: "StudyPath", settings: Sequence[str]
 ) -> "tuple[Preview, Expansion]":
     """The checked params of a study, and what its file stands for."""
@@ -93,10 +93,10 @@ def _folder(place: "StudyPath") -> str:
     return place.name.replace("/", "-")
 
 
-def _dry(place: "StudyPath", preview: "Preview", changes: Sequence[str]) -> str:
+def _dry(place: "StudyPath", checked: "Preview", changes: Sequence[str]) -> str:
     from neft_core.preview import describe
 
-    params = preview.params
+    params = checked.params
     assert params.study is not None
     trainings = sum(len(run.seeds) for run in params.runs.values())
     shown = ", ".join(part.title or part.show for part in params.study.parts)
@@ -104,18 +104,33 @@ def _dry(place: "StudyPath", preview: "Preview", changes: Sequence[str]) -> str:
         f"study {place.name}: {params.study.title}",
         f"{len(params.runs)} runs, {trainings} trainings with all seeds; shows {shown}",
     ]
-    return "\n".join([*lines, *changes, describe(preview)])
+    return "\n".join([*lines, *changes, describe(checked)])
 
 
-def _run(place: "StudyPath", preview: "Preview", expansion: "Expansion") -> int:
-    """Run one study and show what came of it; its exit status."""
+def ready(
+    host: "Workspace", place: "StudyPath", checked: "Preview", expansion: "Expansion"
+) -> "Workspace":
+    """A study's own workspace below its host, with its params.
+
+    Args:
+        host: whose DVC cache and MLflow store it shares.
+        place: the study.
+        checked: its params, as `preview` gave them.
+        expansion: what its file stands for, from there too.
+    """
     from neft_core import overrides, study_files
     from neft_core.config import yaml_text
 
     for change in expansion.changes:
         print(f"{place.file.name}: {change}")
-    ws = overrides.private(_folder(place), place.file, yaml_text(preview.data))
+    ws = overrides.private(host, _folder(place), place.file, yaml_text(checked.data))
     study_files.share_base(ws, expansion.unused)
+    return ws
+
+
+def _run(host: "Workspace", place: "StudyPath", checked: "Preview", expansion: "Expansion") -> int:
+    """Run one study and show what came of it; its exit status."""
+    ws = ready(host, place, checked, expansion)
     from flows.pipeline import run_pipeline
     from neft_core.graph import Graph
     from neft_core.repro import StageFailed

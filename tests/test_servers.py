@@ -120,7 +120,7 @@ def test_deployments_name_flows_and_their_parameters():
     from flows import deploying
 
     told = YAML(typ="safe").load((PROJECT / "prefect.yaml").read_text())["deployments"]
-    assert [entry["name"] for entry in told] == ["nightly", "on-demand", "promote"]
+    assert [entry["name"] for entry in told] == ["nightly", "on-demand", "study", "promote"]
     for entry in told:
         module, _, name = entry["entrypoint"].rpartition(".")
         flow = getattr(importlib.import_module(module), name)
@@ -173,7 +173,7 @@ def test_servers_and_deployments(tmp_path):
 
         neft(ws.root, env, "deploy")
         found = ask(api, "/deployments/filter", {})
-        assert {d["name"] for d in found} == {"nightly", "on-demand", "promote"}
+        assert {d["name"] for d in found} == {"nightly", "on-demand", "study", "promote"}
         nightly = next(d for d in found if d["name"] == "nightly")
         assert nightly["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
         limits = ask(api, "/v2/concurrency_limits/filter", {})

@@ -100,6 +100,21 @@ def test_a_study_fails_in_one_cell_then_does_nothing_then_is_mended(tmp_path, en
     ]  # fmt: skip
     assert "failed" not in (reports / "study" / "study.md").read_text()
 
+    # As a server's deployment runs it, from elsewhere: nothing is left to do, the tables are shown.
+    flow = (
+        "import sys; from flows import server; from flows.study import study\n"
+        "from prefect.client.orchestration import get_client\n"
+        "with server.api(), get_client(sync_client=True) as client:\n"
+        "    print(study('tiny', *sys.argv[1:2], sys.argv[2:], return_state=True))\n"
+        "    print(*[a.data for a in client.read_artifacts() if a.key == 'neft-study'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", flow, str(ws.root), "methods.none.method.below=0.995"],
+        cwd=tmp_path, env=env, text=True, capture_output=True, check=True,
+    )  # fmt: skip
+    assert "Completed(" in done.stdout
+    assert done.stdout.strip().endswith((reports / "study" / "study.md").read_text().strip())
+
     # Another study of the same runs finds them in the cache.
     (ws.root / "studies" / "other.yaml").write_text(STUDY.replace("Tiny", "Other"))
     grid = "grid=[{tasks: [en-fr], methods: [full]}]"
