@@ -197,7 +197,6 @@ def tokens_per_second(
             model.generate(
                 **batch,
                 max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=pad,

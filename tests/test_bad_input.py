@@ -330,7 +330,8 @@ def test_a_loss_that_is_not_finite(copied, neft, monkeypatch, stage):
 def test_stages_and_items_that_do_not_exist(copied, neft):
     assert one_line(neft(copied, "stage", "trian", "full"), copied) == (
         "stage 'trian': unknown; one of corpus, base, prepare, warmup, score, warmups, similarity, "
-        "scores, activations, assign, select, train, baseline, evaluate, transfer, summary, report"
+        "scores, activations, assign, select, train, baseline, evaluate, transfer, utilisation, "
+        "forgetting, speed, summary, report"
     )
     assert one_line(neft(copied, "stage", "train", "fulll"), copied) == (
         "stage train: got item 'fulll'; it takes one of full, lora, neft"
