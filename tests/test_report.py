@@ -11,7 +11,7 @@ import torch
 from conftest import edit
 from test_summary import by_hand
 
-from neft_core import findings, page, report, result_sections, sections
+from neft_core import findings, page, report, result_sections, run_links, sections
 from neft_core.findings import Findings
 from neft_core.groups import Group
 from neft_core.masks import NeuronMask, NeuronScores
@@ -21,6 +21,18 @@ from neft_core.summary import summarise
 from neft_core.workspace import REPORTS, Workspace
 
 HOSTILE = '</dd></svg><script>alert("{x}")</script><img src=http://x.invalid/a onerror=b>&amp;'
+
+STUDY = """
+study:
+  title: "<script>study</script>"
+  about: "<img src=http://x.invalid/b>"
+  parts:
+    - show: table
+      tasks: {en-fr: "<b>En"}
+      rows: {Base: base, "<i>F": full, L: lora, N: neft}
+      paper: {L: {en-fr: 1.5}}
+  failed: {evaluate@lora: "<script>no</script>"}
+"""
 
 
 class Reader(HTMLParser):
@@ -70,13 +82,16 @@ def cells(piece: str) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def tiny(finished, tmp_path_factory):
-    """The tiny workspace with two masks, hostile texts, and its report."""
+    """The tiny workspace with two masks, a study, hostile texts, and its report."""
     ws = Workspace(shutil.copytree(finished.root, tmp_path_factory.mktemp("report") / "w"))
     edit(ws, ("English: {source}", "<script>{source}</script>"))
+    with ws.params_file.open("a") as handle:
+        handle.write(STUDY)
     path = ws.path("evaluation", "full", "seed-1.jsonl")
     write_rows(path, [{**row, "hypothesis": HOSTILE} for row in read_rows(path)])
     shutil.copy(ws.path("masks", "neft.safetensors"), ws.path("masks", "lora.safetensors"))
     report.report(ws)
+    run_links.write(ws)
     return ws
 
 
@@ -84,7 +99,7 @@ def test_every_section_is_there_with_its_figures(tiny):
     made = rendered(tiny)
     assert made.open == [], "every element is closed"
     assert [a.get("id") for tag, a in made.tags if tag == "section"] == [
-        "results", "training", "neurons", "cost", "samples", "what-was-run",
+        "study", "results", "training", "neurons", "cost", "samples", "what-was-run",
     ]  # fmt: skip
     assert not any(a.get("class") == "absent" for _, a in made.tags)
     names = {a["id"].removeprefix("figure-") for tag, a in made.tags if tag == "figure"}
@@ -94,10 +109,23 @@ def test_every_section_is_there_with_its_figures(tiny):
     assert {"trade-off-en-fr-bleu", "dev-loss-en-fr", "train-loss-en-fr", "sensitivity-en-fr",
             "neuron-map", "overlap", "seconds", "memory"} <= names  # fmt: skip
     for target in (a["href"] for tag, a in made.tags if tag == "a"):
-        where = tiny.root / REPORTS / target
+        where = tiny.root / REPORTS / target.partition("#")[0]
         assert where.is_file() or target[1:] in {a.get("id") for _, a in made.tags}, target
     ids = [a["id"] for _, a in made.tags if "id" in a]
     assert len(ids) == len(set(ids))
+
+
+def test_a_studys_cells_lead_to_each_runs_place(tiny):
+    links = {a["href"] for tag, a in rendered(tiny).tags if tag == "a"}
+    made = Reader((tiny.root / REPORTS / "mlflow.html").read_text(encoding="utf-8"))
+    places = {a["id"] for _, a in made.tags if "id" in a}
+    targets = {link.removeprefix("mlflow.html#") for link in links if link.startswith("mlflow")}
+    assert targets == {"full", "neft"}
+    assert places == {"full", "lora", "neft"}
+    assert "neft (neft, lowest 9 %, en-fr): not in MLflow" in made.text
+    text = rendered(tiny).text
+    assert "failed (1)" in text
+    assert "(1) <script>no</script>" in text
 
 
 def test_texts_of_data_are_only_text(tiny):
@@ -116,7 +144,7 @@ def test_it_needs_nothing_but_itself(tiny):
     made = Reader(whole)
     assert not [a for _, a in made.tags if "src" in a]
     links = [a["href"] for _, a in made.tags if "href" in a]
-    assert all(link.startswith(("#", "figures/")) for link in links)
+    assert all(link.startswith(("#", "figures/", "mlflow.html#")) for link in links)
     assert all(a.get("aria-label") for tag, a in made.tags if tag == "svg")
 
 
