@@ -178,6 +178,20 @@ def edit(ws, *changes: tuple[str, str]) -> None:
 
 
 @pytest.fixture
+def own_precision():
+    """Accelerate keeps one precision for a process; a stage has a process of its own."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -269,16 +269,6 @@ def test_half_a_precision_without_autocast(copied, neft, method):
     )
 
 
-@pytest.fixture
-def own_precision():
-    """Accelerate keeps one precision for a process; a stage has a process of its own."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.usefixtures("own_precision")
 @pytest.mark.parametrize("method", ["{name: in_out}", "{name: embed}", "{name: lora, rank: 2}"])
 def test_half_a_precision_trains_and_generates(copied, neft, method):

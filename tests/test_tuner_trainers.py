@@ -24,6 +24,7 @@ QUIET = {
     "per_device_train_batch_size": 2,
 }
 pytestmark = [
+    pytest.mark.usefixtures("own_precision"),
     # On a CPU there is nothing to pin, and nobody to tell of the tokens' ids.
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -141,14 +142,9 @@ def plain_loop(model: nn.Module, dtype: torch.dtype | None) -> list[float]:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_accelerate_in_a_loop_of_ones_own(precision, request):
+def test_accelerate_in_a_loop_of_ones_own(precision):
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    request.addfinalizer(lambda: AcceleratorState._reset_state(reset_partial_state=True))
-    request.addfinalizer(GradientState._reset_state)
     want = model_for()
     expected = plain_loop(want, torch.bfloat16 if precision == "bf16" else None)
     assert len(set(expected)) == 6
