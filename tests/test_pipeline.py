@@ -109,8 +109,8 @@ def test_tracked_once_for_each_run_and_seed(undisturbed):
     assert trainings == ["full seed 1", "lora seed 1", "neft seed 1", "neft seed 2"]
 
 
-def test_killed_and_run_again_ends_in_the_same_bits(undisturbed, env, tmp_path):
-    ws = tiny_workspace(tmp_path / "ws")
+def killed_in_training(ws: Workspace, env: dict[str, str]) -> bool:
+    """Kill a run when the training has a checkpoint; whether that was before its end."""
     process = subprocess.Popen(
         [sys.executable, "-m", "neft_core.cli", "run"],
         cwd=ws.root,
@@ -125,6 +125,13 @@ def test_killed_and_run_again_ends_in_the_same_bits(undisturbed, env, tmp_path):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    return "train@neft" not in (ws.root / "dvc.lock").read_text()
+
+
+def test_killed_and_run_again_ends_in_the_same_bits(undisturbed, env, tmp_path):
+    # The training is short: on a busy machine the kill may come too late.
+    tries = (tiny_workspace(tmp_path / str(n) / "ws") for n in range(4))
+    ws = next(ws for ws in tries if killed_in_training(ws, env))
     assert "train@neft" in ran(neft(ws, env, "run"))
     assert results(ws) == results(undisturbed)
     assert mlflow_runs(ws) == mlflow_runs(undisturbed)

@@ -179,7 +179,7 @@ def test_servers_and_deployments(tmp_path):
         limits = ask(api, "/v2/concurrency_limits/filter", {})
         assert ("gpu", 1) in [(limit["name"], limit["limit"]) for limit in limits]
         neft(ws.root, env, "deploy")
-        assert len(ask(api, "/deployments/filter", {})) == 3
+        assert len(ask(api, "/deployments/filter", {})) == 4
         made = ask(api, "/automations/filter", {})
         assert {one["name"] for one in made} == {"neft-silent-runs", "neft-unstarted-runs"}
 
