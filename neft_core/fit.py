@@ -33,7 +33,8 @@ def check(ws: Workspace, stages: Iterable[tuple[str, str]], *, before: bool = Fa
     """
     if os.environ.get(SKIP) == "0":
         return
-    planner = Planner(ws.params(), ws.root, ws, download=not before, least=before)
+    params = ws.params()
+    planner = Planner(params, ws.root, ws, download=not before, least=before)
     try:
         planner.subject  # noqa: B018 - it may be unknown
     except NeftError:
@@ -42,7 +43,7 @@ def check(ws: Workspace, stages: Iterable[tuple[str, str]], *, before: bool = Fa
         raise
     lines: list[str] = []
     for stage, item in stages:
-        if stage == "warmup" and not planner.params.tasks[item].trains:
+        if stage == "warmup" and not params.tasks[params.warmed(item)[0]].trains:
             continue
         try:
             lines += refusals(planner, stage, item)
