@@ -223,6 +223,17 @@ def test_a_start_that_fits_goes_on(finished, room):
     check(finished, [("warmup", "en-fr"), ("train", "neft")])
 
 
+def test_a_further_warmup_is_asked_for_by_its_own_name(copied, room):
+    """Its task is another word than its name."""
+    with copied.params_file.open("a") as handle:
+        handle.write("warmups: {early: {task: en-fr, steps: 2}}\n")
+    room()
+    check(copied, [("warmup", "early")])
+    room(memory=1000)
+    with pytest.raises(NeftError, match=r"params\.yaml: warmup: needs .* of memory"):
+        check(copied, [("warmup", "early")])
+
+
 @pytest.mark.usefixtures("few_ways")
 def test_a_warmup_without_memory_is_refused_with_what_would_fit(finished, room):
     need = Planner(finished.params(), finished.root, finished)
