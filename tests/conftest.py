@@ -177,6 +177,17 @@ def edit(ws, *changes: tuple[str, str]) -> None:
     ws.params_file.write_text(text)
 
 
+@pytest.fixture(autouse=True)
+def own_store(monkeypatch):
+    """MLflow writes the store that was opened last into the environment of all that follows."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        if name in os.environ:
+            monkeypatch.setenv(name, os.environ[name])
+        else:
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def own_precision():
     """Accelerate keeps one precision for a process; a stage has a process of its own."""
