@@ -13,6 +13,7 @@ from neft_core import models, simulation
 from neft_core.masks import NeuronMask, NeuronScores
 from neft_core.methods import METHODS
 from neft_core.neurons import candidates
+from neft_core.optimizers import adamw
 from neft_core.patterns import Patterns, scorable
 from neft_core.selection import select_neurons
 from neft_core.simulation import Batch, Step
@@ -162,16 +163,12 @@ def forecast(subject: Subject, training: Training) -> Need:
     """
     model, mask = prepared(subject, training)
     way = training.warmup or Warmup()
-    optimizer: Any = STATES[way.states]
-    if way.states == "fp32":
-        # On a GPU AdamW handles all parameters in one go, which needs more memory.
-        optimizer = partial(optimizer, foreach=subject.gpu)
     step = simulation.simulate_step(
         model,
         training.batch,
         autocast=subject.autocast,
         checkpointing=training.checkpointing,
-        optimizer=partial(optimizer, lr=1e-4),
+        optimizer=partial(STATES[way.states], lr=1e-4),
         accumulating=training.accumulation > 1,
         in_backward=training.max_grad_norm if way.update == "in_backward" else None,
         dev=training.dev,
@@ -213,7 +210,7 @@ def measure(subject: Subject, training: Training, device: str) -> float:
     model = models.skeleton(subject.config, subject.dtype, device=device)
     model = METHODS[training.method].prepare(model, training.options, None, subject.model_type)
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.zeros(training.batch.rows, training.batch.tokens, dtype=torch.int64, device=device)
     least = float("inf")
     for _ in range(3):

@@ -26,7 +26,7 @@ from neft_core.course import (
 )
 from neft_core.errors import NeftError
 from neft_core.files import load_tensors, save_tensors
-from neft_core.optimizers import InBackward, per_parameter
+from neft_core.optimizers import InBackward, adamw, per_parameter
 from neft_core.progress import Progress
 from neft_core.steps import (
     Arrays,
@@ -78,7 +78,7 @@ class Trainer:
         label: str,
         mixed_precision: str = "no",
         cpu: bool = True,
-        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer: Callable[..., torch.optim.Optimizer] = adamw,
         in_backward: bool = False,
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -98,7 +98,7 @@ class Trainer:
                 "use one micro-batch in a step, and one process"
             )
         shared = self.accelerator.distributed_type in ("FSDP", "DEEPSPEED")
-        if shared and optimizer is not torch.optim.AdamW:
+        if shared and optimizer is not adamw:
             raise NeftError(f"{label}: its small states need whole parameters; use states: fp32")
         values = list(trained.values())
         made = optimizer(
@@ -331,8 +331,12 @@ class Trainer:
             kind, _, name = key.partition("/")
             if name and kind != "value":
                 parameter = self.trained[name]
-                # Optimisers keep the step count on the CPU.
-                placed = value if kind == "step" else ranks.split_as(value, parameter)
+                if kind != "step":
+                    placed = ranks.split_as(value, parameter)
+                elif self.optimizer.defaults.get("fused"):
+                    placed = value.to(parameter.device)
+                else:
+                    placed = value
                 self.optimizer.state[parameter][kind] = placed
         torch.set_rng_state(tensors["rng"])
         print(f"{self.label}: goes on after step {self.course.step}", flush=True)

@@ -16,7 +16,7 @@ from torch import nn
 from neft_core.errors import NeftError
 from neft_core.methods import METHODS, train_only
 from neft_core.neurons import candidates
-from neft_core.optimizers import BLOCK, SMALL, Adam8bit, Factored
+from neft_core.optimizers import BLOCK, SMALL, Adam8bit, Factored, adamw
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ MODULES: dict[str, Modules] = {
 """What may train, by name."""
 
 STATES: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "fp32": torch.optim.AdamW,
+    "fp32": adamw,
     "8bit": Adam8bit,
     "factored": Factored,
 }

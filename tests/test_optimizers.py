@@ -1,10 +1,19 @@
-"""8-bit Adam against AdamW, Factored against torch's Adafactor, values by hand."""
+"""Fused AdamW against the default, 8-bit Adam and Factored against exact ones, values by hand."""
 
 import pytest
 import torch
 
 from neft_core import optimizers
-from neft_core.optimizers import BLOCK, SMALL, Adam8bit, Factored, codebook, dequantise, quantise
+from neft_core.optimizers import (
+    BLOCK,
+    SMALL,
+    Adam8bit,
+    Factored,
+    adamw,
+    codebook,
+    dequantise,
+    quantise,
+)
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -67,6 +76,25 @@ def steps_of(make, shape, steps=40, seed=0, spread=0.0, **options):
         parameter.grad = scale * (torch.randn(shape) + drift)
         optimizer.step()
     return parameter.detach(), optimizer
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_adamw_is_torchs(transposed):
+    """Also of a parameter whose values are not in the order of its gradient's."""
+    torch.manual_seed(0)
+    start = torch.randn(40, 30)
+    ours = torch.nn.Parameter(start.t().contiguous().t() if transposed else start.clone())
+    torchs = torch.nn.Parameter(start.clone())
+    assert ours.is_contiguous() != transposed
+    pair = [(ours, adamw([ours], lr=1e-2, weight_decay=0.1)),
+            (torchs, torch.optim.AdamW([torchs], lr=1e-2, weight_decay=0.1))]  # fmt: skip
+    for _ in range(20):
+        grad = torch.randn(40, 30)
+        for each, optimizer in pair:
+            each.grad = grad.clone()
+            optimizer.step()
+    torch.testing.assert_close(ours, torchs, rtol=1e-6, atol=1e-6)
+    assert (ours - start).abs().min() > 0
 
 
 @pytest.mark.parametrize(("spread", "limit"), [(0.0, 0.02), (0.3, 0.04), (1.0, 0.15)])
