@@ -53,13 +53,13 @@ def results(found: Findings, gallery: Gallery) -> Html | str:
     if not parts:
         return "There is no result table yet."
     bootstrap = found.params.evaluation.bootstrap
-    lora = next((n for n, r in found.params.runs.items() if r.method.name == "lora"), None)
     note = (
         "Scores and losses are means over seeds, ± one standard deviation (n − 1). Bold: the best "
-        "of the runs. Δ: difference of the first metric to the task's first full fine-tuning, to "
-        f"its first LoRA{f' ({lora})' if lora else ''} and to the base; significance by paired "
-        f"bootstrap over the test rows ({bootstrap:,} samples), seed by seed, of which the largest "
-        "p counts. * p < 0.05, ** p < 0.01; without a mark the difference may be chance."
+        "of the runs. Δ: difference of the first metric to the task's full fine-tuning, to the "
+        "LoRA that trains about as many parameters (of several alike the one with the lowest dev "
+        "loss) and to the base; significance by paired bootstrap over the test rows "
+        f"({bootstrap:,} samples), seed by seed, of which the largest p counts. * p < 0.05, "
+        "** p < 0.01; without a mark the difference may be chance."
     )
     return join([*parts, paragraph(note, kind="note"), _signatures(found)])
 

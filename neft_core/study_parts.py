@@ -1,6 +1,7 @@
 """What a study shows: its parts in order, as a section of the page and as files of tables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from neft_core import (
@@ -11,8 +12,10 @@ from neft_core import (
     study_sensitivity,
     study_use,
 )
+from neft_core.config.shown import OnTask, candidates
 from neft_core.findings import Findings
 from neft_core.page import Gallery, Html, join, paragraph
+from neft_core.study_candidates import Place, notes
 from neft_core.study_tables import Table
 
 Part = Callable[[Findings, Any, Gallery], list[Table | Html]]
@@ -40,8 +43,20 @@ def made(found: Findings, gallery: Gallery) -> list[Table | Html]:
     return [
         piece
         for part in (study.parts if study else [])
-        for piece in PARTS[part.show](found, part, gallery)
+        for piece in _noted(found, part, PARTS[part.show](found, part, gallery))
     ]
+
+
+def _noted(found: Findings, part: object, pieces: list[Table | Html]) -> Iterator[Table | Html]:
+    """The pieces; below the first table which of several rates was taken."""
+    more = []
+    if isinstance(part, OnTask):
+        runs, task = found.params.runs, part.task
+        more = notes(found, (Place(n, "", task, candidates(n, task, runs)) for n in part.methods()))
+    for piece in pieces:
+        if isinstance(piece, Table) and more:
+            piece, more = replace(piece, notes=[*piece.notes, *more]), []
+        yield piece
 
 
 def section(found: Findings, pieces: list[Table | Html]) -> Html:

@@ -1,12 +1,13 @@
 """Parts of a study that show results: the table in the paper's form, and learning rates."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from neft_core.config.shown import BEFORE
 from neft_core.config.study import RatesSection, TableSection
 from neft_core.findings import Findings, Row, mean, number
 from neft_core.metrics import OF_TASK, TITLES
 from neft_core.page import Gallery, Html
+from neft_core.study_candidates import Place, best, notes
 from neft_core.study_tables import Cell, Table
 
 NOTHING = Cell("–")
@@ -31,14 +32,14 @@ def table(found: Findings, part: TableSection, _gallery: Gallery) -> list[Table 
     rows = [
         [
             Cell(label),
-            *_sizes(found, part, method),
+            *_sizes(found, part, label),
             *(
                 _score(found, part, label, task, metric, reasons)
                 for task in part.headings
                 for metric in metrics[task]
             ),
         ]
-        for label, method in part.rows.items()
+        for label in part.rows
     ]
     said = f"{', '.join(titles)}: mean over seeds ± one standard deviation (n − 1); bold: the best."
     said += " In brackets what the paper reports." if part.paper else ""
@@ -50,16 +51,23 @@ def table(found: Findings, part: TableSection, _gallery: Gallery) -> list[Table 
         if row.get(f"{metric}_signature")
     }
     said += f" Signature: {', '.join(signatures)}." if signatures else ""
-    notes = [*failures(reasons), said, *part.notes]
+    below = [*failures(reasons), said, *notes(found, _places(found, part)), *part.notes]
     return [
-        Table(name, title, heads, _best_in_bold(rows, 3), notes),
+        Table(name, title, heads, _best_in_bold(rows, 3), below),
         *_differences(found, part, f"{name}-differences", f"{title}: differences"),
     ]
 
 
-def _sizes(found: Findings, part: TableSection, method: str) -> list[Cell]:
+def _places(found: Findings, part: TableSection) -> Iterator[Place]:
+    """Every row in every column, with the runs that it may show there."""
+    for label in part.rows:
+        for task, heading in part.headings.items():
+            yield Place(label, heading, task, part.runs(label, task, found.params.runs))
+
+
+def _sizes(found: Findings, part: TableSection, label: str) -> list[Cell]:
     """What a row's runs train: of some methods it differs from task to task."""
-    rows = [row for task in part.headings if (row := _row(found, part, method, task))]
+    rows = [row for task in part.headings if (row := _row(found, part, label, task))]
     cells = []
     for key, form in (("parameters", "{:,.0f}"), ("percent", "{:.2f}")):
         values = sorted({value for row in rows if (value := number(row.get(key))) is not None})
@@ -73,9 +81,10 @@ def _sizes(found: Findings, part: TableSection, method: str) -> list[Cell]:
     return cells
 
 
-def _row(found: Findings, part: TableSection, method: str, task: str) -> Row | None:
-    """The row of the result table that tells of a method on a task."""
-    name = part.run(method, task, found.params.runs) or method
+def _row(found: Findings, part: TableSection, label: str, task: str) -> Row | None:
+    """The row of the result table that tells of a label on a task."""
+    runs = part.runs(label, task, found.params.runs)
+    name = best(found, runs, task) if runs else part.rows[label]
     return next((row for row in found.rows(task) if row["name"] == name), None)
 
 
@@ -101,20 +110,23 @@ def _score(
     reasons: dict[str, int],
 ) -> Cell:
     """A mean with its deviation, or that it failed."""
-    method = part.rows[label]
-    run = part.run(method, task, found.params.runs)
+    runs = part.runs(label, task, found.params.runs)
+    run = best(found, runs, task)
     reported = part.reported(label, task, metric)
     beside = "" if reported is None else f" ({reported:.2f})"
-    reason = found.why_failed(run, task) if run or method in BEFORE else None
-    if reason is not None:
+    before = [None] if part.rows[label] in BEFORE else []
+    asked = [run] if run else runs or before
+    reason = "; ".join(dict.fromkeys(w for r in asked if (w := found.why_failed(r, task))))
+    if reason:
         return failed(reasons, reason, _paper(reported))
-    row = _row(found, part, method, task)
+    row = _row(found, part, label, task)
     value = number(row.get(metric)) if row else None
     if row is None or value is None:
         return Cell(f"–{beside}", more=_paper(reported))
     deviation = number(row.get(f"{metric}_std"))
     spread = "" if deviation is None else f" ± {deviation:.2f}"
-    more = {} if deviation is None else {"sd": deviation}
+    more: dict[str, float | int | str] = {} if deviation is None else {"sd": deviation}
+    more |= {"run": run} if run and len(runs) > 1 else {}
     return Cell(f"{value:.2f}{spread}{beside}", value, run=run, more=more | _paper(reported))
 
 
@@ -142,7 +154,7 @@ def _differences(found: Findings, part: TableSection, name: str, title: str) -> 
     heads, columns = ["method"], []
     for task, heading in part.headings.items():
         for rival, called in RIVALS.items():
-            cells = [_difference(_row(found, part, m, task), rival) for m in part.rows.values()]
+            cells = [_difference(_row(found, part, m, task), rival) for m in part.rows]
             if any(cell.value is not None for cell in cells):
                 heads.append(f"{heading}: Δ {called}")
                 columns.append(cells)
@@ -156,8 +168,9 @@ def _differences(found: Findings, part: TableSection, name: str, title: str) -> 
     samples = found.params.evaluation.bootstrap
     note = (
         "Difference of the first metric to full fine-tuning, and to the LoRA that trains about as "
-        f"many parameters. p: paired bootstrap over the test rows ({samples:,} samples), seed by "
-        "seed, of which the largest counts; * p < 0.05, ** p < 0.01."
+        "many parameters; of several alike to the one with the lowest dev loss. p: paired "
+        f"bootstrap over the test rows ({samples:,} samples), seed by seed, of which the largest "
+        "counts; * p < 0.05, ** p < 0.01."
     )
     return [Table(name, title, heads, rows, [note])]
 

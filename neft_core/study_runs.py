@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from neft_core.config.shown import candidates
 from neft_core.findings import Findings, Row, number
 from neft_core.metrics import OF_TASK, TITLES
 from neft_core.page import Html, fill, join
+from neft_core.study_candidates import best
 from neft_core.study_results import failed, failures
 from neft_core.study_tables import Cell, Table
 
@@ -19,8 +21,9 @@ def name_of(found: Findings, part: Any) -> str:
 
 
 def run_of(found: Findings, name: str, task: str) -> str:
-    """The run that a part means: METHOD-TASK, or its whole name."""
-    return f"{name}-{task}" if f"{name}-{task}" in found.params.runs else name
+    """The run that a part means: METHOD-TASK, or its whole name; of several rates the best."""
+    runs = candidates(name, task, found.params.runs)
+    return best(found, runs, task) or next(iter(runs), name)
 
 
 def failure(found: Findings, run: str, *measured: str) -> str:

@@ -42,11 +42,11 @@ def summarise(ws: Workspace) -> None:
     """Stage `summary`: compare everything that was evaluated, and write the tables.
 
     Significance is sacrebleu's paired bootstrap on the first metric of the kind of task, seed by
-    seed: each seed of a run against the same seed (by position) of the first run with method `full`
-    on the same task, of the one with `lora` that trains about as many parameters (in summary.csv
-    and the report alone), and against the base. With several seeds the largest p-value stands in
-    the table. A run that is tested on another task too has a row there. What a study tells to have
-    failed is left out.
+    seed: each seed of a run against the same seed (by position) of the run with method `full` on
+    the same task, of the one with `lora` that trains about as many parameters (in summary.csv and
+    the report alone), and against the base; of several alike the one with the lowest dev loss. With
+    several seeds the largest p-value stands in the table. A run that is tested on another task too
+    has a row there. What a study tells to have failed is left out.
     """
     params = ws.params()
     rows: list[Row] = []
@@ -110,6 +110,7 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[Row]:
         ]
         for name, _ in tested
     }
+    losses = {n: statistics.mean(c["best_dev_loss"] for c in of) for n, of in courses.items()}
     for name, place in tested:
         run, trained = params.runs[name], courses[name]
         found = read_json(ws.path("evaluation", place, "metrics.json"))["seeds"]
@@ -125,7 +126,7 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[Row]:
             row["trained_on"] = run.task
         else:
             cost = read_json(ws.path("cost", f"{name}.json"))["seeds"]
-            row["dev_loss"] = statistics.mean(result["best_dev_loss"] for result in trained)
+            row["dev_loss"] = losses[name]
             row["seconds"] = statistics.mean(entry["seconds"] for entry in cost.values())
         if base_text is not None:
             _compare(row, "base", texts[name], [base_text], params, task)
@@ -133,9 +134,7 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[Row]:
         for method in ("full", "lora"):
             rivals = [n for n in beside if params.runs[n].method.name == method]
             if rivals and name not in rivals:
-                rival = rivals[0]
-                if method == "lora":
-                    rival = min(rivals, key=lambda n: _apart(courses[n], trained))
+                rival = min(rivals, key=lambda n: (_apart(courses[n], trained), losses[n]))
                 _compare(row, method, texts[name], texts[rival], params, task)
         rows.append(row)
     return [{"task": task, "metric": names[0], **row} for row in rows]

@@ -171,6 +171,18 @@ def test_runs_tested_elsewhere_and_at_several_rates(folder):
     ]
 
 
+def test_a_method_with_several_rates_can_be_named_in_every_part(folder):
+    rates = "[full, neft-9], lr: [1e-3, 2.5e-2]}"
+    curve = "    - {show: trade_off, task: en-fr, series: {A: [full, neft-9]}}\n"
+    found = params(put(folder, STUDY.replace("[full, neft-9]}", rates) + curve))
+    table = found.study.parts[0]
+    assert table.runs("FT-full", "en-fr", found.runs) == ["full-1e-3-en-fr", "full-25e-3-en-fr"]
+    assert table.runs("NeFT", "en-fr", found.runs) == ["neft-9-1e-3-en-fr", "neft-9-25e-3-en-fr"]
+    assert table.runs("Base", "en-fr", found.runs) == []
+    with pytest.raises(NeftError, match=r"parts\.1\.series\.A: got 'ful'; did you mean 'full'\?"):
+        params(put(folder, STUDY.replace("[full, neft-9]}", rates) + curve.replace("ful", "fu")))
+
+
 def test_settings_go_into_the_file_or_into_what_came_of_it(folder):
     path = folder / "a.yaml"
     settings = [
@@ -224,6 +236,8 @@ def test_settings_go_into_the_file_or_into_what_came_of_it(folder):
          "a.yaml: extends: a loop, a.yaml -> a.yaml; let one of them extend no other"),
         ("FT-full: full", "FT-full: fulll",
          "a.yaml: study.parts.0.rows.FT-full: got 'fulll'; did you mean 'full'?"),
+        ("FT-full: full", "FT-full: [full, neft9]",
+         "a.yaml: study.parts.0.rows.FT-full: got 'neft9'; did you mean 'neft-9'?"),
         ("{en-fr: En→Fr}", "[fr-fr]",
          "a.yaml: study.parts.0.tasks: got 'fr-fr'; did you mean 'en-fr'?"),
         ("rows:", "trained: xx, rows:", "a.yaml: study.parts.0.trained: got 'xx'; known: en-fr"),

@@ -11,6 +11,7 @@ from neft_core.config import read_yaml, yaml_text
 from neft_core.findings import Findings
 from neft_core.page import Gallery
 from neft_core.report import report
+from neft_core.study_tables import Table
 from neft_core.summary import summarise
 from neft_core.workspace import Workspace
 
@@ -77,6 +78,7 @@ def shown(ws):
         table.name: {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
         | {"heads": list(table.heads[1:]), "notes": list(table.notes)}
         for table in tables
+        if isinstance(table, Table)
     }
 
 
@@ -203,3 +205,94 @@ def test_the_page_and_the_files(folder):
     assert {path.name for path in (reports / "study").iterdir()} == {
         "study.md", "t.csv", "t-differences.csv",
     }  # fmt: skip
+
+
+# BLEU, dev loss and wrong sentences of both seeds, by run.
+SWEPT = {
+    "full-3e-4-en-fr": {1: (20, 1.5, 5), 2: (22, 1.5, 5)},
+    "full-1e-3-en-fr": {1: (30, 1.0, 2), 2: (34, 1.5, 2)},
+    "full-3e-3-en-fr": {1: (40, 1.0, 0), 2: (44, 2.0, 0)},
+    "full-3e-4-fr-en": {1: (50, 1.0, 3), 2: (54, 1.0, 3)},
+    "full-1e-3-fr-en": {1: (60, 1.0, 1), 2: (64, 1.0, 1)},
+    "neft-en-fr": {1: (31, 1.0, 4), 2: (35, 1.0, 4)},
+    "neft-fr-en": {1: (31, 1.0, 4), 2: (35, 1.0, 4)},
+}
+FAIR = {"show": "table", "name": "t", "tasks": {"en-fr": "En", "fr-en": "Fr"}}
+FAIR |= {"rows": {"Base": "base", "FT": "full", "NeFT": "neft"}}
+
+
+def swept(folder, *parts, failed=None):
+    """A workspace in which `full` was given several rates."""
+    data = read_yaml(made(folder, list(parts), failed).params_file)
+    data["runs"] = {}
+    for name, seeds in SWEPT.items():
+        method, *rate = name[: -len("-en-fr")].split("-", 1)
+        data["runs"][name] = {"task": name[-5:], "method": METHODS[method], "seeds": [1, 2]}
+        data["runs"][name] |= {"lr": float(rate[0])} if rate else {}
+        add_run(Workspace(folder), name, seeds, 1)
+    data["transfers"] = {}
+    (folder / "params.yaml").write_text(yaml_text(data))
+    return Workspace(folder)
+
+
+def test_of_several_rates_each_column_has_the_best(folder):
+    ws = swept(folder, FAIR)
+    found = shown(ws)
+    # 1.25 is less than 1.5 twice over, though one seed's 1.0 is not; of equal losses the first.
+    assert found["t"]["FT"][2:] == ["32.00 ± 2.83", "52.00 ± 2.83"]
+    assert found["t"]["notes"][-2:] == [
+        "Of several candidates the one with the lowest dev loss is shown, mean over its seeds: "
+        "FT: full-1e-3 (En), full-3e-4 (Fr).",
+        "Its rate is the lowest or the highest tried: FT (Fr).",
+    ]
+    delta, p = p_values(4, 2)
+    assert found["t-differences"]["NeFT"][0].startswith(f"{delta:+.2f}".replace("-", "−"))
+    assert found["t-differences"]["NeFT"][0].endswith(f"(p {p:.3f})")
+    delta, p = p_values(4, 3)
+    assert found["t-differences"]["NeFT"][1].startswith(f"{delta:+.2f}".replace("-", "−"))
+    table = study_parts.made(Findings.read(ws), Gallery())[0]
+    assert [cell.run for cell in table.rows[1][3:]] == ["full-1e-3-en-fr", "full-3e-4-fr-en"]
+    assert [[cell.best for cell in row[3:]] for row in table.rows[1:]] == [
+        [False, True], [True, False],
+    ]  # fmt: skip
+    assert table.csv().splitlines()[0].endswith(",En,En sd,En run,Fr,Fr sd,Fr run")
+    assert ",full-1e-3-en-fr,52.0," in table.csv()
+    assert ",full-3e-4-fr-en" in table.csv()
+    assert table.rows[2][3].more.keys() == {"sd"}, "one run alone needs no telling"
+
+
+def test_candidates_can_be_listed(folder):
+    ws = swept(folder, FAIR | {"rows": {"FT": ["full-3e-3", "full-3e-4"], "All": ["full", "neft"]}})
+    found = shown(ws)["t"]
+    assert found["FT"][2:] == ["42.00 ± 2.83", "52.00 ± 2.83"]
+    assert found["All"][2:] == ["33.00 ± 2.83", "52.00 ± 2.83"]
+    # Of Fr there is one candidate in the first row.
+    assert "FT: full-3e-3 (En); All: neft (En), full-3e-4 (Fr)." in found["notes"][-2]
+
+
+def test_candidates_that_failed_do_not_count(folder):
+    failed = {
+        "evaluate@full-1e-3-en-fr": "no memory",
+        "evaluate@full-3e-4-fr-en": "loss nan",
+        "evaluate@full-1e-3-fr-en": "no memory",
+    }
+    found = shown(swept(folder, FAIR, failed=failed))["t"]
+    assert found["FT"][2:] == ["21.00 ± 1.41", "failed (1)"], "both others have 1.5: the first"
+    assert found["notes"][0] == "(1) loss nan; no memory"
+    assert found["notes"][-1] == "Failed, so no candidates: full-1e-3-en-fr (no memory)."
+
+
+def test_other_parts_take_the_best_rate_too(folder):
+    part = {"show": "trade_off", "task": "en-fr", "series": {"A": ["full"], "B": ["neft"]}}
+    found = shown(swept(folder, part))["trade-off"]
+    assert found["A"][0] == "full-1e-3-en-fr"
+    assert found["A"][-1] == "32.00 ± 2.83"
+    assert found["notes"][-1].endswith("mean over its seeds: full: full-1e-3.")
+
+
+def test_a_run_tested_elsewhere_is_chosen_by_its_own_dev_loss(folder):
+    part = FAIR | {"trained": "en-fr", "rows": {"FT": ["full", "lora-9"]}}
+    found = shown(made(folder, [part], {"transfer@full-moved": "no memory"}))["t"]
+    assert found["FT"][2:] == ["32.00 ± 2.83", "21.00 ± 1.41"]
+    assert "FT: full (En), lora-9 (Fr)." in found["notes"][-2]
+    assert found["notes"][-1] == "Failed, so no candidates: full-en-fr (no memory)."

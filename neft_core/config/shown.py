@@ -1,6 +1,7 @@
 """What every part of a study has, and the parts that analyse its runs."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import Field, model_validator
@@ -14,7 +15,31 @@ BEFORE: Final = ("base", "tuned")
 """Rows of the models before any run."""
 
 Names = Annotated[list[str], Field(min_length=1)]
-"""Methods of the catalogue, whose run is METHOD-TASK with the part's task, or whole runs' names."""
+"""Methods of the catalogue, whose run is METHOD-TASK with the part's task, or whole runs' names. A
+method that a grid gave several rates has a run for each, of which the best is shown."""
+
+RATE: Final = r"-\d+e-?\d+"
+"""The rate in METHOD-RATE-TASK, as a grid writes it."""
+
+
+def candidates(name: str, task: str, runs: Collection[str]) -> list[str]:
+    """The runs that a name means: of a method with several rates one for each.
+
+    Args:
+        name: a method of the catalogue, or a whole run's name.
+        task: the one that the runs were trained on.
+        runs: all that there are.
+    """
+    if f"{name}-{task}" in runs:
+        return [f"{name}-{task}"]
+    swept = re.compile(f"{re.escape(name)}{RATE}-{re.escape(task)}")
+    return [run for run in runs if swept.fullmatch(run)] or [run for run in runs if run == name]
+
+
+def methods_on(task: str, runs: Collection[str]) -> list[str]:
+    """The names that `candidates` knows on a task, but for whole runs'."""
+    short = [run.removesuffix(f"-{task}") for run in runs]
+    return list(dict.fromkeys([*short, *(re.sub(f"{RATE}$", "", name) for name in short)]))
 
 
 class Shown(Section):
@@ -43,6 +68,10 @@ class OnTask(Shown):
         """Keys, and the methods or runs that they name."""
         yield from ()
 
+    def methods(self) -> list[str]:
+        """The methods or runs that it names."""
+        return list(dict.fromkeys(name for _, name in self._methods()))
+
     def check(self, where: str, params: "Params") -> None:
         """The task and its metric are known, and the runs are of that task."""
         from neft_core.metrics import OF_TASK
@@ -53,10 +82,9 @@ class OnTask(Shown):
                 f"{where}.metric", self.metric, list(OF_TASK[params.tasks[self.task].format.task])
             )
         runs = [name for name, run in params.runs.items() if run.task == self.task]
-        short = [name.removesuffix(f"-{self.task}") for name in runs]
         for key, name in self._methods():
-            if name not in runs:
-                known(f"{where}.{key}", name, short)
+            if not candidates(name, self.task, runs):
+                known(f"{where}.{key}", name, methods_on(self.task, runs))
 
 
 class OverlapSection(Shown):

@@ -1,13 +1,20 @@
 """Section `study`: the question that a study's runs answer, and how the answer is shown."""
 
-from collections.abc import Container
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from neft_core.config.runs import Method
 from neft_core.config.section import Section, known, refuse
-from neft_core.config.shown import BEFORE, AnalysisSection, Shown
+from neft_core.config.shown import (
+    BEFORE,
+    AnalysisSection,
+    Names,
+    Shown,
+    candidates,
+    methods_on,
+)
 
 if TYPE_CHECKING:
     from neft_core.config.params import Params
@@ -20,9 +27,11 @@ class TableSection(Shown):
     """What is shown."""
     tasks: list[str] | dict[str, str] = Field(min_length=1)
     """Keys of `tasks` whose test splits are the columns; as a mapping with their headings."""
-    rows: dict[str, str] = Field(min_length=1)
+    rows: dict[str, str | Names] = Field(min_length=1)
     """For each label a method of the catalogue, whose run is METHOD-TASK; or a whole run's name;
-    or `base` or `tuned`, the models before."""
+    or `base` or `tuned`, the models before. Of several (a list, or a method that a grid gave
+    several rates) each column has the one with the lowest dev loss, mean over seeds; of equal ones
+    the first."""
     trained: str | None = None
     """The task that the runs were trained on; null: each on its column's."""
     metrics: list[str] | None = Field(default=None, min_length=1)
@@ -58,26 +67,31 @@ class TableSection(Shown):
                         f"{where}.metrics: got '{metric}'; of {kind} there are "
                         f"{', '.join(OF_TASK[kind])}"
                     )
-        for label, method in self.rows.items():
-            if method in BEFORE or any(self.run(method, t, params.runs) for t in self.tasks):
-                continue
-            methods = {
-                name.removesuffix(f"-{self.trained or task}"): None
-                for name, run in params.runs.items()
-                for task in self.tasks
-                if run.task == (self.trained or task)
-            }
-            known(f"{where}.rows.{label}", method, [*methods, *BEFORE])
+        for label, asked in self.rows.items():
+            for method in [asked] if isinstance(asked, str) else asked:
+                on = [self.trained or task for task in self.tasks]
+                if asked in BEFORE or any(candidates(method, t, params.runs) for t in on):
+                    continue
+                names = {
+                    name: None
+                    for task in on
+                    for name in methods_on(
+                        task, [n for n, run in params.runs.items() if run.task == task]
+                    )
+                }
+                known(f"{where}.rows.{label}", method, [*names, *BEFORE])
 
     @property
     def headings(self) -> dict[str, str]:
         """For each task its heading."""
         return self.tasks if isinstance(self.tasks, dict) else {t: t for t in self.tasks}
 
-    def run(self, method: str, task: str, runs: Container[str]) -> str | None:
-        """The run that a row's method names in a task's column; None: there is none."""
-        name = f"{method}-{self.trained or task}"
-        return name if name in runs else method if method in runs else None
+    def runs(self, label: str, task: str, runs: Collection[str]) -> list[str]:
+        """The runs that a row names in a task's column; several are candidates for it."""
+        asked = self.rows[label]
+        names = [asked] if isinstance(asked, str) else asked
+        found = [run for name in names for run in candidates(name, self.trained or task, runs)]
+        return list(dict.fromkeys(found))
 
     def reported(self, label: str, task: str, metric: str) -> float | None:
         """What the paper reports, where it is given."""
