@@ -7,12 +7,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from neft_core import __version__, config, loading, runs
 from neft_core.errors import NeftError
 from neft_core.files import save_tensors, write_json
+from neft_core.rows import Row, json_records, text_lines
 from neft_core.workspace import Workspace
 
 
@@ -194,25 +196,33 @@ def held_out(ws: Workspace, file: Path | None, count: int, where: str) -> list[s
 
     Args:
         ws: the workspace.
-        file: one text a line; None: pre-training rows that a generated corpus would give next.
+        file: one text a line, or JSON lines with `text`; None: pre-training rows that a generated
+            corpus would give next.
         count: texts at most.
         where: what asks for them, for messages.
 
     Raises:
         NeftError: no file, and a base or corpus that has no such rows.
     """
-    return _unseen(ws, count, where) if file is None else _lines(file, count)
+    return _unseen(ws, count, where) if file is None else _texts(file, count)
 
 
-def _lines(path: Path, count: int) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as fault:
-        raise NeftError(f"{path}: {fault}; give a UTF-8 file with one text a line") from None
-    texts = [line.strip() for line in lines if line.strip()][:count]
+def _texts(path: Path, count: int) -> list[str]:
+    if path.suffix == ".jsonl":
+        found = (_text(where, record) for where, record in json_records(path))
+    else:
+        found = (line.strip() for _, line in text_lines(path))
+    texts = list(islice(filter(None, found), count))
     if not texts:
-        raise NeftError(f"{path}: holds no text; give a UTF-8 file with one text a line")
+        raise NeftError(f"{path}: holds no text; one a line, or JSON lines with 'text'")
     return texts
+
+
+def _text(where: str, record: Row) -> str:
+    text = record.get("text")
+    if not isinstance(text, str):
+        raise NeftError(f"{where}: 'text' is missing or no string; each line needs one")
+    return text.strip()
 
 
 def _unseen(ws: Workspace, count: int, where: str) -> list[str]:
@@ -231,7 +241,7 @@ def _unseen(ws: Workspace, count: int, where: str) -> list[str]:
     if not isinstance(params.model, config.BuiltModel) or not pairs:
         raise NeftError(
             f"{where}: the base wasn't built from a generated corpus, so no text of its "
-            "pre-training kind is known; give a file with one text a line"
+            "pre-training kind is known; give a file of such texts"
         )
     # Pairs share their meanings: what one has not seen, another may have.
     first = max(source.pretrain for source, _ in pairs)

@@ -34,7 +34,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     use.add_argument("--per-example", action="store_true", help="the best layer of each row")
     loss = question("forgetting", "loss on text of the pre-training kind, before and after")
     loss.add_argument("names", nargs="+", metavar="RUN")
-    loss.add_argument("--text", type=Path, metavar="FILE", help="one text a line")
+    help = "one text a line, or JSON lines with `text`"
+    loss.add_argument("--text", type=Path, metavar="FILE", help=help)
     loss.add_argument("--rows", type=int, default=1000, dest="count", metavar="N")
 
 

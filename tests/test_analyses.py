@@ -152,6 +152,15 @@ def pearson_of(ws, model) -> list[float]:
     return found
 
 
+def test_texts_of_a_file(tmp_path):
+    """JSON lines keep the lines of a text; only a newline ends a text of the other form."""
+    plain, lines = tmp_path / "text.txt", tmp_path / "text.jsonl"
+    plain.write_text(" one\u2028two\n\nthree\nfour\n", encoding="utf-8")
+    assert measures.held_out(Workspace(tmp_path), plain, 2, "") == ["one\u2028two", "three"]
+    lines.write_text('{"text": "one\\ntwo ", "id": 1}\n{"text": " "}\n{"text": "three"}\n')
+    assert measures.held_out(Workspace(tmp_path), lines, 9, "") == ["one\ntwo", "three"]
+
+
 def test_forgetting_on_a_text_file(finished, neft, tmp_path):
     text, found = tmp_path / "text.txt", tmp_path / "found.json"
     text.write_text("the cat sees\n\n  a red dog\nfish\nnever read\n")
@@ -219,7 +228,11 @@ def test_unseen_text_is_what_pre_training_never_read(finished, tmp_path):
             "forgetting: no run 'nef'; known: full, lora",
         ),
         (["forgetting", "neft", "--text", "no.txt"], "no.txt: "),
-        (["forgetting", "neft", "--text", "empty.txt"], "empty.txt: holds no text; give a UTF-8"),
+        (["forgetting", "neft", "--text", "empty.txt"], "empty.txt: holds no text; one a line, or"),
+        (
+            ["forgetting", "neft", "--text", "pairs.jsonl"],
+            "pairs.jsonl:1: 'text' is missing or no string; each line needs one",
+        ),
         (["utilisation", "base", "--rows", "2"], "utilisation: got one model; give two at least"),
         (
             ["utilisation", "base", "nef", "--rows", "2"],
@@ -230,6 +243,7 @@ def test_unseen_text_is_what_pre_training_never_read(finished, tmp_path):
 )
 def test_questions_without_an_answer(copied, neft, arguments, line):
     (copied.root / "empty.txt").write_text("\n \n")
+    (copied.root / "pairs.jsonl").write_text('{"source": "one", "target": "un"}\n')
     code, lines = neft(copied, "analyse", *arguments)
     assert code == 2
     assert len(lines) == 1

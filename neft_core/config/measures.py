@@ -25,8 +25,8 @@ class Forgetting(Section):
     run: str
     """A key of `runs`."""
     path: str = Field(min_length=1)
-    """A UTF-8 file with one text a line; `data/none`: what the generated corpus would have given
-    next for the pre-training of a built model."""
+    """A UTF-8 file with one text a line, or JSON lines (.jsonl) with `text`; `data/none`: what the
+    generated corpus would have given next for the pre-training of a built model."""
     rows: int = Field(default=1000, ge=1)
     """Texts at most."""
 
