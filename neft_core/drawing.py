@@ -6,6 +6,7 @@ The only module that imports matplotlib. The same figure gives the same bytes.
 import functools
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -66,10 +67,16 @@ _SETTINGS = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """In this block figures are made and written in our style, whatever the user's own is."""
+    """In this block figures are made and written in our style, whatever the user's own is.
+
+    Letters that the font lacks are boxes in a PNG; in an SVG a browser finds them elsewhere. That
+    is no cause to warn of each.
+    """
     import matplotlib
 
-    with matplotlib.rc_context():
+    with warnings.catch_warnings(), matplotlib.rc_context():
+        for told in ("Glyph ", "Matplotlib currently does not support"):
+            warnings.filterwarnings("ignore", message=told)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)
         yield
@@ -95,6 +102,17 @@ def canvas(
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, panels, sharey=share_y, squeeze=False)
     return figure, list(axes[0])
+
+
+def named(name: str, most: int = 44) -> str:
+    """A name as a figure bears it: in one line, without its middle where it is longer than `most`.
+
+    Matplotlib leaves names that begin with `_` out of legends, and XML has no control characters.
+    """
+    said = " ".join("".join(c for c in name if c.isprintable() or c.isspace()).split())
+    if len(said) > most:
+        said = f"{said[: most - most // 3 - 1]}…{said[len(said) - most // 3 :]}"
+    return f" {said}" if said.startswith("_") else said
 
 
 def shades(colour: str = PALETTE[0], levels: int = 20) -> "Colormap":

@@ -17,6 +17,7 @@ from neft_core.drawing import (
     brief,
     canvas,
     counted,
+    named,
     styled,
 )
 
@@ -60,10 +61,12 @@ def _looks(names: Sequence[str], given: Mapping[str, Style] | None) -> dict[str,
 
 
 def legend(figure: "Figure", axes: "Axes", columns: int = 4) -> None:
-    """The names of the lines or bars, above the axes."""
+    """The names of the lines or bars, above the axes; many of them make the figure higher."""
     handles, labels = axes.get_legend_handles_labels()
     longest = max(map(len, labels), default=1)
     columns = max(1, min(columns, 62 // (longest + 7)))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.18 * max(0, rows - 3))
     figure.legend(handles, labels, loc="outside upper left", ncols=columns)
 
 
@@ -91,7 +94,7 @@ def lines(
         figure, (axes,) = canvas()
         for number, (name, height) in enumerate((levels or {}).items()):
             dash = DASHES[1 + number % (len(DASHES) - 1)]
-            axes.axhline(height, color=INK, linewidth=0.9, linestyle=dash, label=name)
+            axes.axhline(height, color=INK, linewidth=0.9, linestyle=dash, label=named(name))
         for name, points in series.items():
             x, mean, spread = zip(*sorted(points, key=lambda p: p[:2]), strict=True)
             axes.errorbar(
@@ -102,7 +105,7 @@ def lines(
                 marker=looks[name].marker,
                 markeredgecolor=PAPER,
                 markeredgewidth=0.6,
-                label=name,
+                label=named(name),
             )
         if log_x:
             axes.set_xscale("log")
@@ -176,6 +179,7 @@ def bars(
         unit: format of the numbers at lying bars, such as `.1f`; by default 1.2k, 3M.
     """
     thick = 0.74 / (1 if stacked else len(series))
+    names = [named(group, 28) for group in groups]
     rows = len(groups) * (1 if stacked else max(1, 0.8 * len(series)))
     with styled():
         figure, (axes,) = canvas(0.9 + 0.24 * rows + 0.2 * (len(series) > 1) if horizontal else 3.0)
@@ -189,7 +193,7 @@ def bars(
             shape: dict[str, Any] = (
                 {"left" if horizontal else "bottom": list(ends)} if stacked else {}
             )
-            draw(places, lengths, thick, color=PALETTE[number % 7], label=name, **shape)
+            draw(places, lengths, thick, color=PALETTE[number % 7], label=named(name), **shape)
             if stacked:
                 ends = [end + length for end, length in zip(ends, lengths, strict=True)]
             tips = ends if stacked else lengths
@@ -210,16 +214,16 @@ def bars(
                         fontsize=8 if len(groups) == rows else 7.5,
                     )
         if horizontal:
-            axes.set_yticks(range(len(groups)), groups)
+            axes.set_yticks(range(len(groups)), names)
             axes.invert_yaxis()
-            axes.set(xlabel=label, ylabel=across)
+            axes.set(xlabel=named(label, 60), ylabel=across)
             axes.margins(x=0.14)
             axes.grid(visible=False, axis="y")
             if not unit:
                 counted(axes.xaxis)
         else:
             tilted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
-            axes.set_xticks(range(len(groups)), groups, **(tilted if len(groups) > 6 else {}))
+            axes.set_xticks(range(len(groups)), names, **(tilted if len(groups) > 6 else {}))
             axes.set(xlabel=across, ylabel=label)
             axes.grid(visible=False, axis="x")
             counted(axes.yaxis)
@@ -270,7 +274,9 @@ def curves(
             if len(seeds) > 1:
                 axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
             mark = looks[name].marker if len(x) == 1 else None
-            axes.plot(x, mean, color=colour, linestyle=looks[name].dash, marker=mark, label=name)
+            axes.plot(
+                x, mean, color=colour, linestyle=looks[name].dash, marker=mark, label=named(name)
+            )
         axes.set(xlabel="step", ylabel=y_label)
         axes.margins(x=0.02)
         counted(axes.xaxis)

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from neft_core.drawing import DASHES, FAINT, INK, canvas, counted, shades, styled
+from neft_core.drawing import DASHES, FAINT, INK, canvas, counted, named, shades, styled
 from neft_core.figures import Value, bars, legend, styles
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def neuron_map(
             axes.set_xticks(np.arange(len(modules)) + 0.5, modules)
             axes.tick_params(length=0)
             axes.tick_params(axis="x", rotation=0 if max(map(len, modules)) < 6 else 60)
-            axes.set_title(name, fontsize=8.5)
+            axes.set_title(named(name, 24), fontsize=8.5)
             axes.grid(visible=False)
             axes.spines[:].set_visible(False)
             if told:
@@ -90,12 +90,12 @@ def distribution(
         figure, (axes,) = canvas()
         for name, look in styles({name: name for name in kinds}).items():
             axes.hist(kinds[name], edges, histtype="stepfilled", color=look.colour, alpha=0.3)
-            axes.hist(kinds[name], edges, histtype="step", color=look.colour, label=name)
+            axes.hist(kinds[name], edges, histtype="step", color=look.colour, label=named(name))
         axes.set_xscale("log")
         axes.margins(y=0.12)
         for number, (name, cut) in enumerate(sorted(cuts.items(), key=lambda item: item[1])):
             axes.axvline(cut, color=INK, linewidth=1, linestyle=DASHES[1])
-            axes.annotate(f"{name} \N{RIGHTWARDS ARROW}", (cut, 0.97 - 0.09 * (number % 8)),
+            axes.annotate(f"{named(name)} \N{RIGHTWARDS ARROW}", (cut, 0.97 - 0.09 * (number % 8)),
                           (-3, 0), xycoords=("data", "axes fraction"), va="top", ha="right",
                           textcoords="offset points", fontsize=8)  # fmt: skip
         axes.set(xlabel="sensitivity: 1 − cosine similarity (log scale)", ylabel="neurons")
@@ -122,6 +122,7 @@ def overlap(
     import numpy as np
 
     values = np.array([[np.nan if s is None else s for s in row] for row in shares], dtype=float)
+    said = [named(name, 28) for name in names]
     side = max(1.8, 0.62 * len(names))
     with styled():
         figure, (axes,) = canvas(1.1 + 0.72 * side, width=max(3.2, 1.3 + side))
@@ -134,9 +135,9 @@ def overlap(
                 if share is not None and by_chance is not None and x != y:
                     axes.text(x + 0.5, y + 0.74, f"({by_chance:.2f})", fontsize=7,
                               ha="center", va="center")  # fmt: skip
-        axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=35, ha="right",
+        axes.set_xticks(np.arange(len(names)) + 0.5, said, rotation=35, ha="right",
                         rotation_mode="anchor")  # fmt: skip
-        axes.set_yticks(np.arange(len(names)) + 0.5, names)
+        axes.set_yticks(np.arange(len(names)) + 0.5, said)
         axes.tick_params(length=0)
         axes.invert_yaxis()
         axes.set(xlabel="is also in", ylabel="share of")

@@ -4,6 +4,7 @@ Every function here escapes what it is given, unless it is `Html` already.
 """
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,10 @@ _PAGE = """<!DOCTYPE html>
 </body>
 </html>
 """
+
+
+LONG = 26
+"""Characters of a row's or column's name from which on it may take several lines."""
 
 
 class Html(str):
@@ -70,13 +75,13 @@ def table(
         label: what the table shows, for those who hear the page.
     """
     head = join(
-        (fill('<th scope="col"{n}>{h}</th>', n=_numeric(n), h=h) for h, n in heads), between=""
+        (fill('<th scope="col"{n}>{h}</th>', n=_kinds(n, h), h=h) for h, n in heads), between=""
     )
     lines = []
     for place, row in enumerate(rows):
-        cells = [fill('<th scope="row">{cell}</th>', cell=row[0])]
+        cells = [fill('<th scope="row"{n}>{cell}</th>', n=_kinds(False, row[0]), cell=row[0])]
         for (_, numeric), cell in zip(heads[1:], row[1:], strict=True):
-            cells.append(fill("<td{n}>{cell}</td>", n=_numeric(numeric), cell=cell))
+            cells.append(fill("<td{n}>{cell}</td>", n=_kinds(numeric), cell=cell))
         kind = kinds[place] if kinds else ""
         mark = fill(' class="{kind}"', kind=kind) if kind else Html()
         lines.append(fill("<tr{mark}>{cells}</tr>", mark=mark, cells=join(cells, "")))
@@ -89,8 +94,11 @@ def table(
     )
 
 
-def _numeric(numeric: bool) -> Html:
-    return Html(' class="n"' if numeric else "")
+def _kinds(numeric: bool, name: object = "") -> Html:
+    """Classes of a cell: of numbers, and of a name too long for one line."""
+    long = len(re.sub(r"<[^>]*>", "", text(name))) > LONG
+    kinds = " ".join(["n"] * numeric + ["long"] * long)
+    return fill(' class="{kinds}"', kinds=kinds) if kinds else Html()
 
 
 def facts(pairs: Mapping[str, object]) -> Html:

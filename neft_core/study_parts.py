@@ -16,7 +16,7 @@ from neft_core.config.shown import OnTask, candidates
 from neft_core.findings import Findings
 from neft_core.page import Gallery, Html, join, paragraph
 from neft_core.study_candidates import Place, notes
-from neft_core.study_tables import Table
+from neft_core.study_tables import Table, prose
 
 Part = Callable[[Findings, Any, Gallery], list[Table | Html]]
 """Tables and figures of a part, from its section of `study.parts`."""
@@ -71,7 +71,7 @@ def files(found: Findings, pieces: list[Table | Html]) -> dict[str, str]:
     if study is None:
         return {}
     tables = [piece for piece in pieces if isinstance(piece, Table)]
-    text = "\n\n".join([f"# {study.title}", *_said(found)])
+    text = "\n\n".join([f"# {prose(study.title)}", *map(prose, _said(found))])
     whole = "\n".join([text + "\n", *(table.markdown("../") for table in tables)])
     return {"study.md": whole} | {f"{table.name}.csv": table.csv() for table in tables}
 

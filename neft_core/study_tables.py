@@ -69,8 +69,8 @@ class Table:
                 said = f"**{said}**" if cell.best else said
                 cells.append(f"[{said}]({pages}{RUNS_PAGE}#{cell.run})" if cell.run else said)
             lines.append(_line(cells))
-        notes = "".join(f"\n\n{note}" for note in self.notes)
-        return f"### {self.title}\n\n" + "\n".join(lines) + notes + "\n"
+        notes = "".join(f"\n\n{prose(note)}" for note in self.notes)
+        return f"### {prose(self.title)}\n\n" + "\n".join(lines) + notes + "\n"
 
     def csv(self) -> str:
         """As CSV, values with all digits; deviations and the like in columns of their own."""
@@ -107,15 +107,15 @@ class Table:
 
 def readable(markdown: str) -> str:
     """Markdown for a terminal: without links and marks, columns aligned."""
-    markdown = re.sub(r"\[((?:[^\]\\]|\\.)*)\]\([^)]*\)", r"\1", markdown)
+    markdown = re.sub(r"(?<!\\)\[((?:[^\]\\]|\\.)*)\]\([^)]*\)", r"\1", markdown)
     found: list[str] = []
     for block in re.split(r"((?:^\|.*\n?)+)", markdown, flags=re.MULTILINE):
         if not block.startswith("|"):
-            found.append(re.sub(r"^#+ ", "", block, flags=re.MULTILINE))
+            found.append(_unmarked(re.sub(r"^#+ ", "", block, flags=re.MULTILINE)))
             continue
         rows = [re.split(r" \| ", line[2:-2]) for line in block.splitlines()]
         numeric = [cell.endswith(":") for cell in rows.pop(1)]
-        rows = [[re.sub(r"\*\*|\\(?=.)", "", cell) for cell in row] for row in rows]
+        rows = [[_unmarked(cell) for cell in row] for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             cells = (
@@ -130,6 +130,15 @@ def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _plain(said: str) -> str:
-    """Text that Markdown takes as it is."""
-    return re.sub(r"([\\|*_`\[\]<>])", r"\\\1", " ".join(said.split()))
+def prose(said: str) -> str:
+    """Text that Markdown takes as it is, as a paragraph or a heading."""
+    return re.sub(r"^(\d*)([#|]|[-+.)](?=[ -]|$))", r"\1\\\2", _plain(said, ""))
+
+
+def _plain(said: str, more: str = "|") -> str:
+    """Text that Markdown takes as it is, in a table's cell."""
+    return re.sub(rf"([\\*_`\[\]<>&~${more}])", r"\\\1", " ".join(said.split()))
+
+
+def _unmarked(markdown: str) -> str:
+    return re.sub(r"\\([^\w\s]|_)|\*\*", lambda found: found[1] or "", markdown)
