@@ -18,6 +18,7 @@ from neft_core.files import read_json
 from neft_core.workspace import Workspace
 
 if TYPE_CHECKING:
+    from neft_core.config.study import PartSection
     from neft_core.masks import NeuronMask, NeuronScores
 
 Row = dict[str, str]
@@ -60,12 +61,10 @@ class Findings:
         moved = (n for n, t in self.params.transfers.items() if (t.run, t.task) == (run, task))
         return self.failed.get(f"transfer@{next(moved, None)}")
 
-    def numbered(self, show: str, part: object) -> str:
-        """A name for a part of the study: what it shows, with a number where there are several."""
-        parts = self.params.study.parts if self.params.study else []
-        alike = [other for other in parts if other.show == show]
-        place = next((n for n, other in enumerate(alike, 1) if other is part), 0)
-        return f"{show}-{place}" if len(alike) > 1 else show
+    def named(self, part: "PartSection") -> str:
+        """What the files of a part of the study are called."""
+        assert self.params.study is not None
+        return self.params.study.part_name(part)
 
     def runs(self, task: str) -> list[str]:
         """Names of a task's runs."""

@@ -155,7 +155,13 @@ def private(host: Workspace, name: str, file: Path, params: str) -> Workspace:
 
 
 def place(host: Workspace, name: str, file: Path) -> Path:
-    """Where a file's own workspace lies, or will lie."""
+    """Where a file's own workspace lies, or will lie.
+
+    Raises:
+        NeftError: the name would lead elsewhere.
+    """
+    if name.startswith(".") or "/" in name:
+        raise NeftError(f"{file}: its workspace would be called '{name}'; rename the file")
     folder = host.state("workspaces", name)
     owner = Workspace(folder).state("params-file")
     if owner.exists() and owner.read_text(encoding="utf-8") != str(file.resolve()):

@@ -1,9 +1,11 @@
 """How long a walk through the stages will still take, by how long its kinds of stages took."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from neft_core.errors import NeftError
 from neft_core.files import write_json
 
 KEPT = 20
@@ -27,17 +29,19 @@ class Remaining:
 
     def __init__(self, memory: Path) -> None:
         self._memory = memory
-        try:
-            self._took: dict[str, list[float]] = json.loads(memory.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self._took = {}
+        self._took: dict[str, list[float]] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            told = json.loads(memory.read_text(encoding="utf-8"))
+            self._took = {name: [float(s) for s in of] for name, of in told.items() if of}
         self._now: dict[str, list[float]] = {}
 
     def took(self, family: str, seconds: float) -> None:
         """Note a stage that was made."""
         self._now.setdefault(family, []).append(round(seconds, 1))
         self._took[family] = [*self._took.get(family, []), round(seconds, 1)][-KEPT:]
-        write_json(self._memory, self._took)
+        # Another study may be at it too, or the disk full: no cause to stop this one.
+        with contextlib.suppress(NeftError):
+            write_json(self._memory, self._took)
 
     def seconds(self, families: Sequence[str]) -> tuple[float, bool] | None:
         """Seconds that stages will take, and whether all of them are of families that were seen.

@@ -1,6 +1,7 @@
 """`neft study`: the studies that there are, and running one or all of them."""
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,12 +131,15 @@ def ready(
 
 def _run(host: "Workspace", place: "StudyPath", checked: "Preview", expansion: "Expansion") -> int:
     """Run one study and show what came of it; its exit status."""
-    ws = ready(host, place, checked, expansion)
     from flows.pipeline import run_pipeline
     from neft_core.graph import Graph
     from neft_core.repro import StageFailed
 
     code, told = 0, ""
+    try:
+        ws = ready(host, place, checked, expansion)
+    except NeftError as fault:  # another of `all` may do
+        return say(str(fault), 2)
     try:
         run_pipeline(ws, study=True)
     except (NeftError, StageFailed) as fault:
@@ -169,8 +173,9 @@ def _shortcut(ws: "Workspace") -> Path:
     from neft_core.workspace import REPORTS
 
     real, link = ws.root / REPORTS, ws.host.root / REPORTS / ws.root.name
-    if not link.exists():
-        link.parent.mkdir(exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(real, link.parent))
+    with contextlib.suppress(OSError):  # a file in its way, a disk that is full
+        if not link.exists():
+            link.parent.mkdir(exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(real, link.parent))
     return link if link.resolve() == real.resolve() else real

@@ -14,7 +14,6 @@ from neft_core.study_runs import (
     failure,
     first_metric,
     heading,
-    name_of,
     row_of,
     run_of,
     score,
@@ -30,7 +29,7 @@ def cost(found: Findings, part: CostSection, gallery: Gallery) -> list[Table | H
     heads = ["method", "run", "trained parameters", "ms a step", "saved a step (ms)",
              "peak memory (GB)", "before training (s)", "its peak memory (GB)",
              "steps to break even"]  # fmt: skip
-    costs, named = found.costs(), name_of(found, part)
+    costs, named = found.costs(), found.named(part)
     full = run_of(found, part.full, part.task)
     dear = _step(found, costs, full)
     rows: list[list[Cell]] = []
@@ -128,12 +127,12 @@ def _speeds(found: Findings, part: CostSection) -> Table | None:
                 )
                 rows[-1].append(Cell(f"{ratio:.2f}", round(ratio, 4)))
     title = "Speed of generation"
-    return Table(f"{name_of(found, part)}-speed", title, heads, rows, [said]) if rows else None
+    return Table(f"{found.named(part)}-speed", title, heads, rows, [said]) if rows else None
 
 
 def forgetting(found: Findings, part: ForgettingSection, gallery: Gallery) -> list[Table | Html]:
     """What each run gained on its task beside what it lost on text of the pre-training kind."""
-    metric, named = first_metric(found, part.task, part.metric), name_of(found, part)
+    metric, named = first_metric(found, part.task, part.metric), found.named(part)
     heads = ["method", "run", "% of model", heading(metric), "gain", "loss before", "loss after",
              "forgotten"]  # fmt: skip
     base = score(row_of(found, part.task, "base"), metric)

@@ -9,7 +9,6 @@ from neft_core.study_runs import (
     failure,
     first_metric,
     heading,
-    name_of,
     row_of,
     run_of,
     score,
@@ -23,7 +22,7 @@ from neft_core.study_tables import Cell, Table
 def trade_off(found: Findings, part: TradeOffSection, gallery: Gallery) -> list[Table | Html]:
     """A figure for each task that is tested, and a table of all their points."""
     tasks = part.tested or [part.task]
-    named = name_of(found, part)
+    named = found.named(part)
     metrics = {task: first_metric(found, task, part.metric) for task in tasks}
     heads = ["method", "run", "trained parameters", "% of model"]
     heads += [f"{heading(metrics[task])}, {task}" for task in tasks]
@@ -78,7 +77,7 @@ def trade_off(found: Findings, part: TradeOffSection, gallery: Gallery) -> list[
 
 def added(found: Findings, part: AddedSection, gallery: Gallery) -> list[Table | Html]:
     """A line for each way to add neurons to a selection, from that selection on."""
-    metric, named = first_metric(found, part.task, part.metric), name_of(found, part)
+    metric, named = first_metric(found, part.task, part.metric), found.named(part)
     heads = ["added", "run", "added % of model", "% of model", heading(metric), "Δ to the start"]
     start = run_of(found, part.start, part.task)
     first = row_of(found, part.task, start)

@@ -90,14 +90,18 @@ def find(name: str, root: Path) -> StudyPath:
 def listed(root: Path) -> dict[str, str]:
     """Names of all studies with their titles; files without one are there to be extended.
 
-    Raises:
-        NeftError: one can't be read.
+    In place of a title a file that can't be read has the reason.
     """
     found: dict[str, str] = {}
     for folder in _folders(root):
         for path in sorted(folder.rglob("*.yaml"), key=lambda p: (len(p.parts), p)):
             name = path.relative_to(folder).with_suffix("").as_posix()
-            section = read_yaml(path).get("study")
+            if not path.is_file():
+                continue
+            try:
+                section = read_yaml(path).get("study")
+            except NeftError as fault:
+                section = {"title": f"can't be read: {fault}"}
             if name not in found and isinstance(section, Mapping) and "title" in section:
                 found[name] = str(section["title"])
     return found
@@ -138,12 +142,13 @@ def expand(file: Path, root: Path, settings: Sequence[str] = ()) -> Expansion:
             later.append(setting)
     said = {key: data.pop(key) for key in StudyFile.model_fields if key in data}
     head = check_section(StudyFile, said, file.name)
-    if "study" not in data:
+    if data.get("study") is None:
         raise NeftError(f"{file.name}: study: missing; it is required of a study")
-    if not isinstance(data.setdefault("runs", {}), dict):
-        raise NeftError(f"{file.name}: runs: got no mapping; give runs by name")
+    for section in ("runs", "transfers"):
+        if not isinstance(data.setdefault(section, {}), dict):
+            raise NeftError(f"{file.name}: {section}: got no mapping; give {section} by name")
     _fill_grid(data, head, said.get("methods", {}), file.name)
-    offered = data.get("tasks") or {}
+    offered = _mapping(data, "tasks")
     _leave_out_unused(data, own)
     unused = [name for name in offered if name not in data["tasks"]]
     changes += [assign(data, setting) for setting in later]
@@ -190,13 +195,13 @@ def _fill_grid(
     data: dict[str, Any], head: StudyFile, methods: Mapping[str, Any], where: str
 ) -> None:
     """Write the grid's runs, and where they are tested beside their own task."""
-    runs, transfers = data["runs"], data.setdefault("transfers", {})
+    runs, transfers, tasks = data["runs"], data["transfers"], _mapping(data, "tasks")
     made: dict[str, str] = dict.fromkeys(runs, "runs")
     for place, cell in enumerate(head.grid):
         rates: Sequence[float | None] = cell.lr or [None]
         for key, names, all_names in (
-            ("tasks", cell.tasks, data.get("tasks", {})),
-            ("tested", cell.tested, data.get("tasks", {})),
+            ("tasks", cell.tasks, tasks),
+            ("tested", cell.tested, tasks),
             ("methods", cell.methods, methods),
         ):
             for name in names:
@@ -219,6 +224,12 @@ def _fill_grid(
                     for other in cell.tested:
                         if other != task:
                             transfers[f"{name}-on-{other}"] = {"run": name, "task": other}
+
+
+def _mapping(data: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    """A section of the file; what is no mapping there, the check of params tells."""
+    found = data.get(section)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _rate(rate: float) -> str:
@@ -245,27 +256,23 @@ def _named(node: Any, task: str) -> Any:
 
 def _leave_out_unused(data: dict[str, Any], own: Mapping[str, Any]) -> None:
     """Of what other files offer, keep what is named, and what a built model learns from."""
-    offered = {
-        section: dict(data.get(section) or {})
-        for section in CATALOGUE
-        if isinstance(data.get(section, {}), dict)
-    }
+    offered = {section: dict(_mapping(data, section)) for section in CATALOGUE}
     used = set(_texts({key: value for key, value in data.items() if key not in offered}))
-    built = (data.get("model") or {}).get("kind") == "built"
+    built = _mapping(data, "model").get("kind") == "built"
     kept: dict[tuple[str, str], Any] = {}
     found = True
     while found:
         found = False
         for section, entries in offered.items():
             for name, entry in entries.items():
-                wanted = name in used or name in (own.get(section) or {})
+                wanted = name in used or name in _mapping(own, section)
                 wanted = wanted or (section == "tasks" and built and _pretrains(entry))
                 if wanted and (section, name) not in kept:
                     kept[section, name] = entry
                     used |= set(_texts(entry)) if section != "tasks" else set()
                     found = True
     for section, entries in offered.items():
-        if section in data:
+        if isinstance(data.get(section), dict):
             data[section] = {n: e for n, e in entries.items() if (section, n) in kept}
 
 

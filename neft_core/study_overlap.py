@@ -7,7 +7,7 @@ from neft_core.config.shown import OverlapSection
 from neft_core.errors import NeftError
 from neft_core.findings import Findings, mean
 from neft_core.page import Gallery, Html
-from neft_core.study_runs import FAILED, name_of, side_by_side, table
+from neft_core.study_runs import FAILED, side_by_side, table
 from neft_core.study_tables import Cell, Table
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def overlap(found: Findings, part: OverlapSection, gallery: Gallery) -> list[Table | Html]:
     """A table with a row for each comparison, a column for each budget; and a figure of it."""
-    name = name_of(found, part)
+    name = found.named(part)
     heads = ["neurons in common", *(f"{percent:g} %" for percent in part.percents)]
     rows: list[list[Cell]] = []
     series: dict[str, list[figures.Place]] = {}

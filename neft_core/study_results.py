@@ -23,7 +23,7 @@ def table(found: Findings, part: TableSection, _gallery: Gallery) -> list[Table 
     kinds = {task: found.params.tasks[task].format.task for task in part.headings}
     metrics = {task: part.metrics or list(OF_TASK[kind][:1]) for task, kind in kinds.items()}
     titles = [TITLES[m] for m in dict.fromkeys(m for names in metrics.values() for m in names)]
-    name = part.name or found.numbered("table", part)
+    name = found.named(part)
     title = part.title or "Results"
     heads = ["method", "trained parameters", "% of model"]
     for task, heading in part.headings.items():
@@ -219,7 +219,7 @@ def rates(found: Findings, part: RatesSection, _gallery: Gallery) -> list[Table 
     said += [f"The best is the lowest or highest rate that was tried: {_and(edges)}."] * bool(edges)
     said = [*failures(reasons), *said]
     heads = ["method", *(f"{rate:g}" for rate in columns), "best"]
-    name = part.name or found.numbered("rates", part)
+    name = found.named(part)
     return [Table(name, part.title or "Learning rates", heads, rows, [*said, *part.notes])]
 
 

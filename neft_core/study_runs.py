@@ -15,11 +15,6 @@ FAILED = "failed: "
 """How a cell begins in which something failed, until its reason stands below the table."""
 
 
-def name_of(found: Findings, part: Any) -> str:
-    """What a part's files are called."""
-    return part.name or found.numbered(part.show, part).replace("_", "-")
-
-
 def run_of(found: Findings, name: str, task: str) -> str:
     """The run that a part means: METHOD-TASK, or its whole name; of several rates the best."""
     runs = candidates(name, task, found.params.runs)

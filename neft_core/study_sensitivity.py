@@ -11,7 +11,6 @@ from neft_core.study_runs import (
     first_metric,
     heading,
     means,
-    name_of,
     row_of,
     run_of,
     score,
@@ -25,7 +24,7 @@ from neft_core.study_tables import Cell, Table
 def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> list[Table | Html]:
     """A row for each selection: what it asked for, what it got, what came of it."""
     metric = first_metric(found, part.task, part.metric)
-    named = name_of(found, part)
+    named = found.named(part)
     reference = run_of(found, part.reference, part.task) if part.reference else None
     heads = [
         "varied",

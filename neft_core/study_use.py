@@ -19,7 +19,6 @@ from neft_core.page import Gallery, Html
 from neft_core.study_runs import (
     absent,
     failure,
-    name_of,
     run_of,
     side_by_side,
     spread,
@@ -99,7 +98,7 @@ def rank_change(found: Findings, part: RankChangeSection, gallery: Gallery) -> l
     """Avg(dRank) by percentile of the first run's order."""
     from neft_core import utilisation as core
 
-    edges, named = core.EDGES, name_of(found, part)
+    edges, named = core.EDGES, found.named(part)
     heads = [
         "compared",
         *(f"{100 * a:g}–{100 * b:g} %" for a, b in pairwise(edges)),
@@ -144,7 +143,7 @@ def average_change(
     """Avg(dRank) of several runs against each anchor."""
     from neft_core import utilisation as core
 
-    named = name_of(found, part)
+    named = found.named(part)
     heads = ["against", "run", "Avg(ΔRank)", "% of candidates"]
     heads += ["the paper's"] if part.paper else []
     rows: list[list[Cell]] = []
@@ -199,7 +198,7 @@ def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table |
             for where in counts[0]
         }
 
-    named = name_of(found, part)
+    named = found.named(part)
     kinds: list[str] = []
     rows: list[list[Cell]] = []
     layers: list[list[Cell]] = []

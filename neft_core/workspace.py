@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from neft_core.config import NO_FILE, Params, load_params
 from neft_core.errors import NeftError
@@ -83,8 +84,7 @@ def hold(lock: Path, what: str) -> Iterator[None]:
     Raises:
         NeftError: another process holds it; the message names that process.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a+") as handle:
+    with _opened(lock) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -99,11 +99,18 @@ def hold(lock: Path, what: str) -> Iterator[None]:
         yield
 
 
+def _opened(lock: Path) -> TextIO:
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        return lock.open("a+")
+    except OSError as fault:
+        raise NeftError(f"{lock}: {fault.strerror}; use a workspace that you can write") from None
+
+
 @contextlib.contextmanager
 def exclusive(lock: Path) -> Iterator[None]:
     """Wait for a lock file, and hold it while the block runs."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as handle:
+    with _opened(lock) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 

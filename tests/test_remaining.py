@@ -34,9 +34,10 @@ def test_a_family_that_was_not_seen_is_as_much_slower_as_the_others(tmp_path):
     assert clock.words(["train"]).startswith("roughly ")
 
 
-def test_a_damaged_memory_is_forgotten(tmp_path):
+@pytest.mark.parametrize("text", ['{"train": [1', "[]", '{"train": 3}', '{"train": ["x"]}', "3"])
+def test_a_damaged_memory_is_forgotten(tmp_path, text):
     path = tmp_path / "seconds.json"
-    path.write_text('{"train": [1')
+    path.write_text(text)
     clock = Remaining(path)
     assert clock.seconds(["train"]) is None
     clock.took("train", 4.0)
@@ -50,3 +51,10 @@ def test_a_damaged_memory_is_forgotten(tmp_path):
 )  # fmt: skip
 def test_lengths_of_time(seconds, said):
     assert duration(seconds) == said
+
+
+def test_a_memory_that_can_not_be_written_stops_nothing(tmp_path):
+    (tmp_path / "a").write_text("a file in the folder's place")
+    clock = Remaining(tmp_path / "a" / "seconds.json")
+    clock.took("train", 10.0)
+    assert clock.seconds(["train"]) == (10.0, True)

@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +36,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise NeftError(f"{path}: {at}{what}; mend the YAML") from None
     if not isinstance(data, dict):
         raise NeftError(f"{path}: holds no mapping; see the README for its sections")
+    for key in data:
+        if not isinstance(key, str):
+            raise NeftError(f"{path}: {key!r} is no text; names of sections are")
     return data
 
 
@@ -57,10 +61,8 @@ def check_section(kind: type[Checked], data: dict[str, Any], where: str) -> Chec
     try:
         return kind.model_validate(data)
     except ValidationError as fault:
-        lines = []
-        for error in fault.errors(include_url=False):
-            lines.append(f"{where}: {_describe(error, data)}")
-        raise NeftError("\n".join(dict.fromkeys(lines))) from None
+        lines = _lines(fault.errors(include_url=False), data)
+        raise NeftError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
 def yaml_text(data: dict[str, Any]) -> str:
@@ -82,22 +84,46 @@ def load_params(path: Path) -> Params:
     return parse_params(read_yaml(path), path.name)
 
 
-def _describe(error: Any, data: Any) -> str:
-    """`runs.neft.method.percent: got 140; at most 100` of one pydantic error."""
+def _lines(errors: Sequence[Any], data: Any) -> dict[str, None]:
+    """A line for each fault; where one of several types would do, one for all of them."""
+    found = [(_place(e, data)[0], e["type"] in _TYPES, _describe(e, data)) for e in errors]
+    lines: dict[str, None] = {}
+    for where, of_type, line in found:
+        # What a value's own form lacks says more than that it has not the other form.
+        inside = any(w.startswith(f"{where}.") or (w == where and not t) for w, t, _ in found)
+        if of_type and inside:
+            continue
+        same = dict.fromkeys(told.rpartition("; ")[2] for w, _, told in found if w == where)
+        if of_type and len(same) > 1:
+            wanted = [text.removesuffix(" is needed") for text in same]
+            line = f"{line.rpartition('; ')[0]}; {' or '.join(wanted)} is needed"
+        lines[line] = None
+    return lines
+
+
+def _place(error: Any, data: Any) -> tuple[str, Any]:
+    """Keys of a pydantic error, and the value there."""
     keys: list[str] = []
     last = len(error["loc"]) - 1
     for position, part in enumerate(error["loc"]):
-        # The tag of a discriminated union stands in the location, but not in the file.
+        # The tag of a union stands in the location, but not in the file.
         if isinstance(data, dict) and part not in data and position != last:
             continue
         if isinstance(data, dict) and part not in data and error["type"] != "missing":
             continue
+        if not isinstance(data, dict | list) or (isinstance(data, list) and isinstance(part, str)):
+            continue
         keys.append(str(part))
         if isinstance(data, dict):
             data = data.get(part)
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+        elif part < len(data):
             data = data[part]
-    where = ".".join(keys)
+    return ".".join(keys), data
+
+
+def _describe(error: Any, data: Any) -> str:
+    """`runs.neft.method.percent: got 140; at most 100` of one pydantic error."""
+    where, data = _place(error, data)
     kind, context, message = error["type"], error.get("ctx", {}), error["msg"]
     if kind == "neft":
         # A message that names its own key continues the path ("budget: got none").
@@ -138,6 +164,8 @@ _NEEDED = {
     "model_attributes_type": "a mapping of keys is needed",
 }
 """What the types of pydantic's errors ask for."""
+
+_TYPES = [kind for kind in _NEEDED if kind.endswith("_type")]
 
 
 def _as_yaml(value: Any) -> str:

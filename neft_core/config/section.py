@@ -63,5 +63,5 @@ def known(where: str, name: str, names: Collection[str]) -> None:
     """Refuse a name that isn't one of those, with the nearest."""
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names) or 'none'}"
         raise refuse(f"{where}: got '{name}'; {hint}")

@@ -42,6 +42,9 @@ class TableSection(Shown):
 
     @model_validator(mode="after")
     def _known_labels(self) -> "TableSection":
+        for key, names in (("metrics", self.metrics or []), ("tasks", self.headings.values())):
+            if len(set(names)) < len(names):
+                raise refuse(f"{key}: got {', '.join(names)}; each column once")
         for label, values in self.paper.items():
             if label not in self.rows:
                 raise refuse(f"paper: got the label '{label}'; one of rows")
@@ -79,7 +82,8 @@ class TableSection(Shown):
                         task, [n for n, run in params.runs.items() if run.task == task]
                     )
                 }
-                known(f"{where}.rows.{label}", method, [*names, *BEFORE])
+                before = BEFORE if isinstance(asked, str) else ()
+                known(f"{where}.rows.{label}", method, [*names, *before])
 
     @property
     def headings(self) -> dict[str, str]:
@@ -132,6 +136,22 @@ class Study(Section):
     failed: dict[str, str] = Field(default_factory=dict)
     """Written by `neft study`: stages that could not be made, as DVC calls them, and why. What
     needs them is shown as failed."""
+
+    @model_validator(mode="after")
+    def _names_once(self) -> "Study":
+        names = [self.part_name(part) for part in self.parts]
+        names += [f"{self.part_name(p)}-differences" for p in self.parts if p.show == "table"]
+        for name in names:
+            if names.count(name) > 1:
+                raise refuse(f"parts: two would write files named '{name}'; give each its own name")
+        return self
+
+    def part_name(self, part: PartSection) -> str:
+        """What a part's files are called: what it shows, with a number where there are several."""
+        alike = [other for other in self.parts if other.show == part.show]
+        place = next(n for n, other in enumerate(alike, 1) if other is part)
+        show = part.show.replace("_", "-")
+        return part.name or (f"{show}-{place}" if len(alike) > 1 else show)
 
 
 class Catalogued(Section):
