@@ -158,9 +158,11 @@ def _walk(workspace: Workspace, force: bool, study: bool) -> Result:
         if before & {"ran", "restored"}:
             changes[stage.name] = graph.changes(stage.name)
         broken = [n for n in stage.upstream if result.outcomes[n] in ("failed", "skipped")]
-        if study and stage.family in SHOWING and _any_result(result.outcomes):
+        shows = study and stage.family in SHOWING and _any_result(result.outcomes)
+        if broken and (shows or stage.family == "assign"):  # they leave out what isn't there
             broken = [name for name in broken if name in SHOWING]
-        if broken and stage.family != "assign":  # it leaves out what isn't there
+            graph.fill_in(stage.name)
+        if broken:
             work = _skip(broken[0])
             causes[stage.name] = causes[broken[0]]
         elif force or changes[stage.name]:

@@ -108,6 +108,12 @@ class Graph:
             outputs = []
         return Changes(tuple(inputs), tuple(outputs), tuple(missing))
 
+    def fill_in(self, name: str) -> None:
+        """Make empty folders where a stage that goes by what is there finds none at all."""
+        for dep in self._stages[name].deps:
+            if not dep.exists and self._makes(dep) and not Path(dep.fs_path).suffix:
+                os.makedirs(dep.fs_path, exist_ok=True)
+
     def intact(self, name: str) -> bool:
         """Whether the stage's outputs are those of its entry in dvc.lock."""
         with _translated(self.workspace.root), self._repo.lock:

@@ -166,15 +166,21 @@ def test_everything_then_nothing_then_only_what_changed(
 def test_a_failure_stops_only_what_needs_it(
     ws: Workspace, env: dict[str, str], prefect_home: Path
 ) -> None:
-    told = run(ws, {**env, "FAKE_FAIL": "train full"}, status=2)
-    assert told[-1] == "neft: data/x.jsonl: line 7: no target; add one"
-    assert "train@full failed: data/x.jsonl: line 7: no target; add one" in told
-    assert "skipped, as they need what failed: evaluate@full, summary, report" in told
+    """Here all that selects neurons; what trains without a mask goes on."""
+    told = run(ws, {**env, "FAKE_FAIL": "warmup en-fr"}, status=2)
+    reason = "data/x.jsonl: line 7: no target; add one"
+    assert [line for line in told if line.startswith("neft:")] == [f"neft: {reason}"]
+    assert f"warmup@en-fr failed: {reason}" in told
+    skipped = {"score@en-fr", "select@neft", "train@neft", "baseline@en-fr", "evaluate@neft",
+               "summary", "report"}  # fmt: skip
+    said = next(line for line in told if line.startswith("skipped, as they need what failed: "))
+    assert set(said.partition(": ")[2].split(", ")) == skipped
     assert not [line for line in told if "Traceback" in line or "Error" in line]
-    assert states(prefect_home) == {"Ran": STAGES - 4, "Failed": 1, "Skipped": 3}
-    assert trainings(ws).keys() == {"neft seed 1", "neft seed 2"}
+    assert states(prefect_home) == {"Ran": STAGES - 8, "Failed": 1, "Skipped": 7}
+    assert trainings(ws).keys() == {"full seed 1"}
     run(ws, env)
-    assert states(prefect_home) == {"Ran": 4, "Cached": STAGES - 4}
+    # `assign` too: there are scores now.
+    assert states(prefect_home) == {"Ran": 9, "Cached": STAGES - 9}
 
 
 def test_a_study_shows_what_is_left_and_tells_the_time_left(
