@@ -1,6 +1,7 @@
 """The pipeline as a user runs it: real stages, Prefect, DVC and MLflow on a tiny workspace."""
 
 import csv
+import json
 import os
 import re
 import signal
@@ -153,3 +154,44 @@ def test_base_and_run_side_by_side(undisturbed, env):
     lines = neft(undisturbed, env, "generate", "--run", "neft", "--prompt", "the cat")
     words = [line.split()[0] for line in lines if line.strip() and ": sentence" not in line]
     assert words == ["source", "base", "neft"]
+
+
+def test_an_experiment_of_dvc_beside_what_git_has(undisturbed, env):
+    """In a git workspace `dvc exp run -S` is one more way to try a param, and DVC compares."""
+    ws = undisturbed
+    git = ("git", "-c", "user.name=t", "-c", "user.email=t@t")
+    told(ws, env, *git, "add", "-A")
+    told(ws, env, *git, "commit", "-qm", "results")
+    before = read_json(ws.path("summary", "metrics.json"))["en-fr"]
+    lines = told(ws, env, "dvc", "exp", "run", "-n", "hot", "-S", "+runs.lora.lr=5e-2")
+    made = [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+    assert made == ["assign", "train@lora", "evaluate@lora", "summary", "report"]
+    after = read_json(ws.path("summary", "metrics.json"))["en-fr"]
+    assert after["lora"]["dev_loss"] != before["lora"]["dev_loss"]
+    assert after["full"] == before["full"]
+
+    rows = list(csv.DictReader(told(ws, env, "dvc", "exp", "show", "--csv")))
+    of = {row["Experiment"] or row["rev"]: row for row in rows}
+    assert {"hot", "workspace"} <= of.keys()
+    assert float(of["hot"]["runs.lora.lr"]) == 5e-2
+    assert float(of["hot"]["en-fr.lora.dev_loss"]) == pytest.approx(after["lora"]["dev_loss"])
+    committed = next(row for row in rows if row["rev"] in ("main", "master"))
+    assert float(committed["en-fr.lora.dev_loss"]) == pytest.approx(before["lora"]["dev_loss"])
+
+    (told_diff,) = told(ws, env, "dvc", "metrics", "diff", "--json", "HEAD")
+    differences = json.loads(told_diff)["work/summary/metrics.json"]
+    assert "en-fr.full.dev_loss" not in differences
+    change = differences["en-fr.lora.dev_loss"]
+    assert change["diff"] == pytest.approx(after["lora"]["dev_loss"] - before["lora"]["dev_loss"])
+
+    told(ws, env, "dvc", "plots", "diff", "HEAD")
+    html = (ws.root / "dvc_plots" / "index.html").read_text(encoding="utf-8")
+    assert "Loss on the dev split" in html
+    assert '"rev": "HEAD"' in html
+    assert '"rev": "workspace"' in html
+    assert not re.search(r"<(script|link)[^>]* (src|href)=", html)
+    # Back to what git has: the experiment stays by its name, and nothing runs again.
+    told(ws, env, "git", "checkout", "-q", "--", ".")
+    told(ws, env, "dvc", "checkout", "-q")
+    assert read_json(ws.path("summary", "metrics.json"))["en-fr"] == before
+    assert told(ws, env, "dvc", "status") == ["Data and pipelines are up to date."]
