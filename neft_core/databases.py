@@ -1,6 +1,6 @@
 """Whether the databases that `neft up` hands to its servers answer, before it starts them.
 
-A server that can't use its database tries for a minute and more, and then tells it in pages of text.
+A server that can't use its database tries for minutes, and then tells it in pages of text.
 """
 
 import asyncio
@@ -50,28 +50,27 @@ def _connect(name: str, told: str, *, needs_async: bool) -> tuple[Any, ...]:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
-    form = f"{_ASYNCPG if needs_async else 'postgresql+psycopg2'}://USER:PASSWORD@HOST:PORT/NAME"
+    driver = _ASYNCPG if needs_async else "postgresql+psycopg2"
+    form = f"the form is {driver}://USER:PASSWORD@HOST:PORT/NAME"
     if told.count("@") > 1:
         raise NeftError(f"{name}: has more than one '@'; write those of a password as %40")
     try:
         url = make_url(told)
     except (SQLAlchemyError, ValueError):
-        raise NeftError(f"{name}: no address of a database; the form is {form}") from None
-    if needs_async and url.drivername != _ASYNCPG:
-        raise NeftError(f"{name}: got {url.drivername}://, which Prefect can't use; the form is {form}")
-    where = f"{url.database or '(no name)'} on {url.host or 'this machine'}"
-    where += f", port {url.port}" if url.port else ""
+        raise NeftError(f"{name}: no address of a database; {form}") from None
+    if needs_async and url.drivername != driver:
+        raise NeftError(f"{name}: got {url.drivername}://, which Prefect can't use; {form}")
+    where = f"database {url.database} on {url.host}" + (f", port {url.port}" if url.port else "")
     try:
         if needs_async:
             asyncio.run(_open(url))
         else:
             _open_now(url)
     except ModuleNotFoundError as fault:
-        raise NeftError(
-            f"{name}: {url.drivername}:// needs the package {fault.name}; install it, or write {form}"
-        ) from None
+        lacking = f"{url.drivername}:// needs the package {fault.name}"
+        raise NeftError(f"{name}: {lacking}; install it, or: {form}") from None
     except (SQLAlchemyError, OSError, TimeoutError) as fault:
-        raise NeftError(f"{name}: database {where}: {_reason(fault, url)}; the form is {form}") from None
+        raise NeftError(f"{name}: {where}: {_reason(fault, url)}; {form}") from None
     return url.host, url.port, url.database
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 import urllib.request
 from pathlib import Path
 
@@ -85,6 +86,37 @@ def test_a_port_in_use_is_one_line_and_nothing_starts(state):
     assert not (state / "servers.json").exists()
 
 
+BAD = {
+    "postgresql+{}://me:planted@127.0.0.1:1/db": "database db on 127.0.0.1, port 1: ",
+    "postgresql+{}://me:planted@nohost.invalid/db": "database db on nohost.invalid: ",
+    "postgresql+{}://me:plan@ted@host/db": "has more than one '@'; write those of a password as %4",
+    "postgresql+{}://me:planted@host:port/db": "no address of a database; the form is postgresql+",
+    "oracle+{}://me:planted@host/db": "",
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(
+    ("name", "driver"),
+    [
+        ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "asyncpg"),
+        ("MLFLOW_BACKEND_STORE_URI", "psycopg2"),
+    ],
+)
+def test_a_database_that_can_not_be_used_is_one_line_and_nothing_starts(
+    state, monkeypatch, name, driver, bad
+):
+    monkeypatch.setenv(name, bad.format(driver))
+    with pytest.raises(NeftError) as fault:
+        servers.up(state, "127.0.0.1", free_port(), free_port(), print)
+    told = str(fault.value)
+    assert told.startswith(f"{name}: {BAD[bad]}")
+    assert f"postgresql+{driver}://USER:PASSWORD@HOST:PORT/NAME" in told or "%40" in told
+    assert "plan" not in told
+    assert "ted" not in told.replace("connected", "")
+    assert not (state / "servers.json").exists()
+
+
 def test_down_without_up(state, capsys):
     servers.down(state, print)
     assert capsys.readouterr().out == "nothing runs\n"
@@ -139,8 +171,10 @@ def test_a_damaged_record_is_as_none(state, text):
     assert servers.clients(state) == {}
 
 
-def make(root: Path, **fake: str) -> Workspace:
+def make(root: Path, device: str = "cpu", **fake: str) -> Workspace:
     fabricated.make(root)
+    params = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(params.replace("device: cpu", f"device: {device}"))
     init_dvc(root)
     (root / "fake.json").write_text(json.dumps(fake))
     return Workspace(root)
@@ -148,7 +182,8 @@ def make(root: Path, **fake: str) -> Workspace:
 
 @pytest.mark.integration
 def test_servers_and_deployments(tmp_path):
-    """Up, a power cut, deploy, a run that fails, one that is cancelled, one at work, down."""
+    """Up, a power cut, deploy, a run that fails, one that is cancelled while another waits for the
+    GPU that it had, one at work, down."""
     ws = make(tmp_path / "ws")
     env = environment(tmp_path)
     ports = ["--prefect-port", str(free_port()), "--mlflow-port", str(free_port())]
@@ -176,6 +211,10 @@ def test_servers_and_deployments(tmp_path):
         assert {d["name"] for d in found} == {"nightly", "on-demand", "study", "promote"}
         nightly = next(d for d in found if d["name"] == "nightly")
         assert nightly["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
+        asked = {"deployments": {"id": {"any_": [nightly["id"]]}}}
+        nights = until(lambda: ask(api, "/flow_runs/filter", asked))
+        assert {night["state"]["type"] for night in nights} == {"SCHEDULED"}
+        assert {night["expected_start_time"][11:19] for night in nights} == {"02:00:00"}
         limits = ask(api, "/v2/concurrency_limits/filter", {})
         assert ("gpu", 1) in [(limit["name"], limit["limit"]) for limit in limits]
         neft(ws.root, env, "deploy")
@@ -185,15 +224,27 @@ def test_servers_and_deployments(tmp_path):
 
         failing = make(tmp_path / "failing", FAKE_FAIL="corpus en-fr")
         broken = start_run(api, "neft-pipeline/on-demand", workspace=str(failing.root))
-        slow = make(tmp_path / "slow", FAKE_DELAY="1", FAKE_STEPS="300")
+        slow = make(tmp_path / "slow", "cuda", FAKE_DELAY="1", FAKE_STEPS="300")
         cancelled = start_run(api, "neft-pipeline/on-demand", workspace=str(slow.root))
         assert ended(api, broken)["type"] == "FAILED"
         message = until(lambda: tasks(api, broken).get("corpus@en-fr"))["message"]
         assert "data/x.jsonl: line 7: no target; add one\ncorpus en-fr: works" in message
         live = slow.state("live/train/full/seed-1/train.csv")
         until(live.exists, 120)
+
+        # Another on the GPU gets on with what needs none, and waits.
+        other = make(tmp_path / "other", "cuda")
+        waiting = start_run(api, "neft-pipeline/on-demand", workspace=str(other.root))
+        until(lambda: tasks(api, waiting).get("base", {}).get("type") == "RUNNING", 120)
+        time.sleep(4)
+        assert (other.root / "ran.log").read_text() == "corpus en-fr\n"
+        (limit,) = ask(api, "/v2/concurrency_limits/filter", {})
+        assert (limit["name"], limit["active_slots"]) == ("gpu", 1)
+
         ask(api, f"/flow_runs/{cancelled}/set_state", {"state": {"type": "CANCELLING"}})
         assert ended(api, cancelled)["type"] == "CANCELLED"
+        until(lambda: "base" in (other.root / "ran.log").read_text(), 60)
+        assert ended(api, waiting)["type"] == "COMPLETED"
         until(lambda: not [line for line in belonging(tmp_path) if "fabricated.py" in line])
 
         # With a run at work.
