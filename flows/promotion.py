@@ -12,7 +12,11 @@ from neft_core.promotion import Gate
 from neft_core.workspace import find_workspace
 
 
-@flow(name="neft-promotion", description="A run's model to the registry, through the gate.")
+@flow(
+    name="neft-promotion",
+    description="A run's model to the registry, through the gate.",
+    flow_run_name="promote {run}",
+)
 def promotion(
     run: str,
     workspace: str = ".",

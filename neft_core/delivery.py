@@ -77,6 +77,8 @@ def training(
         "neft.task": params["run.task"],
         "neft.stage_key": stage_key,
         "mlflow.parentRunId": execution(store, origin),
+        "mlflow.note.content": f"{store.workspace.params().runs[run].method.words()} "
+        f"on {params['run.task']}, lr {params['lr']}, seed {seed}",
     }
     found = store.create(key, f"{run} seed {seed}", tags, start)
     store.log(found.info.run_id, params=params)

@@ -39,6 +39,7 @@ def sampled(file: Path | None, device: Any) -> Iterator[list[Sample]]:
     samples: list[Sample] = []
     every, ended = [EVERY], threading.Event()
     look = _looking(device)
+    look()
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
@@ -56,6 +57,7 @@ def sampled(file: Path | None, device: Any) -> Iterator[list[Sample]]:
             every[0] *= 2
 
     def work() -> None:
+        look()  # psutil keeps for each thread what the CPU did before
         # A full disk, or a GPU that stops answering, must not end a training.
         with contextlib.suppress(OSError, RuntimeError):
             while not ended.wait(every[0]):
@@ -78,7 +80,6 @@ def _looking(device: Any) -> Any:
     import psutil
 
     process = psutil.Process()
-    psutil.cpu_percent()
 
     def look() -> Sample:
         memory = psutil.virtual_memory()

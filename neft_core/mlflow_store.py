@@ -46,9 +46,11 @@ _PAGE = {
                 "metrics.`best_dev_loss`",
                 "metrics.`trainable_percent`",
                 "metrics.`cost/seconds`",
+                "params.`run.task`",
                 "params.`run.method.name`",
                 "params.`lr`",
                 "params.`seed`",
+                "attributes.`Description`",
             ],
         }
     ),

@@ -15,6 +15,9 @@ from neft_core.errors import NeftError
 from neft_core.rows import read_rows
 from neft_core.workspace import Workspace
 
+OF_TRAINING = ("lr", "epochs")
+"""Params of section `training` that a run may have its own of."""
+
 SAMPLES = 100
 """Test rows of a run that MLflow shows as a table, at most."""
 
@@ -196,12 +199,13 @@ def run_params(entries: Entries, run: str, seed: int) -> dict[str, str]:
     mine = entries[f"train@{run}"]["params"]
     section = mine[f"runs.{run}"]
     task = section["task"]
-    values: dict[str, Any] = {"run": section}
+    # Rate and epochs stand under one name for every run, whether it has its own or not.
+    values: dict[str, Any] = {"run": {k: v for k, v in section.items() if k not in OF_TRAINING}}
     for stage in (f"corpus@{task}", f"prepare@{task}", "base", f"warmup@{task}", f"score@{task}"):
         for name, value in entries.get(stage, {}).get("params", {}).items():
             values[name.replace(f"tasks.{task}", "task")] = value
     values |= {name: value for name, value in mine.items() if name != f"runs.{run}"}
-    for name in ("lr", "epochs"):
+    for name in OF_TRAINING:
         own = section.get(name)
         values[name] = mine.get("training", {}).get(name) if own is None else own
     values["seed"] = seed

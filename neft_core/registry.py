@@ -32,6 +32,11 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 KEY, FORM, TOOK_OVER, DECISION = "neft.key", "neft.form", "neft.took_over_from", "neft.decision"
 """Tags of a version: what was trained; adapter or merged; the champion before; the gate's word."""
 
+_ALIASES = (
+    f"Made by 'neft promote'. {CHAMPION}: what passed the gate last; {CHALLENGER}: what was "
+    "registered last. Each version's description has the gate's figures and its decision."
+)
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -172,7 +177,7 @@ def _version(
     """The version of a trained run in a form; registered where there is none."""
     form = "merged" if merged else "adapter"
     if not store.client.search_registered_models(f"name = '{name}'"):
-        store.client.create_registered_model(name)
+        store.client.create_registered_model(name, description=_ALIASES)
     for found in store.client.search_model_versions(f"name = '{name}'"):
         if (found.tags.get(KEY), found.tags.get(FORM)) == (key, form):
             return str(found.version)

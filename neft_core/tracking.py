@@ -237,7 +237,8 @@ def _follow(
                 points = records.history(folder)
                 store = store or stack.enter_context(open_store(workspace))
                 if seed not in sent:
-                    found = training(store, entries, run, seed, origin)
+                    start = min((p.time for p in points if p.time), default=None)
+                    found = training(store, entries, run, seed, origin, start)
                     run_id = str(found.info.run_id)
                     if OUTPUT in found.data.tags:
                         delivered.add(seed)
