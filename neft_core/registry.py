@@ -22,7 +22,7 @@ from neft_core import promotion, records, runs, serving
 from neft_core.delivery import seed_key
 from neft_core.errors import NeftError
 from neft_core.graph import Graph, entry_key, locked
-from neft_core.mlflow_store import Store, open_store, tracking_uri
+from neft_core.mlflow_store import Store, open_store, public, tracking_uri
 from neft_core.promotion import Decision, Gate, Rows
 from neft_core.tracking import sync
 from neft_core.workspace import Workspace, hold
@@ -95,7 +95,8 @@ def rollback(ws: Workspace, name: str) -> tuple[str, str]:
     with _opened(ws) as store:
         champion = _by_alias(store, name, CHAMPION)
         if champion is None:
-            raise NeftError(f"model {name}: has no champion; 'neft promote RUN' makes one")
+            where = f"has no champion in MLflow at {public(tracking_uri(ws))}"
+            raise NeftError(f"model {name}: {where}; 'neft promote RUN' makes one")
         before = champion.tags.get(TOOK_OVER)
         if not before:
             raise NeftError(f"model {name}: version {champion.version} took over from nobody")
