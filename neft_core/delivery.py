@@ -200,7 +200,8 @@ def _summarise(store: Store, run_id: str, key: str) -> None:
     store.client.set_terminated(run_id)
     table = (store.workspace.path("summary") / "summary.md").read_text(encoding="utf-8")
     # As the run's description; MLflow takes 8,000 characters, and the whole is an artifact.
-    note = re.sub(" {2,}", " ", table)[:8000].rpartition("\n")[0]
+    table = re.sub(" {2,}", " ", table)[:7000].rpartition("\n")[0]
+    note = f"{store.workspace.root.name}: {', '.join(params.runs)[:900]}\n\n{table}"
     store.log(run_id, tags={"mlflow.note.content": note, SUMMARY: key})
 
 

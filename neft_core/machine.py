@@ -34,12 +34,14 @@ def sampled(file: Path | None, device: Any) -> Iterator[list[Sample]]:
         device: torch's, on which the block computes.
 
     Yields:
-        The samples, complete after the block: at least one, and the first is always kept.
+        The samples, complete after the block; the first is always kept.
     """
+    import psutil
+
     samples: list[Sample] = []
     every, ended = [EVERY], threading.Event()
     look = _looking(device)
-    look()
+    psutil.cpu_percent()  # it keeps for each thread what the CPU did before
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
@@ -57,9 +59,9 @@ def sampled(file: Path | None, device: Any) -> Iterator[list[Sample]]:
             every[0] *= 2
 
     def work() -> None:
-        look()  # psutil keeps for each thread what the CPU did before
-        # A full disk, or a GPU that stops answering, must not end a training.
-        with contextlib.suppress(OSError, RuntimeError):
+        psutil.cpu_percent()
+        # A full disk, or a GPU that doesn't answer, must not end a training.
+        with contextlib.suppress(Exception):
             while not ended.wait(every[0]):
                 take()
 
@@ -71,7 +73,7 @@ def sampled(file: Path | None, device: Any) -> Iterator[list[Sample]]:
         ended.set()
         thread.join()
         if not samples:
-            with contextlib.suppress(OSError, RuntimeError):
+            with contextlib.suppress(Exception):
                 take()
 
 

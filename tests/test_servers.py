@@ -11,6 +11,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import browser
 import fabricated
 import pytest
 from operating import (
@@ -30,6 +31,8 @@ from ruamel.yaml import YAML
 
 from neft_core import servers
 from neft_core.errors import NeftError
+from neft_core.mlflow_store import VIEW
+from neft_core.pages import TRAINING
 from neft_core.workspace import Workspace, init_dvc
 
 
@@ -180,11 +183,53 @@ def make(root: Path, device: str = "cpu", **fake: str) -> Workspace:
     return Workspace(root)
 
 
+def quick_run(api: str) -> str:
+    """A run of on-demand with its own parameters, by its page where there is a browser; its id."""
+    command = browser.find()
+    if command is None:
+        return start_run(api, "neft-pipeline/on-demand")
+    found = ask(api, "/deployments/name/neft-pipeline/on-demand")["id"]
+    asked = {"deployments": {"id": {"any_": [found]}}, "sort": "EXPECTED_START_TIME_DESC"}
+    before = {run["id"] for run in ask(api, "/flow_runs/filter", asked)}
+    with browser.browser(command) as window:
+        page = f"{api.removesuffix('/api')}/deployments/deployment/{found}"
+        window.go(page, "Work Queue")
+        window.click("Run")
+        window.click("Quick run")
+        return until(
+            lambda: {run["id"] for run in ask(api, "/flow_runs/filter", asked)} - before
+        ).pop()
+
+
+def look(api: str, tracking: str, run: str) -> None:
+    """What both servers' pages show of a finished run, where there is a browser."""
+    command = browser.find()
+    if command is None:
+        return
+    found = ask(f"{tracking}/api/2.0/mlflow", "/runs/search", {"experiment_ids": ["1"]})["runs"]
+    trained = next(r["info"] for r in found if r["info"]["run_name"] == "neft seed 2")
+    with browser.browser(command) as window:
+        page = window.go(f"{api.removesuffix('/api')}/runs/flow-run/{run}", "15 stages, 0 up to")
+        assert "Completed" in page
+        window.click("Artifacts")
+        page = window.shows("neft-summary")
+        assert {"neft-mlflow", "neft-report", "neft-progress"} <= set(page.split())
+        view = f"{tracking}/#/experiments/1/runs?{TRAINING}&viewStateShareKey={VIEW}"
+        page = window.go(view, "neft, lowest share 0.5 on en-fr, lr 0.003, seed 2")
+        assert {"test/bleu", "test/chrf", "cost/seconds"} <= set(page.split())
+        page = window.go(f"{tracking}/#/experiments/1/runs/{trained['run_id']}", "neft seed 2")
+        window.click("System metrics")
+        window.shows("cpu_utilization_percentage")
+        place = f"{trained['run_id']}/artifacts/samples/en-fr.json?{TRAINING}"
+        page = window.go(f"{tracking}/#/experiments/1/runs/{place}", "seed-2 2")
+        assert {"source", "reference", "base", "output"} <= set(page.split())
+
+
 @pytest.mark.integration
 def test_servers_and_deployments(tmp_path):
     """Up, a power cut, deploy, a run that fails, one that is cancelled while another waits for the
     GPU that it had, one at work, down."""
-    ws = make(tmp_path / "ws")
+    ws = make(tmp_path / "ws", "cuda")
     env = environment(tmp_path)
     ports = ["--prefect-port", str(free_port()), "--mlflow-port", str(free_port())]
     try:
@@ -233,18 +278,20 @@ def test_servers_and_deployments(tmp_path):
         until(live.exists, 120)
 
         # Another on the GPU gets on with what needs none, and waits.
-        other = make(tmp_path / "other", "cuda")
-        waiting = start_run(api, "neft-pipeline/on-demand", workspace=str(other.root))
+        waiting = quick_run(api)
         until(lambda: tasks(api, waiting).get("base", {}).get("type") == "RUNNING", 120)
         time.sleep(4)
-        assert (other.root / "ran.log").read_text() == "corpus en-fr\n"
+        assert (ws.root / "ran.log").read_text() == "corpus en-fr\n"
         (limit,) = ask(api, "/v2/concurrency_limits/filter", {})
         assert (limit["name"], limit["active_slots"]) == ("gpu", 1)
 
         ask(api, f"/flow_runs/{cancelled}/set_state", {"state": {"type": "CANCELLING"}})
         assert ended(api, cancelled)["type"] == "CANCELLED"
-        until(lambda: "base" in (other.root / "ran.log").read_text(), 60)
-        assert ended(api, waiting)["type"] == "COMPLETED"
+        until(lambda: "base" in (ws.root / "ran.log").read_text(), 60)
+        state = ended(api, waiting)
+        assert (state["type"], state["message"][:10]) == ("COMPLETED", "15 stages ")
+        assert state["message"].endswith(": 15 ran")
+        look(api, tracking, waiting)
         until(lambda: not [line for line in belonging(tmp_path) if "fabricated.py" in line])
 
         # With a run at work.

@@ -113,7 +113,8 @@ def test_everything_is_delivered_once(ws: Workspace) -> None:
     assert steps(ws, run, "mask/neurons") == [(0, 5.0)]
     assert not metrics.keys() & run.data.params.keys()
     assert run.info.end_time - run.info.start_time == 1500, "the seconds of work/cost"
-    assert parent.data.tags["mlflow.note.content"] == "| run | BLEU |\n|---|---|\n| neft | 21.5 |"
+    note = "a workspace: full, neft\n\n| run | BLEU |\n|---|---|\n| neft | 21.5 |"
+    assert parent.data.tags["mlflow.note.content"] == note
     assert steps(ws, run, "train/loss") == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5)]
     assert steps(ws, run, "dev/loss") == [(0, 3.5), (4, 2.5)]
     inputs = {i.dataset.name: i.dataset for i in run.inputs.dataset_inputs}
