@@ -107,6 +107,6 @@ def _gpu(device: Any) -> Sample:
         f"{name}_memory_usage_megabytes": round((whole - free) / MEGABYTE, 1),
         f"{name}_memory_usage_percentage": round(100 * (whole - free) / whole, 1),
     }
-    with contextlib.suppress(ModuleNotFoundError):
+    with contextlib.suppress(Exception):  # without the package, or on a part of a GPU
         found[f"{name}_utilization_percentage"] = float(torch.cuda.utilization(device))
     return found
