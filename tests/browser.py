@@ -90,11 +90,11 @@ class Browser:
         return str(shown)
 
     def click(self, text: str, seconds: float = 60) -> None:
-        """Press the button that is visible and has this text, as a mouse does."""
+        """Press with the mouse what is visible and has exactly this text: the innermost of it."""
         place = f"""(() => {{
-            const all = [...document.querySelectorAll('button, [role=menuitem], [role=tab], a')];
-            const says = e => e.offsetParent && e.innerText.trim() === {json.dumps(text)};
-            const found = all.find(says);
+            const says = e => e.offsetParent && e.innerText?.trim() === {json.dumps(text)};
+            const all = [...document.body.querySelectorAll('*')].filter(says);
+            const found = all.find(e => ![...e.children].some(says));
             if (!found) return null;
             const box = found.getBoundingClientRect();
             return [box.x + box.width / 2, box.y + box.height / 2];
