@@ -63,13 +63,13 @@ def _connect(name: str, told: str, *, needs_async: bool) -> tuple[Any, ...]:
     where = f"database {url.database} on {url.host}" + (f", port {url.port}" if url.port else "")
     try:
         if needs_async:
-            asyncio.run(_open(url))
+            _open(url)
         else:
             _open_now(url)
     except ModuleNotFoundError as fault:
         lacking = f"{url.drivername}:// needs the package {fault.name}"
         raise NeftError(f"{name}: {lacking}; install it, or: {form}") from None
-    except (SQLAlchemyError, OSError, TimeoutError) as fault:
+    except Exception as fault:  # SQLAlchemy's, the system's, or one of the driver's own
         raise NeftError(f"{name}: {where}: {_reason(fault, url)}; {form}") from None
     return url.host, url.port, url.database
 
@@ -85,15 +85,19 @@ def _open_now(url: Any) -> None:
         engine.dispose()
 
 
-async def _open(url: Any) -> None:
+def _open(url: Any) -> None:
+    """By the driver that Prefect uses, which is asynchronous."""
     from sqlalchemy.ext.asyncio import create_async_engine
 
-    engine = create_async_engine(url, connect_args={"timeout": PATIENCE})
-    try:
-        async with engine.connect():
-            pass
-    finally:
-        await engine.dispose()
+    async def connect() -> None:
+        engine = create_async_engine(url, connect_args={"timeout": PATIENCE})
+        try:
+            async with engine.connect():
+                pass
+        finally:
+            await engine.dispose()
+
+    asyncio.run(connect())
 
 
 def _reason(fault: Exception, url: Any) -> str:

@@ -112,9 +112,7 @@ def test_forgetting_is_measured_on_the_chosen_seed(ws, tmp_path):
     assert not decided.champion
     assert decided.reasons[0].startswith("the loss on other text rises by ")
     assert promotion._forgetting(ws, "neft", 2, Gate(text=text)) == rise
-    with pytest.raises(
-        NeftError, match=r"give a file with one text a line \(or go without: --max-fo"
-    ):
+    with pytest.raises(NeftError, match=r"; give a file of such texts \(or go without: --max-fo"):
         promotion.decide(ws, "full", 1, None, Gate())
 
 

@@ -99,7 +99,9 @@ def test_everything_is_delivered_once(ws: Workspace) -> None:
     assert tags["neft.adapter"] == "work/train/neft/seed-2/adapter_model.safetensors"
     assert run.info.status == "FINISHED"
     assert run.data.params["lr"] == "0.003"
-    assert tags["mlflow.note.content"] == "neft, lowest share 0.5 on en-fr, lr 0.003, seed 2"
+    assert (
+        tags["mlflow.note.content"] == "neft, lowest 0.5 of candidates on en-fr, lr 0.003, seed 2"
+    )
     assert run.data.params["seed"] == "2"
     assert run.data.params["run.method.share"] == "0.5"
     assert run.data.params["task.source.kind"] == "generated"
