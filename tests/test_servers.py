@@ -215,7 +215,7 @@ def look(api: str, tracking: str, run: str) -> None:
         page = window.shows("neft-summary")
         assert {"neft-mlflow", "neft-report", "neft-progress"} <= set(page.split())
         view = f"{tracking}/#/experiments/1/runs?{TRAINING}&viewStateShareKey={VIEW}"
-        page = window.go(view, "neft, lowest 0.5 of candidates on en-fr, lr 0.003, seed 2")
+        page = window.go(view, "full on en-fr, lr 0.001, seed 1")
         assert {"test/bleu", "cost/seconds"} <= set(page.split())
         page = window.go(f"{tracking}/#/experiments/1/runs/{trained['run_id']}", "neft seed 2")
         window.click("System metrics")
