@@ -8,10 +8,11 @@ import functools
 import re
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 from prefect import flow, get_run_logger, task
@@ -79,10 +80,18 @@ class Result:
     table: str | None = None
     seconds: float = 0.0
 
+    def words(self) -> str:
+        """In a line."""
+        counts = Counter(self.outcomes.values())
+        did = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        return f"{len(self.outcomes)} stages in {self.seconds:.0f} s: {did}"
+
 
 def _run_name() -> str:
-    """A flow run is named after its workspace."""
-    return Path(flow_run.parameters["workspace"]).resolve().name
+    """A flow run is named after its workspace and what is asked of it."""
+    asked = flow_run.parameters
+    chosen = [*(asked.get("runs") or []), *(asked.get("overrides") or [])]
+    return ", ".join([Path(asked["workspace"]).resolve().name, *chosen])[:200]
 
 
 @flow(
@@ -96,7 +105,7 @@ def pipeline(
     overrides: list[str] | None = None,
     force: bool = False,
     study: bool = False,
-) -> Result:
+) -> State[Result]:
     """Make every stage that is not up to date.
 
     With `runs` or `overrides` that happens in a private workspace below the given one, which shares
@@ -107,8 +116,12 @@ def pipeline(
         runs: names of the runs to make, of those in params.yaml; none: all.
         overrides: changes of params.yaml, each as `KEY=VALUE`, such as `runs.neft.lr=1e-3`.
         force: run each stage even if nothing changed.
-        study: whether it is a study's own workspace: the time left is told, and what could not be
-            made is written into its params.yaml, so that summary and report tell of the rest.
+        study: leave it off; on in a study's own workspace: the time left is told, and what could
+            not be made is written into its params.yaml, so that summary and report tell of the
+            rest.
+
+    Returns:
+        What was done; of a run on a server the message of its last state.
 
     Raises:
         NeftError: each failure was a user's mistake; one line for each.
@@ -119,7 +132,8 @@ def pipeline(
         found = variant(found, runs or [], overrides or [])
         get_run_logger().info("private workspace %s", found.root)
     with hold(found.state("lock"), str(found.root)):
-        return _walk(found, force, study)
+        result = _walk(found, force, study)
+    return Completed(message=result.words(), data=result)
 
 
 def run_pipeline(workspace: Workspace, force: bool = False, study: bool = False) -> Result:
@@ -128,7 +142,10 @@ def run_pipeline(workspace: Workspace, force: bool = False, study: bool = False)
     with hold(workspace.state("lock"), str(workspace.root)):
         pass
     with server.api() as lasting, console(lasting):
-        return pipeline(str(workspace.root), force=force, study=study)
+        # Prefect gives the data of the state that a flow returns.
+        result: Any = pipeline(str(workspace.root), force=force, study=study)
+        assert isinstance(result, Result)
+        return result
 
 
 def _walk(workspace: Workspace, force: bool, study: bool) -> Result:
@@ -199,7 +216,8 @@ def _walk(workspace: Workspace, force: bool, study: bool) -> Result:
         pages(workspace)[0].url,
         link_text="MLflow runs",
         key="neft-mlflow",
-        description="Served by MLflow's server, or by 'neft ui' in the workspace",
+        description="Params, curves, files, and runs side by side; without a server of its own "
+        "'neft ui' in the workspace shows them",
     )
     report = report_page(workspace)
     if report:

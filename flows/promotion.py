@@ -12,7 +12,11 @@ from neft_core.promotion import Gate
 from neft_core.workspace import find_workspace
 
 
-@flow(name="neft-promotion", description="A run's model to the registry, through the gate.")
+@flow(
+    name="neft-promotion",
+    description="A run's model to the registry, through the gate.",
+    flow_run_name="promote {run}",
+)
 def promotion(
     run: str,
     workspace: str = ".",
@@ -46,7 +50,12 @@ def promotion(
     gate = Gate(alpha, margin, allowed(max_forgetting), Path(text) if text else None)
     found = find_workspace(Path(workspace))
     model, version, decision = promote(found, run, seed, name=name, gate=gate, merged=merged)
-    create_markdown_artifact(decision.text(), key="neft-gate", description=f"{model} {version}")
+    create_markdown_artifact(
+        decision.text(), key="neft-gate", description=f"{model}, version {version}"
+    )
     get_run_logger().info("models:/%s/%s\n%s", model, version, decision.text())
-    said = "; ".join(decision.reasons) or f"models:/{model}@champion is version {version}"
-    return Completed(name="Champion" if decision.champion else "Refused", message=said)
+    if decision.champion:
+        return Completed(name="Champion", message=f"models:/{model}@champion is version {version}")
+    # A state that isn't completed would end the process with a traceback in the log.
+    said = f"version {version} stays challenger: {'; '.join(decision.reasons)}"
+    return Completed(name="Refused", message=said)

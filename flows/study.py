@@ -12,7 +12,11 @@ from neft_core import study_command, study_files
 from neft_core.workspace import REPORTS, find_workspace
 
 
-@flow(name="neft-study", description="A study's runs, tables and figures.")
+@flow(
+    name="neft-study",
+    description="A study's runs, tables and figures.",
+    flow_run_name="study {name}",
+)
 def study(name: str, workspace: str = ".", settings: list[str] | None = None) -> State:
     """Run what is missing of a study; goes on past failures, which its tables then tell of.
 

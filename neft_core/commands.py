@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import sys
-from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,9 +68,7 @@ def run(options: argparse.Namespace) -> int:
         return say(str(fault), 1)
     if result.table:
         print(f"\n{result.table}")
-    counts = Counter(result.outcomes.values())
-    did = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-    print(f"{len(result.outcomes)} stages in {result.seconds:.0f} s: {did}")
+    print(result.words())
     for name, what in ARTEFACTS.items():
         print(f"  {near(ws.path(name))}: {what}")
     report = ws.root / REPORTS / "report.html"

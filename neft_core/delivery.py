@@ -5,6 +5,7 @@ seed; of a pipeline execution, the key of the whole graph.
 """
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -76,6 +77,8 @@ def training(
         "neft.task": params["run.task"],
         "neft.stage_key": stage_key,
         "mlflow.parentRunId": execution(store, origin),
+        "mlflow.note.content": f"{store.workspace.params().runs[run].method.words()} "
+        f"on {params['run.task']}, lr {params['lr']}, seed {seed}",
     }
     found = store.create(key, f"{run} seed {seed}", tags, start)
     store.log(found.info.run_id, params=params)
@@ -121,7 +124,10 @@ def _complete(store: Store, item: Mapping[str, Any], origin: str) -> str:
         found = training(store, entries, run, seed, origin, start)
         have = {}
     run_id = str(found.info.run_id)
-    store.log(run_id, [point for point in points if (point.name, point.step) not in have])
+    # The machine's may be there already, live, and more of them: the files keep fewer.
+    machine = records.system(store.workspace, run, seed)
+    have |= store.logged(run_id, {point.name for point in machine})
+    store.log(run_id, [point for point in points + machine if point.place not in have])
     numbers, texts = records.final(folder)
     for name in numbers.keys() & found.data.params.keys():
         del numbers[name]
@@ -160,7 +166,9 @@ def _adapter(store: Store, run_id: str, folder: Path) -> dict[str, str]:
 
 def _score(store: Store, run_id: str, item: Mapping[str, Any], key: str) -> None:
     """Deliver the scores of the test splits, with the hypotheses."""
+    own = item["entries"][f"train@{item['run']}"]["params"][f"runs.{item['run']}"]["task"]
     tags: dict[str, str] = {}
+    tables = []
     for place in item["tests"]:
         numbers, texts = records.evaluation(store.workspace, place, item["seed"])
         store.log(run_id, [records.Point(name, 0, value) for name, value in numbers.items()])
@@ -168,7 +176,14 @@ def _score(store: Store, run_id: str, item: Mapping[str, Any], key: str) -> None
         if hypotheses.exists():
             folder = "/".join(filter(None, ("hypotheses", place.partition(".")[2])))
             store.client.log_artifact(run_id, str(hypotheses), folder)
+        task = place.partition(".")[2] or own
+        table = records.samples(store.workspace, place, task, item["seed"])
+        if table is not None:
+            tables.append({"path": f"samples/{task}.json", "type": "table"})
+            store.client.log_dict(run_id, table, tables[-1]["path"])
         tags |= {f"neft.{name}": text for name, text in texts.items()}
+    # By this tag MLflow's pages know a table, and show those of several runs side by side.
+    tags["mlflow.loggedArtifacts"] = json.dumps(tables)
     store.log(run_id, tags={**tags, SCORES: key})
 
 
@@ -185,13 +200,14 @@ def _summarise(store: Store, run_id: str, key: str) -> None:
     store.client.set_terminated(run_id)
     table = (store.workspace.path("summary") / "summary.md").read_text(encoding="utf-8")
     # As the run's description; MLflow takes 8,000 characters, and the whole is an artifact.
-    note = re.sub(" {2,}", " ", table)[:8000].rpartition("\n")[0]
+    table = re.sub(" {2,}", " ", table)[:7000].rpartition("\n")[0]
+    note = f"{store.workspace.root.name}: {', '.join(params.runs)[:900]}\n\n{table}"
     store.log(run_id, tags={"mlflow.note.content": note, SUMMARY: key})
 
 
 def _continues(have: Mapping[tuple[str, int], float], points: Iterable[records.Point]) -> bool:
     """Whether what MLflow has is part of what the files say."""
-    said = {(point.name, point.step): point.value for point in points}
+    said = {point.place: point.value for point in points}
     return all(
         place in said and (said[place] == value or (math.isnan(said[place]) and math.isnan(value)))
         for place, value in have.items()

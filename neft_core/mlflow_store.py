@@ -46,9 +46,11 @@ _PAGE = {
                 "metrics.`best_dev_loss`",
                 "metrics.`trainable_percent`",
                 "metrics.`cost/seconds`",
+                "params.`run.task`",
                 "params.`run.method.name`",
                 "params.`lr`",
                 "params.`seed`",
+                "attributes.`Description`",
             ],
         }
     ),
@@ -119,7 +121,7 @@ class Store:
         from mlflow.entities import Metric, Param, RunTag
 
         now = int(time.time() * 1000)
-        metrics = [Metric(p.name, p.value, now, p.step) for p in points]
+        metrics = [Metric(p.name, p.value, p.time or now, p.step) for p in points]
         for start in range(0, len(metrics), BATCH):
             self.client.log_batch(run_id, metrics=metrics[start : start + BATCH])
         values = [Param(name, value[:6000]) for name, value in (params or {}).items()]
@@ -129,11 +131,12 @@ class Store:
             self.client.log_batch(run_id, tags=[RunTag(*pair) for pair in tags.items()])
 
     def logged(self, run_id: str, names: Iterable[str]) -> dict[tuple[str, int], float]:
-        """Metrics by step that MLflow has already."""
+        """Metrics that MLflow has already, by the points' places."""
+        system = "system/"
         return {
-            (metric.key, metric.step): metric.value
+            (m.key, m.timestamp if m.key.startswith(system) else m.step): m.value
             for name in names
-            for metric in self.client.get_metric_history(run_id, name)
+            for m in self.client.get_metric_history(run_id, name)
         }
 
     def datasets(self, found: Any, task: str, splits: Iterable[records.Split]) -> None:

@@ -3,6 +3,7 @@
 The only module that imports transformers.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neft_core import checkpoints
+from neft_core import checkpoints, ranks
 from neft_core.errors import NeftError
 from neft_core.neurons import count_parameters, is_tied
 
@@ -159,16 +160,26 @@ def _refuse_other_architectures(directory: Path, config: dict[str, Any], trust: 
     kind = config.get("model_type")
     if "AutoModelForCausalLM" in config.get("auto_map", {}):
         if not trust:
-            raise NeftError(
-                f"{directory}: needs Python code of its own; "
-                "set model.trust_remote_code: true if you trust its authors"
-            )
+            raise NeftError(f"{directory}: {_OWN_CODE}")
         return
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     named = config.get("architectures") or ([known] if known else [])
     if known is None or known not in named:
         found = ", ".join(named) or f"model_type '{kind}'"
         raise NeftError(f"{directory}: not a causal language model ({found}); choose one that is")
+
+
+_OWN_CODE = (
+    "needs Python code of its own; set model.trust_remote_code: true if you trust its authors"
+)
+
+
+@functools.cache
+def _caution(directory: Path) -> None:
+    """Say, once in each process, that code from outside may run; before it does."""
+    if ranks.main():
+        told = f"CAUTION: Python code that comes with the model in {directory} may run"
+        print(f"{told} (model.trust_remote_code: true)", flush=True)
 
 
 def load_model(
@@ -182,6 +193,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     _quiet()
+    if trust_remote_code:
+        _caution(directory)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             str(directory),
@@ -219,6 +232,8 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     _quiet()
+    if trust_remote_code:
+        _caution(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=trust_remote_code
@@ -324,6 +339,8 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise NeftError(f"{file}: no such file; give a model's config.json")
+    if trust_remote_code:
+        _caution(file.parent)
     try:
         return AutoConfig.from_pretrained(
             str(path if path.is_dir() else file),
@@ -331,6 +348,8 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
             trust_remote_code=trust_remote_code,
         )
     except Exception as fault:  # as in `load_model`
+        if not trust_remote_code and "trust_remote_code" in str(fault):
+            raise NeftError(f"{file}: {_OWN_CODE}") from None
         raise NeftError(
             f"{file}: not a model's configuration ({_one_line(fault)}); give a config.json"
         ) from fault

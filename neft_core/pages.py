@@ -20,6 +20,9 @@ from neft_core.workspace import REPORTS, Workspace
 
 HOST, MLFLOW_PORT, PREFECT_PORT = "127.0.0.1", 5000, 4200
 
+TRAINING = "workflowType=machine_learning"
+"""What lets MLflow's pages show trainings, and not prompts and traces."""
+
 STARTUP = 120.0
 """Seconds that a page's server may take to start; a first start makes its database."""
 
@@ -80,7 +83,7 @@ def near(path: Path) -> Path:
 def run_page(workspace: Workspace, run_id: str) -> str:
     """The address of one MLflow run's page."""
     root, _, rest = pages(workspace)[0].url.partition("/#/experiments/")
-    return f"{root}/#/experiments/{rest.partition('/')[0]}/runs/{run_id}"
+    return f"{root}/#/experiments/{rest.partition('/')[0]}/runs/{run_id}?{TRAINING}"
 
 
 def _runs(workspace: Workspace, root: str) -> str:
@@ -88,8 +91,7 @@ def _runs(workspace: Workspace, root: str) -> str:
     found = experiment(workspace)
     if found is None:
         return root
-    view = f"workflowType=machine_learning&viewStateShareKey={VIEW}"
-    return f"{root}/#/experiments/{found}/runs?{view}"
+    return f"{root}/#/experiments/{found}/runs?{TRAINING}&viewStateShareKey={VIEW}"
 
 
 def report_page(workspace: Workspace) -> str | None:
@@ -98,7 +100,7 @@ def report_page(workspace: Workspace) -> str | None:
     if run is None or not is_server(uri) or not (workspace.root / REPORTS).is_dir():
         return None
     place = f"experiments/{experiment(workspace)}/runs/{run}/artifacts/{REPORTS}/report.html"
-    return f"{public(uri).rstrip('/')}/#/{place}"
+    return f"{public(uri).rstrip('/')}/#/{place}?{TRAINING}"
 
 
 def serve(found: list[Page]) -> None:

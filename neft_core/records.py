@@ -6,13 +6,20 @@ The files are the truth; `tracking` shows them in MLflow. Nothing here knows MLf
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from neft_core.errors import NeftError
+from neft_core.rows import read_rows
 from neft_core.workspace import Workspace
+
+OF_TRAINING = ("lr", "epochs")
+"""Params of section `training` that a run may have its own of."""
+
+SAMPLES = 100
+"""Test rows of a run that MLflow shows as a table, at most."""
 
 Entries = Mapping[str, Mapping[str, Any]]
 """Stages and what determines them, as `graph.locked` says."""
@@ -20,11 +27,17 @@ Entries = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Point:
-    """One value of a metric."""
+    """One value of a metric; of the machine's, with the millisecond since 1970."""
 
     name: str
     step: int
     value: float
+    time: int | None = None
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """What tells it from the metric's other values: its step, or time."""
+        return self.name, self.step if self.time is None else self.time
 
 
 @dataclass(frozen=True)
@@ -40,31 +53,52 @@ class Split:
 def history(folder: Path) -> list[Point]:
     """Metrics by step of a seed's `train.csv` and `dev.csv`, as `train/loss`, `dev/loss` ...
 
-    A last line without its end is left for later: the file may be growing.
+    Those of the machine too, where a training left its live file `system.csv`.
 
     Raises:
         NeftError: a whole line is not one of numbers.
     """
     points = []
     for kind in ("train", "dev"):
-        path = folder / f"{kind}.csv"
-        if not path.exists():
-            continue
-        text = path.read_text(encoding="utf-8")
-        rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-        for row in rows:
-            try:
-                step = int(row.pop("step"))
-                points += [
-                    Point(f"{kind}/{name}", step, float(value))
-                    for name, value in row.items()
-                    if value and name != "epoch"
-                ]
-            except (KeyError, TypeError, ValueError):
-                raise NeftError(
-                    f"{path}: line {rows.line_num}: not a row of numbers; delete the file's folder"
-                ) from None
-    return points
+        for row in _rows(folder / f"{kind}.csv"):
+            step = int(row.pop("step"))
+            points += [Point(f"{kind}/{n}", step, v) for n, v in row.items() if n != "epoch"]
+    return points + _system(_rows(folder / "system.csv", key="time"))
+
+
+def system(workspace: Workspace, run: str, seed: int) -> list[Point]:
+    """What the machine did while a seed was trained, by MLflow's names `system/...`."""
+    path = workspace.path("cost", f"{run}.json")
+    found = read_json(path)["seeds"].get(str(seed), {}) if path.exists() else {}
+    return _system(found.get("system", []))
+
+
+def _system(samples: Sequence[Mapping[str, float]]) -> list[Point]:
+    """As points; a step is a second since the first sample."""
+    return [
+        Point(f"system/{name}", round((sample["time"] - samples[0]["time"]) / 1000), value, time)
+        for sample in samples
+        for time in [int(sample["time"])]
+        for name, value in sample.items()
+        if name != "time"
+    ]
+
+
+def _rows(path: Path, key: str = "step") -> list[dict[str, float]]:
+    """Rows of numbers, each with a key; a last line without its end is left for later."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    rows, found = csv.DictReader(text[: text.rfind("\n") + 1].splitlines()), []
+    for row in rows:
+        try:
+            found.append({n: float(value) for n, value in row.items() if value and n != key})
+            found[-1][key] = int(row[key])
+        except (KeyError, TypeError, ValueError):
+            raise NeftError(
+                f"{path}: line {rows.line_num}: not a row of numbers; delete the file's folder"
+            ) from None
+    return found
 
 
 def final(folder: Path) -> tuple[dict[str, float], dict[str, str]]:
@@ -100,6 +134,31 @@ def evaluation(
         {start + name: value for name, value in numbers.items()},
         {before + name: text for name, text in texts.items()},
     )
+
+
+def samples(workspace: Workspace, place: str, task: str, seed: int) -> dict[str, Any] | None:
+    """Test rows, evenly spaced, with a seed's answers and the base's, as MLflow keeps a table.
+
+    Args:
+        workspace: the workspace.
+        place: as for `evaluation`.
+        task: whose test split that is.
+        seed: the seed.
+
+    Returns:
+        `columns` and `data`; None where no answers were kept.
+    """
+    own = workspace.path("evaluation", place, f"seed-{seed}.jsonl")
+    if not own.is_file():
+        return None
+    mine, base = read_rows(own), workspace.path("baseline", task, "base.jsonl")
+    table = [[row["source"], row["references"][0], row["hypothesis"]] for row in mine]
+    columns = ["source", "reference", "output"]
+    if base.is_file():
+        columns.insert(2, "base")
+        for line, row in zip(table, read_rows(base), strict=True):
+            line.insert(2, row["hypothesis"])
+    return {"columns": columns, "data": table[:: max(1, -(-len(table) // SAMPLES))]}
 
 
 def _split(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
@@ -140,12 +199,13 @@ def run_params(entries: Entries, run: str, seed: int) -> dict[str, str]:
     mine = entries[f"train@{run}"]["params"]
     section = mine[f"runs.{run}"]
     task = section["task"]
-    values: dict[str, Any] = {"run": section}
+    # Rate and epochs stand under one name for every run, whether it has its own or not.
+    values: dict[str, Any] = {"run": {k: v for k, v in section.items() if k not in OF_TRAINING}}
     for stage in (f"corpus@{task}", f"prepare@{task}", "base", f"warmup@{task}", f"score@{task}"):
         for name, value in entries.get(stage, {}).get("params", {}).items():
             values[name.replace(f"tasks.{task}", "task")] = value
     values |= {name: value for name, value in mine.items() if name != f"runs.{run}"}
-    for name in ("lr", "epochs"):
+    for name in OF_TRAINING:
         own = section.get(name)
         values[name] = mine.get("training", {}).get(name) if own is None else own
     values["seed"] = seed

@@ -22,7 +22,7 @@ from neft_core import promotion, records, runs, serving
 from neft_core.delivery import seed_key
 from neft_core.errors import NeftError
 from neft_core.graph import Graph, entry_key, locked
-from neft_core.mlflow_store import Store, open_store, tracking_uri
+from neft_core.mlflow_store import Store, open_store, public, tracking_uri
 from neft_core.promotion import Decision, Gate, Rows
 from neft_core.tracking import sync
 from neft_core.workspace import Workspace, hold
@@ -31,6 +31,11 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 
 KEY, FORM, TOOK_OVER, DECISION = "neft.key", "neft.form", "neft.took_over_from", "neft.decision"
 """Tags of a version: what was trained; adapter or merged; the champion before; the gate's word."""
+
+_ALIASES = (
+    f"Made by 'neft promote'. {CHAMPION}: what passed the gate last; {CHALLENGER}: what was "
+    "registered last. Each version's description has the gate's figures and its decision."
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
@@ -90,7 +95,8 @@ def rollback(ws: Workspace, name: str) -> tuple[str, str]:
     with _opened(ws) as store:
         champion = _by_alias(store, name, CHAMPION)
         if champion is None:
-            raise NeftError(f"model {name}: has no champion; 'neft promote RUN' makes one")
+            where = f"has no champion in MLflow at {public(tracking_uri(ws))}"
+            raise NeftError(f"model {name}: {where}; 'neft promote RUN' makes one")
         before = champion.tags.get(TOOK_OVER)
         if not before:
             raise NeftError(f"model {name}: version {champion.version} took over from nobody")
@@ -172,7 +178,7 @@ def _version(
     """The version of a trained run in a form; registered where there is none."""
     form = "merged" if merged else "adapter"
     if not store.client.search_registered_models(f"name = '{name}'"):
-        store.client.create_registered_model(name)
+        store.client.create_registered_model(name, description=_ALIASES)
     for found in store.client.search_model_versions(f"name = '{name}'"):
         if (found.tags.get(KEY), found.tags.get(FORM)) == (key, form):
             return str(found.version)

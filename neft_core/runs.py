@@ -203,10 +203,10 @@ def _train_seed(
     mask: Any,
     splits: Mapping[str, Any],
     folder: Path,
-) -> tuple[dict[str, float], Any, dict[str, Any]]:
+) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     import torch
 
-    from neft_core import training
+    from neft_core import machine, training
     from neft_core.course import DEV_COLUMNS, TRAIN_COLUMNS, write_table
     from neft_core.methods import METHODS, moved_outside, trained_parameters
     from neft_core.steps import Recipe, digest, fingerprint, steps_in_epoch
@@ -240,6 +240,7 @@ def _train_seed(
         __version__,
     )
     trained = trained_parameters(model)
+    live = ws.state("live", "train", run, f"seed-{seed}")
     trainer = training.Trainer(
         model,
         trained,
@@ -248,13 +249,16 @@ def _train_seed(
         splits["dev"],
         pad=pad,
         folder=ws.state("checkpoints", f"train-{run}", f"seed-{seed}-{inputs}"),
-        live=ws.state("live", "train", run, f"seed-{seed}"),
+        live=live,
         label=f"train {run}, seed {seed}",
         **placement(params),
     )
-    course = trainer.run()
+    with machine.sampled(
+        live / "system.csv" if ranks.main() else None, trainer.accelerator.device
+    ) as samples:
+        course = trainer.run()
     model = trainer.release()
-    cost = _cost(course, trainer)
+    cost = _cost(course, trainer) | {"system": samples}
     if not ranks.main():
         return cost, course, {}
     count = sum(parameter.numel() for parameter in trained.values())

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neft_core import databases
 from neft_core.errors import NeftError
 from neft_core.files import write_json
 from neft_core.pages import check_port
@@ -133,7 +134,8 @@ def up(state: Path, host: str, prefect: int, mlflow: int, say: Callable[[str], N
         say: takes each line.
 
     Raises:
-        NeftError: a port is taken, or a server doesn't start; what was started now is stopped.
+        NeftError: a port is taken, a database can't be used, or a server doesn't start; what was
+            started now is stopped.
     """
     state.mkdir(parents=True, exist_ok=True)
     with hold(state / "lock", str(state)):
@@ -161,6 +163,8 @@ def up(state: Path, host: str, prefect: int, mlflow: int, say: Callable[[str], N
             if server.name in ports:
                 remedy = f"give --{server.name}-port another number"
                 check_port(host, ports[server.name], remedy)
+        if missing:
+            databases.check(os.environ)
         started: dict[str, subprocess.Popen[bytes]] = {}
         try:
             for server in missing:

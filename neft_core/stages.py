@@ -149,8 +149,6 @@ def base(ws: Workspace) -> None:
         else:
             directory, location = ws.input(choice.path), choice.path
             trust = choice.trust_remote_code
-        if trust:
-            print(f"base: runs Python code that comes with the model in {directory}")
         model_type, parameters, context, digest = models.inspect(directory, trust_remote_code=trust)
         models.load_tokenizer(directory, trust_remote_code=trust)
         models.Base(

@@ -120,7 +120,7 @@ class Tracker:
         origin = graph.origin()
         # Files of an earlier training lie there until this one begins.
         live = self.workspace.state("live", "train", run)
-        stale = {path: _identity(path) for path in live.glob("seed-*/*.csv")}
+        stale = {path: _identity(path) for path in live.glob("seed-*/train.csv")}
         ended = threading.Event()
         status: list[str] = []
 
@@ -162,6 +162,7 @@ def _wanted(workspace: Workspace, graph: Graph) -> Wanted:
     entries = locked(workspace)
     trainings = {}
     scored = _scored(graph, entries)
+    based = _based(graph, entries)
     for stage in graph.stages:
         run = stage.item
         if stage.family != "train" or run is None or stage.name not in entries:
@@ -183,7 +184,7 @@ def _wanted(workspace: Workspace, graph: Graph) -> Wanted:
                 "entries": entries,
                 "output": made["outs"][folder],
                 "tests": tuple(tests),
-                "evaluation": " ".join(tests.values()) or None,
+                "evaluation": " ".join([*tests.values(), *based]) if tests else None,
             }
     names = {stage.name for stage in graph.stages}
     # The report is made of the summary: where both are whole, its key stands for both.
@@ -205,6 +206,12 @@ def _scored(graph: Graph, entries: records.Entries) -> dict[str, tuple[str, Any,
     return found
 
 
+def _based(graph: Graph, entries: records.Entries) -> list[str]:
+    """Keys of the whole baselines, whose answers stand beside those of the runs."""
+    names = [stage.name for stage in graph.stages if stage.family == "baseline"]
+    return [entry_key(dict(entries[n])) for n in names if n in entries and graph.intact(n)]
+
+
 def _follow(
     workspace: Workspace,
     entries: records.Entries,
@@ -224,14 +231,14 @@ def _follow(
         while not last:
             last = ended.wait(POLL)
             for seed, folder in records.seeds(live):
-                if seed in delivered or all(
-                    stale.get(path) == _identity(path) for path in folder.glob("*.csv")
-                ):
+                begun = folder / "train.csv"
+                if seed in delivered or stale.get(begun) == _identity(begun):
                     continue
                 points = records.history(folder)
                 store = store or stack.enter_context(open_store(workspace))
                 if seed not in sent:
-                    found = training(store, entries, run, seed, origin)
+                    start = min((p.time for p in points if p.time), default=None)
+                    found = training(store, entries, run, seed, origin, start)
                     run_id = str(found.info.run_id)
                     if OUTPUT in found.data.tags:
                         delivered.add(seed)
@@ -239,9 +246,9 @@ def _follow(
                     store.client.update_run(run_id, "RUNNING")
                     sent[seed] = run_id, store.logged(run_id, {p.name for p in points})
                 run_id, have = sent[seed]
-                new = [p for p in points if (p.name, p.step) not in have]
+                new = [p for p in points if p.place not in have]
                 store.log(run_id, new)
-                have.update({(p.name, p.step): p.value for p in new})
+                have.update({p.place: p.value for p in new})
         for run_id, _ in sent.values():
             if store is not None and status:
                 store.client.update_run(run_id, status[0])

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,6 +72,43 @@ class Browser:
         self.call("Page.navigate", url=path.resolve().as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self._read()
+
+    def go(self, url: str, text: str, seconds: float = 60) -> str:
+        """Load a page of a server; what it shows once it shows a text."""
+        self.call("Emulation.setDeviceMetricsOverride", width=1500, height=1000,
+                  deviceScaleFactor=1, mobile=False)  # fmt: skip
+        del self.events[:]
+        self.call("Page.navigate", url=url)
+        return self.shows(text, seconds)
+
+    def shows(self, text: str, seconds: float = 60) -> str:
+        """What the page shows, once a text is there."""
+        end = time.monotonic() + seconds
+        while text not in (shown := self.value("document.body ? document.body.innerText : ''")):
+            assert time.monotonic() < end, f"no '{text}' in: {shown[:2000]}"
+            time.sleep(0.2)
+        return str(shown)
+
+    def click(self, text: str, seconds: float = 60) -> None:
+        """Press with the mouse what is visible and has exactly this text: the innermost of it."""
+        place = f"""(() => {{
+            const says = e => e.offsetParent && e.innerText?.trim() === {json.dumps(text)};
+            const all = [...document.body.querySelectorAll('*')].filter(says);
+            const found = all.find(e => ![...e.children].some(says));
+            if (!found) return null;
+            const box = found.getBoundingClientRect();
+            return [box.x + box.width / 2, box.y + box.height / 2];
+        }})()"""
+        end = time.monotonic() + seconds
+        while (at := self.value(place)) is None:
+            assert time.monotonic() < end, f"nothing to press says '{text}'"
+            time.sleep(0.2)
+        for kind, more in (
+            ("mouseMoved", {}),
+            ("mousePressed", {"button": "left", "buttons": 1, "clickCount": 1}),
+            ("mouseReleased", {"button": "left", "clickCount": 1}),
+        ):
+            self.call("Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1], **more)
 
     def value(self, expression: str) -> Any:
         """What an expression is in the page."""

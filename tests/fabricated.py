@@ -91,8 +91,21 @@ def train(work: Path, run: str) -> None:
         _tensors(out / f"adapter{'_model' if peft else ''}.safetensors", {"w": 4})
         if peft:
             _put(out / "adapter_config.json", "{}")
-        cost[str(seed)] = {"seconds": 1.5, "tokens_per_second": 100, "peak_bytes": 5}
+        cost[str(seed)] = {
+            "seconds": 1.5,
+            "tokens_per_second": 100,
+            "peak_bytes": 5,
+            "system": [{"time": 1000 * n, "cpu_utilization_percentage": n} for n in (10, 13)],
+        }
     _put(work / f"cost/{run}.json", json.dumps({"seeds": cost}))
+
+
+def _answers(who: str) -> str:
+    return "".join(
+        json.dumps(row | {"source": f"s{n}", "references": [f"r{n}", "x"]}) + "\n"
+        for n in range(150)
+        for row in [{"target": f"r{n}", "hypothesis": f"{who} {n}"}]
+    )
 
 
 def stage(name: str, item: str) -> None:
@@ -132,7 +145,7 @@ def stage(name: str, item: str) -> None:
         seeds = {path.name[5:]: scores for path in found}
         _put(work / f"evaluation/{place}/metrics.json", json.dumps({"seeds": seeds}))
         for path in found:
-            _put(work / f"evaluation/{place}/{path.name}.jsonl", "{}\n")
+            _put(work / f"evaluation/{place}/{path.name}.jsonl", _answers(path.name))
     elif name == "summary":
         _put(work / "summary/summary.md", "| run | BLEU |\n|---|---|\n| neft | 21.5 |\n")
         _put(work / "summary/metrics.json", "{}")
@@ -142,9 +155,11 @@ def stage(name: str, item: str) -> None:
         _put(Path("reports/report.html"), "<p>21.5</p>")
         _put(Path("reports/figures/png/bleu.png"), "drawn")
         Path("reports/study").mkdir(parents=True, exist_ok=True)
+    elif name == "baseline":
+        _put(work / f"baseline/{item}/base.jsonl", _answers("base"))
     else:
-        folder = {"prepare": "prepared", "baseline": "baseline"}[name]
-        _put(work / f"{folder}/{item}/out.json", "{}")
+        assert name == "prepare"
+        _put(work / f"prepared/{item}/out.json", "{}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ OWNERS = {
     "sklearn": {"probing"},
     "rouge_score": {"metrics"},
     "mlflow": {"mlflow_store", "registry", "served", "serving"},
-    "psutil": {"servers"},
+    "psutil": {"machine", "servers"},
     "dvc": {"graph", "workspace"},
     "prefect": set(FLOWS),
 }

@@ -12,6 +12,9 @@ from operating import PROJECT, ask, until
 from ruamel.yaml import YAML
 from stack import COMPOSE, Stack, compose, image_environment, postgresql, running
 
+from neft_core import databases
+from neft_core.errors import NeftError
+
 FILLED = {
     "POSTGRES_PASSWORD": "a",
     "S3_ACCESS_KEY": "b",
@@ -140,6 +143,29 @@ def test_a_load_with_a_killed_worker_and_a_killed_mlflow(stack: Stack):
         assert not [name for name, secret in stack.secrets.items() if secret in line]
     worker = stack.environment("worker")
     assert stack.secrets["POSTGRES_PASSWORD"] not in str(worker)
+
+
+@pytest.mark.integration
+def test_what_a_database_refuses_is_told_without_its_password(stack: Stack):
+    """And one that both servers would use; what they use here is taken."""
+    names = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "MLFLOW_BACKEND_STORE_URI")
+    environment = stack.environment("prefect") | stack.environment("mlflow")
+    right = {name: environment[name] for name in names}
+    databases.check(right)
+    for name in names:
+        password = stack.secrets["POSTGRES_PASSWORD"]
+        for old, new, told in (
+            (password, "other", 'password authentication failed for user "neft"'),
+            (right[name].rpartition("/")[2], "nowhere", 'database "nowhere" does not exist'),
+        ):
+            with pytest.raises(NeftError, match=told) as fault:
+                databases.check(right | {name: right[name].replace(old, new)})
+            assert str(fault.value).startswith(f"{name}: database ")
+            assert password not in str(fault.value)
+            assert "other" not in str(fault.value)
+    both = right[names[0]].replace("asyncpg", "psycopg2")
+    with pytest.raises(NeftError, match=f"^{names[1]}: is prefect's database too; give each one"):
+        databases.check(right | {names[1]: both})
 
 
 @pytest.mark.integration

@@ -42,7 +42,6 @@ def test_params_of_runs_have_the_same_names() -> None:
     assert records.run_params(entries, "a", 7) == {
         "run.task": "de",
         "run.method.name": "neft",
-        "run.lr": "0.003",
         "task.source.kind": "local",
         "task.source.path": "data",
         "model.kind": "built",

@@ -112,9 +112,7 @@ def test_forgetting_is_measured_on_the_chosen_seed(ws, tmp_path):
     assert not decided.champion
     assert decided.reasons[0].startswith("the loss on other text rises by ")
     assert promotion._forgetting(ws, "neft", 2, Gate(text=text)) == rise
-    with pytest.raises(
-        NeftError, match=r"give a file with one text a line \(or go without: --max-fo"
-    ):
+    with pytest.raises(NeftError, match=r"; give a file of such texts \(or go without: --max-fo"):
         promotion.decide(ws, "full", 1, None, Gate())
 
 
@@ -146,7 +144,7 @@ def test_what_was_not_made_is_not_registered(ws):
 @pytest.mark.integration
 def test_champions_follow_each_other_and_come_back(ws, neft, monkeypatch):
     name = "tiny2-en-fr"
-    with pytest.raises(NeftError, match=r"^model tiny2-en-fr: has no champion; 'neft promote RUN'"):
+    with pytest.raises(NeftError, match=r"has no champion in MLflow at sqlite:///"):
         registry.rollback(ws, name)
     answer(ws, "lora", 6)
     answer(ws, "full", 8)

@@ -7,9 +7,11 @@ import os
 import signal
 import socket
 import subprocess
+import time
 import urllib.request
 from pathlib import Path
 
+import browser
 import fabricated
 import pytest
 from operating import (
@@ -29,6 +31,8 @@ from ruamel.yaml import YAML
 
 from neft_core import servers
 from neft_core.errors import NeftError
+from neft_core.mlflow_store import VIEW
+from neft_core.pages import TRAINING
 from neft_core.workspace import Workspace, init_dvc
 
 
@@ -82,6 +86,37 @@ def test_a_port_in_use_is_one_line_and_nothing_starts(state):
         f"port {port}: in use by another program; stop that one, or give --mlflow-port another "
         "number"
     )
+    assert not (state / "servers.json").exists()
+
+
+BAD = {
+    "postgresql+{}://me:planted@127.0.0.1:1/db": "database db on 127.0.0.1, port 1: ",
+    "postgresql+{}://me:planted@nohost.invalid/db": "database db on nohost.invalid: ",
+    "postgresql+{}://me:plan@ted@host/db": "has more than one '@'; write those of a password as %4",
+    "postgresql+{}://me:planted@host:port/db": "no address of a database; the form is postgresql+",
+    "oracle+{}://me:planted@host/db": "",
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(
+    ("name", "driver"),
+    [
+        ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "asyncpg"),
+        ("MLFLOW_BACKEND_STORE_URI", "psycopg2"),
+    ],
+)
+def test_a_database_that_can_not_be_used_is_one_line_and_nothing_starts(
+    state, monkeypatch, name, driver, bad
+):
+    monkeypatch.setenv(name, bad.format(driver))
+    with pytest.raises(NeftError) as fault:
+        servers.up(state, "127.0.0.1", free_port(), free_port(), print)
+    told = str(fault.value)
+    assert told.startswith(f"{name}: {BAD[bad]}")
+    assert f"postgresql+{driver}://USER:PASSWORD@HOST:PORT/NAME" in told or "%40" in told
+    assert "plan" not in told
+    assert "ted" not in told.replace("connected", "")
     assert not (state / "servers.json").exists()
 
 
@@ -139,17 +174,62 @@ def test_a_damaged_record_is_as_none(state, text):
     assert servers.clients(state) == {}
 
 
-def make(root: Path, **fake: str) -> Workspace:
+def make(root: Path, device: str = "cpu", **fake: str) -> Workspace:
     fabricated.make(root)
+    params = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(params.replace("device: cpu", f"device: {device}"))
     init_dvc(root)
     (root / "fake.json").write_text(json.dumps(fake))
     return Workspace(root)
 
 
+def quick_run(api: str) -> str:
+    """A run of on-demand with its own parameters, by its page where there is a browser; its id."""
+    command = browser.find()
+    if command is None:
+        return start_run(api, "neft-pipeline/on-demand")
+    found = ask(api, "/deployments/name/neft-pipeline/on-demand")["id"]
+    asked = {"deployments": {"id": {"any_": [found]}}, "sort": "EXPECTED_START_TIME_DESC"}
+    before = {run["id"] for run in ask(api, "/flow_runs/filter", asked)}
+    with browser.browser(command) as window:
+        page = f"{api.removesuffix('/api')}/deployments/deployment/{found}"
+        window.go(page, "Work Queue")
+        window.click("Run")
+        window.click("Quick run")
+        return until(
+            lambda: {run["id"] for run in ask(api, "/flow_runs/filter", asked)} - before
+        ).pop()
+
+
+def look(api: str, tracking: str, run: str) -> None:
+    """What both servers' pages show of a finished run, where there is a browser."""
+    command = browser.find()
+    if command is None:
+        return
+    found = ask(f"{tracking}/api/2.0/mlflow", "/runs/search", {"experiment_ids": ["1"]})["runs"]
+    trained = next(r["info"] for r in found if r["info"]["run_name"] == "neft seed 2")
+    with browser.browser(command) as window:
+        page = window.go(f"{api.removesuffix('/api')}/runs/flow-run/{run}", "15 stages, 0 up to")
+        assert "Completed" in page
+        window.click("Artifacts")
+        page = window.shows("neft-summary")
+        assert {"neft-mlflow", "neft-report", "neft-progress"} <= set(page.split())
+        view = f"{tracking}/#/experiments/1/runs?{TRAINING}&viewStateShareKey={VIEW}"
+        page = window.go(view, "full on en-fr, lr 0.001, seed 1")
+        assert {"test/bleu", "cost/seconds"} <= set(page.split())
+        page = window.go(f"{tracking}/#/experiments/1/runs/{trained['run_id']}", "neft seed 2")
+        window.click("System metrics")
+        window.shows("cpu_utilization_percentage")
+        place = f"{trained['run_id']}/artifacts/samples/en-fr.json?{TRAINING}"
+        page = window.go(f"{tracking}/#/experiments/1/runs/{place}", "seed-2 2")
+        assert {"source", "reference", "base", "output"} <= set(page.split())
+
+
 @pytest.mark.integration
 def test_servers_and_deployments(tmp_path):
-    """Up, a power cut, deploy, a run that fails, one that is cancelled, one at work, down."""
-    ws = make(tmp_path / "ws")
+    """Up, a power cut, deploy, a run that fails, one that is cancelled while another waits for the
+    GPU that it had, one at work, down."""
+    ws = make(tmp_path / "ws", "cuda")
     env = environment(tmp_path)
     ports = ["--prefect-port", str(free_port()), "--mlflow-port", str(free_port())]
     try:
@@ -176,6 +256,10 @@ def test_servers_and_deployments(tmp_path):
         assert {d["name"] for d in found} == {"nightly", "on-demand", "study", "promote"}
         nightly = next(d for d in found if d["name"] == "nightly")
         assert nightly["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
+        asked = {"deployments": {"id": {"any_": [nightly["id"]]}}}
+        nights = until(lambda: ask(api, "/flow_runs/filter", asked), 120)
+        assert {night["state"]["type"] for night in nights} == {"SCHEDULED"}
+        assert {night["expected_start_time"][11:19] for night in nights} == {"02:00:00"}
         limits = ask(api, "/v2/concurrency_limits/filter", {})
         assert ("gpu", 1) in [(limit["name"], limit["limit"]) for limit in limits]
         neft(ws.root, env, "deploy")
@@ -185,15 +269,29 @@ def test_servers_and_deployments(tmp_path):
 
         failing = make(tmp_path / "failing", FAKE_FAIL="corpus en-fr")
         broken = start_run(api, "neft-pipeline/on-demand", workspace=str(failing.root))
-        slow = make(tmp_path / "slow", FAKE_DELAY="1", FAKE_STEPS="300")
+        slow = make(tmp_path / "slow", "cuda", FAKE_DELAY="1", FAKE_STEPS="300")
         cancelled = start_run(api, "neft-pipeline/on-demand", workspace=str(slow.root))
         assert ended(api, broken)["type"] == "FAILED"
         message = until(lambda: tasks(api, broken).get("corpus@en-fr"))["message"]
         assert "data/x.jsonl: line 7: no target; add one\ncorpus en-fr: works" in message
         live = slow.state("live/train/full/seed-1/train.csv")
         until(live.exists, 120)
+
+        # Another on the GPU gets on with what needs none, and waits.
+        waiting = quick_run(api)
+        until(lambda: tasks(api, waiting).get("base", {}).get("type") == "RUNNING", 120)
+        time.sleep(4)
+        assert (ws.root / "ran.log").read_text() == "corpus en-fr\n"
+        limits = ask(api, "/v2/concurrency_limits/filter", {})
+        assert {limit["name"]: limit["active_slots"] for limit in limits}["gpu"] == 1
+
         ask(api, f"/flow_runs/{cancelled}/set_state", {"state": {"type": "CANCELLING"}})
         assert ended(api, cancelled)["type"] == "CANCELLED"
+        until(lambda: "base" in (ws.root / "ran.log").read_text(), 60)
+        state = ended(api, waiting)
+        assert (state["type"], state["message"][:10]) == ("COMPLETED", "15 stages ")
+        assert state["message"].endswith(": 15 ran")
+        look(api, tracking, waiting)
         until(lambda: not [line for line in belonging(tmp_path) if "fabricated.py" in line])
 
         # With a run at work.

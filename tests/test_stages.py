@@ -3,11 +3,14 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import edit, run_stages
+from operating import environment
 from safetensors.torch import load_file, save_file
 from test_methods import tiny_gpt2
 
@@ -150,3 +153,75 @@ def test_what_trains_is_told_apart_by_its_seed(finished):
     )
     assert one.keys() == two.keys()
     assert not all(torch.equal(one[name], two[name]) for name in one)
+
+
+OWN_CODE = """\
+from pathlib import Path
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({marker!r}).write_text("imported")
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+TRUSTED = """\
+import sys
+from pathlib import Path
+from neft_core import loading, models, stages
+from neft_core.errors import NeftError
+from neft_core.workspace import Workspace
+ws = Workspace(Path.cwd())
+for work in (
+    lambda: models.read_config(Path("own")),
+    lambda: models.load_model(Path("own"), "auto"),
+    lambda: stages.base(ws),
+):
+    try:
+        work()
+        print("went")
+    except NeftError as fault:
+        print("refused", "custom code" in str(fault) or "trust_remote_code: true" in str(fault))
+    print("marker", Path("marker").exists(), flush=True)
+if Path("work/base").exists():
+    print(type(loading.load_base(ws)).__name__, Path("marker").exists())
+"""
+
+
+def test_a_models_own_code_runs_only_where_asked_for_and_is_told(finished, tmp_path):
+    """Of a directory as the Hub has it, whose code leaves a file behind when it is imported."""
+    own = Path(shutil.copytree(finished.path("base"), tmp_path / "own"))
+    config = json.loads((own / "config.json").read_text())
+    classes = {"AutoConfig": "OwnConfig", "AutoModelForCausalLM": "OwnForCausalLM"}
+    mapped = {auto: f"modeling_own.{name}" for auto, name in classes.items()}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": mapped}
+    (own / "config.json").write_text(json.dumps(config))
+    (own / "modeling_own.py").write_text(OWN_CODE.format(marker=str(tmp_path / "marker")))
+    text = finished.params_file.read_text()
+    (tmp_path / "dvc.yaml").write_bytes((finished.root / "dvc.yaml").read_bytes())
+
+    def run(trust: str) -> list[str]:
+        model = f"model: {{kind: local, path: own, trust_remote_code: {trust}}}\n"
+        (tmp_path / "params.yaml").write_text(model + text[text.index("tasks:") :])
+        env = environment(tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"), HF_HUB_OFFLINE="1")
+        line = [sys.executable, "-c", TRUSTED]
+        done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    assert run("false") == ["refused True", "marker False"] * 3
+    said = run("true")
+    assert said[:4] == ["refused True", "marker False"] * 2, "what isn't asked for in the call"
+    cautions = [line for line in said if line.startswith("CAUTION: Python code that comes with ")]
+    assert [line.rpartition(" ")[0] for line in cautions] == [
+        f"CAUTION: Python code that comes with the model in {tmp_path}/own may run "
+        "(model.trust_remote_code:"
+    ]
+    assert said.index(cautions[0]) == 4, "before anything ran"
+    assert said[-1] == "OwnForCausalLM True"

@@ -76,7 +76,7 @@ def test_a_study_fails_in_one_cell_then_does_nothing_then_is_mended(tmp_path, en
     # From the cell to the training's page in MLflow, whose runs lie with the host's.
     assert "(../mlflow.html#full-en-fr)" in text
     page = (reports / "mlflow.html").read_text()
-    linked = re.findall(r'<li id="full-en-fr">.*?/runs/([0-9a-f]{32})">seed 1</a></li>', page)
+    linked = re.findall(r'<li id="full-en-fr">.*?/runs/([0-9a-f]{32})[?].*?">seed 1</a></li>', page)
     connection = sqlite3.connect(ws.root / "mlflow.db")
     named = dict(connection.execute("SELECT run_uuid, name FROM runs"))
     connection.close()

@@ -99,6 +99,9 @@ def test_everything_is_delivered_once(ws: Workspace) -> None:
     assert tags["neft.adapter"] == "work/train/neft/seed-2/adapter_model.safetensors"
     assert run.info.status == "FINISHED"
     assert run.data.params["lr"] == "0.003"
+    assert (
+        tags["mlflow.note.content"] == "neft, lowest 0.5 of candidates on en-fr, lr 0.003, seed 2"
+    )
     assert run.data.params["seed"] == "2"
     assert run.data.params["run.method.share"] == "0.5"
     assert run.data.params["task.source.kind"] == "generated"
@@ -112,7 +115,8 @@ def test_everything_is_delivered_once(ws: Workspace) -> None:
     assert steps(ws, run, "mask/neurons") == [(0, 5.0)]
     assert not metrics.keys() & run.data.params.keys()
     assert run.info.end_time - run.info.start_time == 1500, "the seconds of work/cost"
-    assert parent.data.tags["mlflow.note.content"] == "| run | BLEU |\n|---|---|\n| neft | 21.5 |"
+    note = "a workspace: full, neft\n\n| run | BLEU |\n|---|---|\n| neft | 21.5 |"
+    assert parent.data.tags["mlflow.note.content"] == note
     assert steps(ws, run, "train/loss") == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5)]
     assert steps(ws, run, "dev/loss") == [(0, 3.5), (4, 2.5)]
     inputs = {i.dataset.name: i.dataset for i in run.inputs.dataset_inputs}
@@ -129,15 +133,29 @@ def test_everything_is_delivered_once(ws: Workspace) -> None:
     assert "summary/summary.md" in artifacts(parent)
     place = Path(run.info.artifact_uri.removeprefix("file://").replace("%20", " "))
     assert ws.root in place.parents
+    with open_store(ws) as store:
+        name = "system/cpu_utilization_percentage"
+        told = store.client.get_metric_history(run.info.run_id, name)
+    assert [(m.timestamp, m.step, m.value) for m in told] == [(10_000, 0, 10), (13_000, 3, 13)]
+    table = json.loads((place / "samples/en-fr.json").read_text())
+    assert table["columns"] == ["source", "reference", "base", "output"]
+    assert table["data"][:2] == [
+        ["s0", "r0", "base 0", "seed-2 0"],
+        ["s2", "r2", "base 2", "seed-2 2"],
+    ]
+    assert len(table["data"]) == 75
+    shown = json.loads(tags["mlflow.loggedArtifacts"])
+    assert shown == [{"path": "samples/en-fr.json", "type": "table"}]
     files = artifacts(run)
     adapter = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
-    assert files == [*adapter, "hypotheses/seed-2.jsonl", "mask.json"]
+    assert files == [*adapter, "hypotheses/seed-2.jsonl", "mask.json", "samples/en-fr.json"]
 
     assert (
         sync(ws, graph) == sync(ws, graph, trust=True) == Delivery(f"sqlite:///{ws.root}/mlflow.db")
     )
     assert steps(ws, run, "train/loss") == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5)]
     assert steps(ws, run, "test/bleu") == [(0, 21.5)]
+    assert len(steps(ws, run, name)) == 2
 
 
 def elsewhere(ws: Workspace, told: str = "") -> list[str]:
