@@ -103,7 +103,8 @@ class NeftLinear(nn.Module, NeftLayer):
         self._written: tuple[Any, ...] = ()
         self._known: dict[str, tuple[int, ...]] = {}
         self._probed: dict[str, tuple[tuple[int, ...], Tensor]] = {}
-        self._tied: nn.Parameter | None = None
+        # In a list, or it would be a parameter of this module too.
+        self._tied: list[nn.Parameter] = []
         self._own: weakref.ref[Tensor] | None = None
         self.register_state_dict_pre_hook(_settle)
         self.register_load_state_dict_pre_hook(_settle)
@@ -164,9 +165,12 @@ class NeftLinear(nn.Module, NeftLayer):
             return
         parts = [d[name] for name in names for d in (self.neft_values, self.neft_indices)]
         force = force or self.overlay.stale
-        if force or self._written != (names, *stamp(base.weight, *parts)):
+        # Torch doesn't see `values.data.copy_`, by which averages of weights come for an evaluation
+        # and go after it: so what was written for the one doesn't stand for the other.
+        here = (names, torch.is_grad_enabled())
+        if force or self._written != (*here, *stamp(base.weight, *parts)):
             self.overlay.write(frozen.matrix(base), *self._combined(names), self._trains(names))
-            self._written = (names, *stamp(base.weight, *parts))
+            self._written = (*here, *stamp(base.weight, *parts))
 
     def _trains(self, names: Sequence[str]) -> bool:
         """Whether nobody but an optimiser and this layer is concerned with what is written."""
@@ -203,10 +207,10 @@ class NeftLinear(nn.Module, NeftLayer):
                 f"{type(self.base_layer).__name__}: a quantised weight can't take merged neurons; "
                 "load the base in bf16 or fp32 and merge there"
             )
-        if names and self.shared and self._tied is None:
+        if names and self.shared and not self._tied:
             # The other module that has this weight must not change with it.
-            self._tied = self.base_layer.weight
-            own = self._tied.detach().clone()
+            self._tied = [self.base_layer.weight]
+            own = self.base_layer.weight.detach().clone()
             self.base_layer.weight = nn.Parameter(own, requires_grad=False)
         self.merged_adapters.extend(names)
         if names:
@@ -220,8 +224,8 @@ class NeftLinear(nn.Module, NeftLayer):
             return
         self.merged_adapters.clear()
         self.settle()
-        if self._tied is not None:
-            self.base_layer.weight, self._tied = self._tied, None
+        if self._tied:
+            self.base_layer.weight = self._tied.pop()
         self._adopt()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -308,6 +312,7 @@ class NeftLinear(nn.Module, NeftLayer):
 
     def lift(self) -> None:
         """Give the weight its own bits; the next forward pass writes again."""
+        self._written = ()
         if self.overlay.present:
             if not self._owns():
                 raise NeftError(
@@ -315,7 +320,6 @@ class NeftLinear(nn.Module, NeftLayer):
                     "neurons stood in it; call the model's state_dict() before sharding it"
                 )
             self.overlay.lift(frozen.matrix(self.base_layer))
-        self._written = ()
 
     def _owns(self) -> bool:
         """Whether the weight is still the one that may be written.

@@ -9,7 +9,9 @@ Shapes: n neurons along the axis of a weight, k of them trained, D weights each;
 [out, in], a view where the layer stores [in, out].
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,20 @@ def stamp(*tensors: Tensor) -> tuple[int, ...]:
     )
 
 
+P = ParamSpec("P")
+
+
+def _lasting(method: Callable[P, None]) -> Callable[P, None]:
+    """What a method keeps can be trained with, also where it ran in inference mode."""
+
+    @functools.wraps(method)
+    def normal(*args: P.args, **options: P.kwargs) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            method(*args, **options)
+
+    return normal
+
+
 class Overlay:
     """Neurons that stand in a weight in place of its own, and the bits that they replaced.
 
@@ -76,8 +92,11 @@ class Overlay:
         self._known: tuple[int, ...] = ()
         self._own: tuple[int, ...] = ()
 
+    @_lasting
     def write(self, weight: Tensor, values: Tensor, indices: Tensor, trains: bool = False) -> None:
         """Put values in the place of the neurons `indices`, and of no others.
+
+        Whatever ends it in the middle, Ctrl-C say, `lift` still gives the weight its own bits.
 
         Args:
             weight: [out, in].
@@ -90,9 +109,12 @@ class Overlay:
         if self.present and (other or self._known != stamp(indices)):
             self.lift(weight)
         if not self.present and (self._known, self._own) != (stamp(indices), stamp(weight)):
-            self.indices, self._known = indices.clone(), stamp(indices)
+            self.indices, self._known = indices.clone(), ()
             self.originals, self.aside = read_neurons(weight, indices, self.axis), False
+            self._known = stamp(indices)
         self._calm |= self.present
+        self.present = True
+        self.edition += 1
         if trains and self._calm:
             if not self.aside:
                 self.originals, self.aside = put_aside(self.originals), True
@@ -103,10 +125,9 @@ class Overlay:
         elif values.data_ptr() != self.pack.neurons.data_ptr():
             # Somebody gave the parameter other memory.
             self._take_in(values)
-        self.present = True
-        self.edition += 1
         self.stale = False
 
+    @_lasting
     def lift(self, weight: Tensor) -> None:
         """Give the weight all of its own bits again."""
         if not self.present:
@@ -116,9 +137,9 @@ class Overlay:
             k = len(self.indices)
             if self._owner.data_ptr() == self.pack.neurons.data_ptr():
                 self._owner.data = self.pack.neurons[:k].clone()
-            rest = self.pack.neurons[k:].clone()
-            write_neurons(weight, rest, self.pack.order[k:], self.axis)
+            rest, others = self.pack.neurons[k:].clone(), self.pack.order[k:]
             self.pack = self._owner = None
+            write_neurons(weight, rest, others, self.axis)
         write_neurons(weight, self.originals, self.indices, self.axis)
         self.present = self._calm = False
         self.edition += 1
@@ -157,9 +178,12 @@ class Overlay:
         numbers = torch.arange(n, device=weight.device).index_fill(0, self.indices, n)
         others = numbers.sort().values[: n - len(self.indices)]
         rest, order = read_neurons(weight, others, self.axis), torch.cat([self.indices, others])
-        self.pack, self._owner = Pack(flat.view(n, -1), order, order.argsort()), values
+        neurons, place = flat.view(n, -1), order.argsort()
+        behind = neurons[len(values) :]
+        # From here to the copy nothing may end it, and nothing takes time.
+        self.pack, self._owner = Pack(neurons, order, place), values
+        behind.copy_(rest)
         self._take_in(values)
-        self.pack.neurons[len(values) :] = rest
 
     def _take_in(self, values: Tensor) -> None:
         """Give the parameter the memory of the first neurons, with its own values in it."""

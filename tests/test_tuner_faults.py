@@ -1,0 +1,127 @@
+"""What breaks in upon a training: Ctrl-C, inference mode, values changed unseen, odd masks."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_llama
+from peft import get_peft_model
+from test_overlay import KINDS, dense, inputs, layer_of, plain
+from test_tuner import tied
+from test_tuner_peft import IDS, config, out, perturbed
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from neft_core.layer import NeftLinear
+from neft_core.tuner import NeftConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class CtrlC(TorchDispatchMode):
+    """Ctrl-C while an operation runs: Python raises it as soon as the operation is done.
+
+    Views take no time that a signal could come in.
+    """
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.left -= not func.is_view
+        if self.left == 0:
+            self.left = -1
+            raise KeyboardInterrupt
+        return found
+
+
+def use(layer: NeftLinear, how: str) -> None:
+    """Writes, packs, lifts and writes again."""
+    optimizer = torch.optim.SGD([layer.neft_values["default"]], lr=0.1)
+    for step in range(2):
+        if how == "merge":
+            layer.merge()
+            layer.unmerge()
+        layer(inputs(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        layer(inputs(step))
+        if how == "disable":
+            layer.enable_adapters(False)
+            layer(inputs(step))
+            layer.enable_adapters(True)
+
+
+@pytest.mark.parametrize(("axis", "transposed"), [KINDS[0], KINDS[3]])
+@pytest.mark.parametrize("share", [0.3, 0.75])
+@pytest.mark.parametrize("how", ["train", "disable", "merge"])
+def test_ctrl_c_leaves_what_can_be_gone_on_with(axis, transposed, share, how):
+    base, after, hit = plain(transposed), 0, True
+    while hit:
+        layer, after = layer_of(axis, transposed, share), after + 1
+        with torch.no_grad():
+            layer.neft_values["default"].add_(1)
+        try:
+            with CtrlC(after):
+                use(layer, how)
+            hit = False
+        except KeyboardInterrupt:
+            hit = True
+        if layer.merged:
+            layer.unmerge()
+        layer.enable_adapters(True)
+        want = torch.nn.functional.linear(inputs(), dense(layer, base), base.bias)
+        torch.testing.assert_close(layer(inputs()), want)
+        layer.settle()
+        assert torch.equal(layer.base_layer.weight, base.weight), after
+    assert after > 30
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_evaluated_in_inference_mode_between_steps(share):
+    models = [get_peft_model(tiny_llama(), config(share=share)) for _ in range(2)]
+    for model, mode in zip(models, (torch.inference_mode, torch.no_grad), strict=True):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for _ in range(4):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with mode():
+                model(IDS)
+                with model.disable_adapter():
+                    assert torch.equal(model(IDS).logits, out(tiny_llama()))
+    assert torch.equal(*map(out, models))
+    for model in models:
+        assert torch.equal(out(model.unload()), out(tiny_llama()))
+
+
+def test_averaged_values_come_and_go_unseen_by_torch():
+    """As averages of weights do it: `.data.copy_`, which no version counter sees."""
+    model = get_peft_model(tiny_llama(), config())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    averaged = perturbed(copy.deepcopy(model))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    want = [p.grad.clone() for p in trained]
+    own = [p.detach().clone() for p in trained]
+    model.zero_grad()
+    others = [p for p in averaged.parameters() if p.requires_grad]
+    for parameter, other in zip(trained, others, strict=True):
+        parameter.data.copy_(other)
+    assert torch.equal(out(model), out(averaged))
+    for parameter, other in zip(trained, own, strict=True):
+        parameter.data.copy_(other)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(trained, want, strict=True))
+
+
+def test_a_merged_tied_weight_is_no_parameter_of_its_own():
+    base, mask = tied()
+    model = perturbed(get_peft_model(base, NeftConfig(mask=mask)))
+    names = list(model.state_dict())
+    model.merge_adapter()
+    assert list(model.state_dict()) == names
+    again = copy.deepcopy(model)
+    again.unmerge_adapter()
+    inner = again.get_base_model()
+    assert inner.lm_head.base_layer.weight is inner.get_input_embeddings().weight
