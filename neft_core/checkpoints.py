@@ -40,10 +40,10 @@ def locate(directory: str | Path) -> dict[str, Path]:
         raise NeftError(
             f"{directory}: has neither {_SINGLE} nor {_INDEX}; save the model as safetensors"
         )
-    files = {
-        name: directory / shard
-        for name, shard in _json(directory / _INDEX).get("weight_map", {}).items()
-    }
+    shards = _json(directory / _INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise NeftError(f"{directory / _INDEX}: has no map of weights; fetch the model again")
+    files = {name: directory / shard for name, shard in shards.items()}
     for path in sorted(set(files.values())):
         if not path.is_file():
             raise NeftError(f"{path}: no such file, but {_INDEX} names it; fetch the model again")

@@ -157,6 +157,22 @@ def check_indices(adapter: str, indices: Tensor, limit: int) -> None:
         )
 
 
+def check_loaded(adapter: str, values: Tensor, device: torch.device) -> None:
+    """Refuse neurons, [k, D], that an adapter's file should have brought to a device and did not.
+
+    Raises:
+        NeftError: they are refused.
+    """
+    if has_content(values):
+        absent = len(values) > 0 and bool(values.isnan().all())
+    else:
+        absent = values.device != device
+    if absent:
+        raise NeftError(
+            f"adapter '{adapter}': its neurons have no values; its file is incomplete or damaged"
+        )
+
+
 @torch.no_grad()
 def probe(
     layer: nn.Module,

@@ -102,6 +102,7 @@ class NeftLinear(nn.Module, NeftLayer):
         self._active_adapter: Any = adapter_name
         self._written: tuple[Any, ...] = ()
         self._known: dict[str, tuple[int, ...]] = {}
+        self._awaited: set[str] = set()
         self._probed: dict[str, tuple[tuple[int, ...], Tensor]] = {}
         # In a list, or it would be a parameter of this module too.
         self._tied: list[nn.Parameter] = []
@@ -119,12 +120,13 @@ class NeftLinear(nn.Module, NeftLayer):
         self.settle()
         # Its tensors may come to lie where those of one that was deleted did.
         self._known.pop(adapter_name, None)
+        (self._awaited.discard if indices is not None else self._awaited.add)(adapter_name)
         self._probed.clear()
         device, dtype = frozen.place(self.base_layer)
         if indices is None:
             length = frozen.size(self.base_layer)[1 - self.axis]
             indices = torch.full((count,), frozen.UNKNOWN, device=device)
-            values = torch.zeros(count, length, dtype=dtype, device=device)
+            values = torch.full((count, length), torch.nan, dtype=dtype, device=device)
         else:
             indices = indices.to(device, copy=True)
             values = self._held(adapter_name, indices)
@@ -344,6 +346,10 @@ class NeftLinear(nn.Module, NeftLayer):
         if self._known.get(name) == now:
             return
         frozen.check_indices(name, indices, frozen.size(self.base_layer)[self.axis])
+        if name in self._awaited:
+            device, _ = frozen.place(self.base_layer)
+            frozen.check_loaded(name, self.neft_values[name], device)
+            self._awaited.discard(name)
         self._known[name] = now
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NeftLinear":

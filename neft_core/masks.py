@@ -280,6 +280,11 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Group], i
     found = metadata.pop("kind", "other tensors")
     if found != kind:
         raise NeftError(f"{path}: holds {found}, {kind} expected; {remedy}")
-    groups = [Group(**group) for group in json.loads(metadata.pop("groups"))]
-    total = int(metadata.pop("total_parameters"))
+    try:
+        groups = [Group(**group) for group in json.loads(metadata.pop("groups"))]
+        total = int(metadata.pop("total_parameters"))
+    except (KeyError, TypeError, ValueError):
+        raise NeftError(
+            f"{path}: its metadata is damaged, or of another version; {remedy}"
+        ) from None
     return tensors, {group.module: group for group in groups}, total, metadata

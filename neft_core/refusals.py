@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from neft_core import frozen
@@ -61,6 +62,11 @@ def check_selection(config: "NeftConfig", name: str) -> None:
     indices, group = config.indices(name), config.group(name)
     if indices is None or group is None:
         return
+    if indices.dim() != 1 or indices.dtype != torch.int64:
+        raise NeftError(
+            f"{config.source}: {name} has indices of shape {tuple(indices.shape)} and "
+            f"{indices.dtype}; numbers of neurons are needed, [k], torch.int64"
+        )
     if not group.holds(indices) or bool((indices.diff() <= 0).any()):
         last = group.start + group.count
         among = "its candidates" if group.experts else f"[{group.start}, {last})"

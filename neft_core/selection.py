@@ -230,9 +230,14 @@ def _all(scores: NeuronScores) -> Tensor:
 
 
 def _refuse_nan(scores: NeuronScores) -> None:
-    """A score that is not a number has no rank."""
+    """A score that is not a number has no rank, and nothing can be selected of no scores."""
+    if not scores.groups:
+        raise NeftError(f"{scores.source}: holds no neurons; give scores of a task that trains")
     for module, group in scores.groups.items():
-        bad = scores.sensitivity[module].isnan().nonzero()
+        nan = scores.sensitivity[module].isnan()
+        if module in scores.magnitude:
+            nan |= scores.magnitude[module].isnan()
+        bad = nan.nonzero()
         if len(bad):
             raise NeftError(
                 f"scores: {module} neuron {int(group.indices(bad[0]))} is not a number; "

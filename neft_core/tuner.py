@@ -64,7 +64,9 @@ class NeftConfig(PeftConfig):  # type: ignore[misc]
         if isinstance(mask, str | Path):
             mask = NeuronMask.load(mask)
         self._mask = mask
-        if mask is not None:
+        if mask is None:
+            self._check_modules()
+        else:
             self.provenance = dict(mask.provenance)
             self.modules = {
                 name: {
@@ -77,6 +79,16 @@ class NeftConfig(PeftConfig):  # type: ignore[misc]
                 for name, indices in mask.indices.items()
                 if len(indices)
             }
+
+    def _check_modules(self) -> None:
+        """Refuse what no version of this package wrote."""
+        keys = {"axis", "count", "length", "transposed", "experts"}
+        entries = self.modules.values() if isinstance(self.modules, dict) else [None]
+        if not all(isinstance(entry, dict) and keys <= entry.keys() for entry in entries):
+            raise NeftError(
+                f"NeftConfig: modules: each needs {', '.join(sorted(keys))}; "
+                "the adapter's configuration is damaged"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """What `adapter_config.json` holds."""

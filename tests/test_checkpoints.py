@@ -41,6 +41,10 @@ def test_damaged_directories_are_named(tmp_path):
     index["weight_map"]["z"] = "2.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     refuses(f"{tmp_path}/2.safetensors: has no z; fetch")
+    for no_map in ([], ["a"], {"a": 1}, None):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": no_map}))
+        refuses(f"{tmp_path}/model.safetensors.index.json: has no map of weights; fetch the model")
+    sharded(tmp_path)
     (tmp_path / "1.safetensors").unlink()
     refuses(f"{tmp_path}/1.safetensors: no such file, but model.safetensors.index.json names it;")
     (tmp_path / "model.safetensors").write_bytes(b"12345678")

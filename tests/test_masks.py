@@ -161,6 +161,15 @@ def test_bad_files_are_named_with_the_remedy(tmp_path):
     refuses("not a whole safetensors file (")
     save_file({"a": torch.zeros(1)}, path)
     refuses("holds other tensors, mask expected; run 'neft stage select'")
+    whole = {"kind": "mask", "groups": "[]", "total_parameters": "1"}
+    for damaged in (
+        {"kind": "mask"},
+        {**whole, "total_parameters": "many"},
+        {**whole, "groups": "[{"},
+        {**whole, "groups": '[{"module": "a", "colour": 1}]'},
+    ):
+        save_file({"a": torch.zeros(1)}, path, damaged)
+        refuses("its metadata is damaged, or of another version; run 'neft stage select'")
 
 
 def test_another_model_is_refused(tmp_path):

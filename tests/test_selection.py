@@ -183,6 +183,16 @@ def test_scores_that_are_not_numbers_are_refused():
     scores = scored({"a": ([0.1], 10), "b": ([0.1, float("nan")], 10)}, start=4)
     with pytest.raises(NeftError, match="scores: b neuron 5 is not a number; run 'neft stage sc"):
         select_neurons(scores, neurons=1)
+    sizes = {"magnitude": {"a": torch.tensor([0.1]), "b": torch.tensor([0.1, float("nan")])}}
+    scores = replace(scored({"a": ([0.1], 10), "b": ([0.1, 0.2], 10)}, start=4), **sizes)
+    with pytest.raises(NeftError, match="scores: b neuron 5 is not a number"):
+        select_neurons(scores, "magnitude", neurons=1)
+
+
+def test_of_no_scores_nothing_is_selected():
+    for select in (lambda s: select_neurons(s, percent=1), lambda s: select_below(s, 0.5)):
+        with pytest.raises(NeftError, match="scores: holds no neurons; give scores of a task that"):
+            select(NeuronScores({}, {}, 0))
 
 
 def ranked_by_loops(scores: NeuronScores, better) -> list[tuple[str, int]]:

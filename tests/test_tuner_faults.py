@@ -1,16 +1,21 @@
 """What breaks in upon a training: Ctrl-C, inference mode, values changed unseen, odd masks."""
 
 import copy
+import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import tiny_llama
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_methods import mask_for
 from test_overlay import KINDS, dense, inputs, layer_of, plain
 from test_tuner import tied
 from test_tuner_peft import IDS, config, out, perturbed
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neft_core.errors import NeftError
 from neft_core.layer import NeftLinear
 from neft_core.tuner import NeftConfig
 
@@ -125,3 +130,51 @@ def test_a_merged_tied_weight_is_no_parameter_of_its_own():
     again.unmerge_adapter()
     inner = again.get_base_model()
     assert inner.lm_head.base_layer.weight is inner.get_input_embeddings().weight
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A saved adapter's folder, and a way to load it."""
+    perturbed(get_peft_model(tiny_llama(), config())).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [("neft_values", "its neurons have no values"), ("neft_indices", "its neurons aren't loaded")],
+)
+def test_an_adapter_without_some_tensors_is_told(adapter, part, told, low_cpu_mem_usage):
+    """Else neurons would be zero."""
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first = next(name for name in tensors if name.endswith(part))
+    save_file({name: tensor for name, tensor in tensors.items() if name != first}, file)
+    model = PeftModel.from_pretrained(tiny_llama(), adapter, low_cpu_mem_usage=low_cpu_mem_usage)
+    with pytest.raises(NeftError, match=f"adapter 'default': {told}"):
+        out(model)
+
+
+def test_a_configuration_that_no_version_wrote_is_told(adapter):
+    file = adapter / "adapter_config.json"
+    content = json.loads(file.read_text())
+    without = {n: {**entry, "axis": 0} for n, entry in content["modules"].items()}
+    for entry in without.values():
+        del entry["axis"]
+    for modules in (without, list(without)):
+        file.write_text(json.dumps({**content, "modules": modules}))
+        with pytest.raises(NeftError, match="modules: each needs axis, count, experts, length"):
+            PeftModel.from_pretrained(tiny_llama(), adapter)
+    file.write_text(json.dumps({**content, "unknown": 1}))
+    with pytest.warns(UserWarning, match="Unexpected keyword arguments .*unknown"):
+        PeftModel.from_pretrained(tiny_llama(), adapter)
+
+
+@pytest.mark.parametrize("wrong", [lambda i: i.int(), lambda i: i.double(), lambda i: i[None]])
+def test_indices_of_another_form_are_told(wrong):
+    mask = mask_for(tiny_llama(), "llama", 0.3)
+    name = next(iter(mask.indices))
+    odd = replace(mask, indices={**mask.indices, name: wrong(mask.indices[name])})
+    with pytest.raises(NeftError, match=f"{name} has indices of shape .* and torch.*int64"):
+        get_peft_model(tiny_llama(), NeftConfig(mask=odd))
