@@ -293,6 +293,11 @@ class NeftLinear(nn.Module, NeftLayer):
     def _additive(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = self.base_layer(x, *args, **kwargs)
         values, indices = self._combined(names)
+        if values.is_meta and not output.is_meta:
+            raise NeftError(
+                "trained neurons: they were offloaded with their layer, and nothing brings them "
+                "back; keep that layer on a device, or merge_and_unload before offloading"
+            )
         weight = frozen.readable(self.base_layer)
         held = self._held("+".join(names), indices) if weight is None else weight
         return corrected(output, x, values, held, indices, self.axis, weight is not None)

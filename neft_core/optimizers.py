@@ -34,6 +34,8 @@ def adamw(params: Iterable[Any], lr: float, weight_decay: float = 0.0) -> torch.
     for group in made.param_groups:
         # On a CPU the kernel takes memory as it comes, whatever the order of the gradient's.
         group["fused"] = all(parameter.is_contiguous() for parameter in group["params"])
+    # It can skip a step by itself where gradients overflow; without it the scaler has to.
+    made._step_supports_amp_scaling = all(group["fused"] for group in made.param_groups)
     return made
 
 

@@ -97,6 +97,20 @@ def test_adamw_is_torchs(transposed):
     assert (ours - start).abs().min() > 0
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_scaler_skips_a_step_that_overflows(transposed):
+    start = torch.ones(4, 3)
+    parameter = torch.nn.Parameter(start.t().contiguous().t() if transposed else start.clone())
+    optimizer, scaler = adamw([parameter], lr=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for factor, moved in ((1e38, 0.0), (1.0, 0.1)):
+        scaler.scale((factor * parameter).sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        torch.testing.assert_close(parameter.detach(), start - moved)
+
+
 @pytest.mark.parametrize(("spread", "limit"), [(0.0, 0.02), (0.3, 0.04), (1.0, 0.15)])
 def test_8bit_follows_adamw_within_a_share_of_the_way(spread, limit):
     """`spread`: powers of ten by which gradients in a block differ."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -178,3 +179,16 @@ def test_indices_of_another_form_are_told(wrong):
     odd = replace(mask, indices={**mask.indices, name: wrong(mask.indices[name])})
     with pytest.raises(NeftError, match=f"{name} has indices of shape .* and torch.*int64"):
         get_peft_model(tiny_llama(), NeftConfig(mask=odd))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_offloaded_neurons_are_told(before):
+    """Else Accelerate's offloading computes with whatever lies in memory."""
+    base = tiny_llama()
+    if before:
+        cpu_offload(base, torch.device("cpu"))
+    model = perturbed(get_peft_model(base, config()))
+    if not before:
+        cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(NeftError, match="trained neurons: they were offloaded with their layer"):
+        out(model)
