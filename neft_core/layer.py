@@ -362,6 +362,7 @@ class NeftLinear(nn.Module, NeftLayer):
         self.lift()
         self.overlay.forget()
         self._probed.clear()
+        self._own = None  # what is watched can't be swapped for another tensor
         super()._apply(fn, recurse)
         self._adopt()
         self.settle()

@@ -90,7 +90,6 @@ class Overlay:
         self._calm = True
         self._owner: Tensor | None = None
         self._known: tuple[int, ...] = ()
-        self._own: tuple[int, ...] = ()
 
     @_lasting
     def write(self, weight: Tensor, values: Tensor, indices: Tensor, trains: bool = False) -> None:
@@ -108,7 +107,8 @@ class Overlay:
         other = self.pack is not None and not (trains and values is self._owner)
         if self.present and (other or self._known != stamp(indices)):
             self.lift(weight)
-        if not self.present and (self._known, self._own) != (stamp(indices), stamp(weight)):
+        if not self.present:
+            # Always anew: torch doesn't see all that others do with the weight in the meantime.
             self.indices, self._known = indices.clone(), ()
             self.originals, self.aside = read_neurons(weight, indices, self.axis), False
             self._known = stamp(indices)
@@ -143,9 +143,7 @@ class Overlay:
         write_neurons(weight, self.originals, self.indices, self.axis)
         self.present = self._calm = False
         self.edition += 1
-        self._own = stamp(weight)
-        if self.aside:
-            self.forget()
+        self.forget()
 
     def held(self, indices: Tensor) -> Tensor | None:
         """The weight's own neurons `indices`, [k, D], where they have been replaced by others."""

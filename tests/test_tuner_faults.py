@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neft_core.errors import NeftError
 from neft_core.layer import NeftLinear
-from neft_core.tuner import NeftConfig
+from neft_core.tuner import NeftConfig, neft_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -192,3 +192,33 @@ def test_offloaded_neurons_are_told(before):
         cpu_offload(model, torch.device("cpu"))
     with pytest.raises(NeftError, match="trained neurons: they were offloaded with their layer"):
         out(model)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_base_that_is_overwritten_unseen_by_torch_stays_as_it_is_then(trained):
+    model, other = get_peft_model(tiny_llama(), config()), tiny_llama(seed=5)
+    perturbed(model)
+    out(model)
+    if trained:
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    new = {f"base_model.model.{name}": tensor for name, tensor in other.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        if "neft_values" not in name:
+            parameter.data.copy_(new[name.replace(".base_layer", "")])
+    out(model)
+    assert torch.equal(out(model.unload()), out(other))
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_moved_by_swapping_tensors(share):
+    model = get_peft_model(tiny_llama(), config(share=share))
+    for _ in range(2):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double().float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert torch.equal(out(model), out(tiny_llama()))
+    assert all(layer.in_place for layer in neft_layers(model).values())
+    assert torch.equal(out(model.unload()), out(tiny_llama()))
