@@ -173,6 +173,7 @@ def check_loaded(adapter: str, values: Tensor, device: torch.device) -> None:
         )
 
 
+@torch.inference_mode(False)  # what is found trains others later
 @torch.no_grad()
 def probe(
     layer: nn.Module,

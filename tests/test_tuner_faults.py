@@ -12,12 +12,13 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_methods import mask_for
 from test_overlay import KINDS, dense, inputs, layer_of, plain
-from test_tuner import tied
+from test_tuner import Packed, pair, tied
 from test_tuner_peft import IDS, config, out, perturbed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neft_core.errors import NeftError
 from neft_core.layer import NeftLinear
+from neft_core.neurons import COLUMNS, ROWS
 from neft_core.tuner import NeftConfig, neft_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,6 +101,16 @@ def test_evaluated_in_inference_mode_between_steps(share):
     assert torch.equal(*map(out, models))
     for model in models:
         assert torch.equal(out(model.unload()), out(tiny_llama()))
+
+
+@pytest.mark.parametrize("axis", [ROWS, COLUMNS])
+def test_a_packed_weight_is_looked_at_in_inference_mode(axis):
+    plain_layer, rows = pair(axis, torch.float32)
+    layer = NeftLinear(Packed(plain_layer), "default", axis, 3, rows).double().float()
+    with torch.inference_mode():
+        layer(torch.ones(4, 6))
+    layer(torch.ones(4, 6)).sum().backward()
+    assert layer.neft_values["default"].grad.any()
 
 
 def test_averaged_values_come_and_go_unseen_by_torch():
