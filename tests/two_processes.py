@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from conftest import tiny_llama
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from test_methods import mask_for
 from torch import nn
@@ -18,7 +18,7 @@ from neft_core.tuner import NeftConfig, neft_layers
 
 WAYS = {
     "float64": ("ddp", "fsdp", "fsdp-after-use"),
-    "float32": ("ddp", "fsdp"),
+    "float32": ("ddp", "fsdp", "fsdp-loaded"),
     "bfloat16": ("fsdp",),
 }
 
@@ -78,6 +78,12 @@ def main(rank: int, world: int, folder: Path) -> None:
             if way == "ddp":
                 model = nn.parallel.DistributedDataParallel(model)
             else:
+                if way == "fsdp-loaded":
+                    model.save_pretrained(folder / f"adapter-{rank}")
+                    plain = tiny_llama(tie_word_embeddings=False).to(dtype)
+                    model = PeftModel.from_pretrained(
+                        plain, folder / f"adapter-{rank}", is_trainable=True
+                    )
                 if way == "fsdp-after-use":
                     with torch.no_grad():
                         model.get_base_model()(torch.arange(3, 13)[None])
