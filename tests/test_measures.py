@@ -107,7 +107,7 @@ def test_speed_counts_tokens_that_nothing_ends(monkeypatch):
             "speed.neft.run: got 'full', whose method full has no adapter beside the base",
         ),
         ("new_tokens: 4", "new_tokens: 400", r"speed.neft.new_tokens: got 400; at most \d+, as"),
-        ("path: text.txt", "path: no.txt", "no.txt: .*; give a UTF-8 file with one text a line"),
+        ("path: text.txt", "path: no.txt", "no.txt: no such file; name an existing one"),
         (
             "path: text.txt",
             "path: data/none",
