@@ -3,11 +3,13 @@
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from absl import logging as absl_logging
 
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +18,10 @@ torch.set_num_threads(1)
 
 # A shell ignores SIGINT in what it starts in the background, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# rouge-score's logger closes its stream when logging is configured anew, as by Prefect and Alembic,
+# unless it is the process's own: pytest's would be gone for all tests that follow.
+absl_logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 
 def tiny_llama(seed: int = 0, **changes):
