@@ -158,8 +158,7 @@ def forgetting(found: Findings, part: ForgettingSection, gallery: Gallery) -> li
         points[label] = [(gain, *change)]
     notes = [
         f"Gain: {heading(metric)} over the base's. Loss: nats per token on {texts:,} texts of the "
-        "pre-training kind that the base has not seen; forgotten is what it rose by. ± one "
-        "standard deviation over seeds.",
+        "pre-training kind; forgotten is what it rose by. ± one standard deviation over seeds.",
         *part.notes,
     ]
     title = part.title or "What was gained, and what was forgotten"
