@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neft_core import checkpoints, ranks
+from neft_core import checkpoints, hub, ranks
 from neft_core.errors import NeftError
 from neft_core.neurons import count_parameters, is_tied
 
@@ -69,43 +69,8 @@ class Base:
             NeftError: a Hub model isn't in the local cache and can't be fetched.
         """
         if self.kind == "hub":
-            return fetch(self.location, self.revision)
+            return hub.fetch(self.location, self.revision)
         return root / self.location
-
-
-def fetch(name: str, revision: str) -> Path:
-    """Directory of a Hub model, downloaded where it isn't in the local cache.
-
-    Raises:
-        NeftError: it can't be reached, or there is no such model or revision.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja"]
-    where = f"model '{name}'"
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        raise NeftError(
-            f"{where}: access is gated; accept its licence and run 'hf auth login'"
-        ) from None
-    except RevisionNotFoundError:
-        raise NeftError(f"{where}: has no revision '{revision}'; see its page on the Hub") from None
-    except RepositoryNotFoundError:
-        raise NeftError(f"{where}: not on the Hub, or private; check model.id") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
-        raise NeftError(
-            f"{where}: the Hub can't be reached and the local cache lacks it; connect once, "
-            "or set model.kind: local and model.path to a directory"
-        ) from None
 
 
 def inspect(directory: Path, *, trust_remote_code: bool = False) -> tuple[str, int, int, str]:
@@ -353,33 +318,6 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
         raise NeftError(
             f"{file}: not a model's configuration ({_one_line(fault)}); give a config.json"
         ) from fault
-
-
-def hub_config(name: str, revision: str, *, download: bool) -> Path:
-    """The config.json of a Hub model, without its weights.
-
-    Args:
-        name: the model's id.
-        revision: branch, tag or commit.
-        download: fetch that file where the local cache lacks it.
-
-    Raises:
-        NeftError: it can't be had.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()
-    try:
-        return Path(
-            hf_hub_download(name, "config.json", revision=revision, local_files_only=not download)
-        )
-    except GatedRepoError:
-        reason = "access is gated"
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
-        reason = "the Hub can't be reached and the local cache lacks it"
-    raise NeftError(f"model '{name}': no config.json ({reason}); give the file with --config FILE")
 
 
 def skeleton(

@@ -118,7 +118,7 @@ class Planner:
         )
 
     def _config(self) -> Any:
-        from neft_core import models
+        from neft_core import hub, models
 
         choice = self.params.model
         trust = getattr(choice, "trust_remote_code", False)
@@ -136,7 +136,7 @@ class Planner:
                 )
         else:
             revision = self._resolved(choice) or choice.revision
-            path = models.hub_config(choice.id, revision, download=self._download)
+            path = hub.config(choice.id, revision, download=self._download)
             path = path.parent if trust else path
         return models.read_config(path, trust_remote_code=trust)
 

@@ -96,7 +96,7 @@ def select_neurons(
         raise NeftError(
             f"policy: got {policy!r} with scores by {scores.criterion}; give scores by {criterion}"
         )
-    _refuse_nan(scores)
+    _check_scores(scores)
     given = {"percent": percent, "neurons": neurons, "share": share}
     budgets = {name: value for name, value in given.items() if value is not None}
     if len(budgets) != 1:
@@ -134,7 +134,7 @@ def select_below(
         raise NeftError(
             f"policy: got 'threshold' with scores by {scores.criterion}; give scores by similarity"
         )
-    _refuse_nan(scores)
+    _check_scores(scores)
     values = _all(scores)
     least, most = (float(edge) for edge in values.aminmax())
     if not scaled:
@@ -229,7 +229,7 @@ def _all(scores: NeuronScores) -> Tensor:
     return torch.cat([scores.sensitivity[module] for module in scores.groups])
 
 
-def _refuse_nan(scores: NeuronScores) -> None:
+def _check_scores(scores: NeuronScores) -> None:
     """A score that is not a number has no rank, and nothing can be selected of no scores."""
     if not scores.groups:
         raise NeftError(f"{scores.source}: holds no neurons; give scores of a task that trains")

@@ -187,13 +187,13 @@ class Answering(PythonModel):  # type: ignore[misc]
 
 def _base(card: Any) -> Path:
     """The directory of the base model, whose content is checked against the hash."""
-    from neft_core import models
+    from neft_core import hub, models
 
     told = os.environ.get(BASE)
     if told:
         directory = Path(told).expanduser()
     elif card.kind == "hub":
-        directory = models.fetch(card.location, card.revision)
+        directory = hub.fetch(card.location, card.revision)
     else:
         directory = Path(card.location)
     found = models.inspect(directory, trust_remote_code=card.trust_remote_code)[3]

@@ -164,10 +164,8 @@ def simulate_step(
         loss_peak = tracker.peak
         model.train()
         alone = in_backward is not None
-        made: Any = optimizer(per_parameter(trained) if alone else trained)
-        if alone or "foreach" not in made.defaults:
-            # Torch's own hold what they need for one parameter while they begin the next.
-            made = _OneOfEachShape(made, tracker)
+        groups = per_parameter(trained) if alone else trained
+        made: Any = _OneOfEachShape(optimizer(groups), tracker)
         # The first step makes the states that every later one begins with.
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)

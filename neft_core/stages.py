@@ -132,7 +132,7 @@ def _read_hub(ws: Workspace, source: Any, part: str, form: str) -> list[dict[str
 
 def base(ws: Workspace) -> None:
     """Resolve, check and hash the base model, or build and pre-train the small one."""
-    from neft_core import models
+    from neft_core import hub, models
 
     params = ws.params()
     choice = params.model
@@ -143,7 +143,7 @@ def base(ws: Workspace) -> None:
             _pretrain(ws, params, choice, folder)
             directory, location = folder, "work/base"
         elif isinstance(choice, config.HubModel):
-            directory = models.fetch(choice.id, choice.revision)
+            directory = hub.fetch(choice.id, choice.revision)
             # The cache's snapshot directories bear the commit as name.
             location, revision, trust = choice.id, directory.name, choice.trust_remote_code
         else:

@@ -331,13 +331,10 @@ class Trainer:
             kind, _, name = key.partition("/")
             if name and kind != "value":
                 parameter = self.trained[name]
-                if kind != "step":
-                    placed = ranks.split_as(value, parameter)
-                elif self.optimizer.defaults.get("fused"):
-                    placed = value.to(parameter.device)
-                else:
-                    placed = value
-                self.optimizer.state[parameter][kind] = placed
+                # Fused optimisers keep the step count beside the parameter, others on the CPU.
+                home = parameter.device if self.optimizer.defaults.get("fused") else "cpu"
+                split = value.to(home) if kind == "step" else ranks.split_as(value, parameter)
+                self.optimizer.state[parameter][kind] = split
         torch.set_rng_state(tensors["rng"])
         print(f"{self.label}: goes on after step {self.course.step}", flush=True)
 

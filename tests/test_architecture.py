@@ -30,7 +30,7 @@ DATA = {"rows", "data", "splits", "tasks", "encoding", "metrics"} | {
 OWNERS = {
     "transformers": {"models"},
     "tokenizers": {"models"},
-    "huggingface_hub": {"models"},
+    "huggingface_hub": {"hub"},
     "datasets": {"data"},
     "accelerate": {"training", "ranks"},
     "peft": {"layer", "methods", "refusals", "tuner"},

@@ -9,7 +9,7 @@ from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
 from test_methods import tiny_gpt2
 
-from neft_core import models
+from neft_core import hub, models
 from neft_core.errors import NeftError
 
 TEXTS = ["the cat sees a dog", "one two three"]
@@ -187,7 +187,7 @@ def test_a_tokenizer_that_is_damaged(folder):
 
 def test_a_hub_model_offline():
     with pytest.raises(NeftError) as fault:
-        models.fetch("nobody/none", "main")
+        hub.fetch("nobody/none", "main")
     assert str(fault.value) == (
         "model 'nobody/none': the Hub can't be reached and the local cache lacks it; connect once, "
         "or set model.kind: local and model.path to a directory"
