@@ -4,6 +4,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from math import sqrt
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,11 +137,13 @@ def test_shapes_must_agree():
 HIDDEN, INNER = 6, 10
 
 
-def llama_weights(layers=2, seed=0, prefix="model.") -> dict[str, torch.Tensor]:
+def llama_weights(
+    layers=2, seed=0, prefix="model.", hidden=HIDDEN, inner=INNER
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    weights = {f"{prefix}embed_tokens.weight": torch.randn(7, HIDDEN, generator=generator)}
+    weights = {f"{prefix}embed_tokens.weight": torch.randn(7, hidden, generator=generator)}
     for n in range(layers):
-        for name, shape in {"up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}.items():
+        for name, shape in {"up": (inner, hidden), "down": (hidden, inner)}.items():
             weights[f"{prefix}layers.{n}.mlp.{name}_proj.weight"] = torch.randn(
                 shape, generator=generator
             )
@@ -192,6 +195,33 @@ def test_score_reads_rows_and_columns_in_pieces(tmp_path, piece):
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert scores.provenance == {"steps": "800", "model_type": "llama", "layout": "mlp"}
     assert scores.total_parameters == sum(weight.numel() for weight in base.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    def extra_at_peak(layers: int) -> int:
+        weights = llama_weights(layers, hidden=512, inner=1024)
+        models = [
+            write(tmp_path / "base", weights, shards=2),
+            write(tmp_path / "tuned", tuned_from(weights)),
+        ]
+        del weights
+        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        score_neurons(*models, threads=1)
+        return memory("VmHWM") - before
+
+    matrix = 1024 * 512 * 4
+    extra_at_peak(2)  # what a first call loads
+    few, many = extra_at_peak(2), extra_at_peak(24)
+    assert few > matrix
+    assert many < few + 2 * matrix
+
+
+def memory(field: str) -> int:
+    """Bytes of this process in memory: now (`VmRSS`), or the most there have been (`VmHWM`)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", status)[1])
 
 
 def test_score_of_conv1d_and_of_names_without_prefix(tmp_path):
