@@ -160,8 +160,11 @@ def add_to_experts(
         experts.add_module(own, layer.train(experts.training))
 
 
-def check_experts(config: "NeftConfig", name: str, module: Any, own: str) -> None:
+def check_experts(config: "NeftConfig", name: str, module: Any, own: str) -> int:
     """Refuse a module of experts whose parameter `own` can't hold the neurons, by name.
+
+    Returns:
+        how many rows or columns its matrices have together.
 
     Raises:
         NeftError: it is refused.
@@ -175,12 +178,15 @@ def check_experts(config: "NeftConfig", name: str, module: Any, own: str) -> Non
         )
     entry, group, shape = config.modules[name], config.group(name), tuple(weight.shape)
     part = frozen.Stacked(experts, own, entry["axis"])
+    logical = frozen.size(part) if len(shape) == 3 else (0, 0)
+    size = logical[entry["axis"]]
     fits = (
         len(shape) == 3
         and weight.is_floating_point()
         and entry["transposed"] == part.transposed
         and entry["experts"] == shape[0]
-        and entry["length"] == frozen.size(part)[1 - entry["axis"]]
+        and entry["length"] == logical[1 - entry["axis"]]
+        and size == entry.get("size", size)
         and (group is None or group.fits(shape))
     )
     if not fits:
@@ -188,3 +194,4 @@ def check_experts(config: "NeftConfig", name: str, module: Any, own: str) -> Non
             f"{config.source}: {name} has shape {shape} and {weight.dtype} in this model; "
             "use the mask's own model, not quantised"
         )
+    return size

@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from neft_core.tuner import NeftConfig
 
 
-def check_linear(config: "NeftConfig", name: str, module: Any) -> None:
+def check_linear(config: "NeftConfig", name: str, module: Any) -> int:
     """Refuse a module that can't hold the neurons of one of the config's modules, by name.
+
+    Returns:
+        how many rows or columns its weight has.
 
     Raises:
         NeftError: it is refused.
@@ -38,19 +41,21 @@ def check_linear(config: "NeftConfig", name: str, module: Any) -> None:
             "a linear layer is needed"
         )
     logical = frozen.size(module)
+    size = logical[entry["axis"]]
     shape = logical[::-1] if conv1d else logical
     group = config.group(name)
     fits = (
         entry["transposed"] == conv1d
         and logical[1 - entry["axis"]] == entry["length"]
         and (group is None or group.fits(shape))
-        and entry["count"] <= logical[entry["axis"]]
+        and entry["count"] <= size == entry.get("size", size)
     )
     if not fits:
         raise NeftError(
             f"{config.source}: {name} is a {type(module).__name__} of shape {shape} in this model; "
             "use the mask's own model"
         )
+    return size
 
 
 def check_selection(config: "NeftConfig", name: str) -> None:

@@ -39,8 +39,8 @@ class NeftConfig(PeftConfig):  # type: ignore[misc]
         mask: the selected neurons, or the path of their file; not kept in the adapter's files,
             which hold the indices beside the values.
         modules: per module its `axis` (0 rows, 1 columns), `count` of neurons, their `length` and
-            whether the weight is `transposed`, how many `experts` a 3-D parameter has; taken from
-            the mask.
+            whether the weight is `transposed`, how many `experts` a 3-D parameter has, as the mask
+            says; and its `size`, the rows or columns in all, lest a wider model take the adapter.
         provenance: what made the mask, the hash of its base model included.
         form: `in_place` writes the neurons into the base's weight, which costs nothing per token;
             `additive` adds their change to the output; `auto` is in place where that is possible.
@@ -145,7 +145,7 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
 
     def _prepare_model(self, peft_config: NeftConfig, model: nn.Module) -> None:
         """Check every module first, so that a refused mask leaves the model whole."""
-        keys = list(dict(model.named_modules()))
+        sizes, keys = {}, list(dict(model.named_modules()))
         found: dict[str, list[str]] = {name: [] for name in peft_config.modules}
         for key in keys:
             name = peft_config.named(key)
@@ -161,10 +161,12 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
                 )
             if peft_config.modules[name]["experts"]:
                 owner, _, own = matches[0].rpartition(".")
-                check_experts(peft_config, name, model.get_submodule(owner), own)
+                sizes[name] = check_experts(peft_config, name, model.get_submodule(owner), own)
             else:
-                check_linear(peft_config, name, model.get_submodule(matches[0]))
+                sizes[name] = check_linear(peft_config, name, model.get_submodule(matches[0]))
             check_selection(peft_config, name)
+        for name, size in sizes.items():
+            peft_config.modules[name]["size"] = size
         counts: dict[int, int] = {}
         for module in model.modules():
             for parameter in module.parameters(recurse=False):

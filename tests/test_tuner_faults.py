@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import tiny_llama
+from families import shapes_of, tiny_model
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_methods import mask_for
@@ -18,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neft_core.errors import NeftError
 from neft_core.layer import NeftLinear
-from neft_core.neurons import COLUMNS, ROWS
+from neft_core.masks import NeuronMask
+from neft_core.neurons import COLUMNS, ROWS, candidates
 from neft_core.tuner import NeftConfig, neft_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -190,6 +192,27 @@ def test_indices_of_another_form_are_told(wrong):
     odd = replace(mask, indices={**mask.indices, name: wrong(mask.indices[name])})
     with pytest.raises(NeftError, match=f"{name} has indices of shape .* and torch.*int64"):
         get_peft_model(tiny_llama(), NeftConfig(mask=odd))
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "wider"),
+    [
+        ("llama", "mlp", {"intermediate_size": 48}),
+        ("gpt2", "mlp", {"n_inner": 48}),
+        ("phi3", "mlp+gate", {"intermediate_size": 48}),
+        ("qwen3_moe", "mlp+gate", {"moe_intermediate_size": 48}),
+    ],
+)
+def test_a_wider_model_does_not_take_an_adapter(family, layout, wider, tmp_path):
+    """Each neuron would find a place in it, of the right length, and mean nothing there."""
+    base = tiny_model(family)
+    groups = candidates(shapes_of(base), family, layout)
+    some = {group.module: group.indices(torch.arange(0, group.count, 3)) for group in groups}
+    mask = NeuronMask(some, {group.module: group for group in groups}, 1)
+    get_peft_model(base, NeftConfig(mask=mask)).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(tiny_model(family), tmp_path)
+    with pytest.raises(NeftError, match=r"adapter: .* in this model; use the mask's own model"):
+        PeftModel.from_pretrained(tiny_model(family, **wider), tmp_path)
 
 
 @pytest.mark.parametrize("before", [True, False])
