@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,21 @@ from neft_core.workspace import Workspace, follow_git
 
 @dataclass(frozen=True)
 class Stage:
-    """One node of the graph: `train@neft` is item `neft` of family `train`."""
+    """One node of the graph: `train@neft` is item `neft` of family `train`.
+
+    Attributes:
+        name: of dvc.yaml.
+        family: what stands before the `@`.
+        item: what stands behind it.
+        upstream: stages whose failure is its own.
+        after: stages that must have ended, well or not, before it can be made.
+    """
 
     name: str
     family: str
     item: str | None
     upstream: tuple[str, ...]
+    after: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -44,15 +54,24 @@ class Changes:
 
 
 class Graph:
-    """The stages of a workspace, and what DVC knows of each.
+    """The stages of a workspace, and what DVC knows of each; for one thread at a time.
 
     Attributes:
         stages: in an order in which they can be made.
         notes: what was found broken in DVC's own files, and mended.
+        shared: several stages are made at once, so one process of DVC waits for another's lock.
+        busy: stages that are being made: nobody looks at their files.
+
+    Args:
+        workspace: whose dvc.yaml it is.
+        shared: see above.
     """
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, shared: bool = False) -> None:
         self.workspace = workspace
+        self.shared = shared
+        self.busy: set[str] = set()
+        self._alone = threading.RLock()
         self.notes = _mend(workspace.root)
         if (workspace.root / ".dvc").is_dir() and follow_git(workspace.root):
             self.notes.append(f"{workspace.root}: a git repository now; DVC uses it from here on")
@@ -63,14 +82,16 @@ class Graph:
             name: {up.name for up in edges.successors(stage)}
             for name, stage in self._stages.items()
         }
+        self._after = {name: set(names) for name, names in above.items()}
         stages: list[Stage] = []
         while above:
             name = next(name for name, names in above.items() if names.isdisjoint(above))
             family, _, item = name.partition("@")
-            upstream = above.pop(name)
+            after = upstream = above.pop(name)
             if family == "select" and item:
                 upstream = self._scorers(item)
-            stages.append(Stage(name, family, item or None, tuple(sorted(upstream))))
+            both = tuple(sorted(upstream)), tuple(sorted(after))
+            stages.append(Stage(name, family, item or None, *both))
         self.stages = tuple(stages)
 
     def _scorers(self, run: str) -> set[str]:
@@ -87,17 +108,31 @@ class Graph:
         root = self.workspace.root
         if not (root / ".dvc").is_dir():
             raise NeftError(f"{root}: no DVC repository; run 'neft init {root}'")
-        with _translated(root):
-            self._repo = Repo(str(root))
-            found = [s for s in self._repo.index.stages if Path(s.path) == root / "dvc.yaml"]
-        self._stages: dict[str, Any] = {stage.name: stage for stage in found}
-        self._made = {out.fs_path for stage in found for out in stage.outs}
+        with self._alone, _translated(root):
+            self._repo = Repo(str(root), _wait_for_lock=self.shared)
+            with self._repo.lock:
+                found = [s for s in self._repo.index.stages if Path(s.path) == root / "dvc.yaml"]
+            self._stages: dict[str, Any] = {stage.name: stage for stage in found}
+            self._made = {out.fs_path for stage in found for out in stage.outs}
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """DVC's files and the workspace's, while no other thread or process of DVC changes them."""
+        with self._alone, _translated(self.workspace.root), self._repo.lock:
+            yield
+
+    def locked(self) -> dict[str, dict[str, Any]]:
+        """See the function of this name; whole also while stages are being made."""
+        with self._reading():
+            return locked(self.workspace)
 
     def changes(self, name: str) -> Changes:
         """What differs from the stage's last success, by content."""
-        stage = self._stages[name]
-        known = name in locked(self.workspace)
-        with _translated(self.workspace.root), self._repo.lock:
+        being_made = sorted(self._after.get(name, set()) & self.busy)
+        if being_made:
+            return Changes(inputs=(f"{being_made[0]}: being made",))
+        with self._reading():
+            stage, known = self._stages[name], name in locked(self.workspace)
             inputs = [line for dep in stage.deps for line in _differences(dep)]
             outputs = [line for out in stage.outs for line in _differences(out)]
             missing = [d.def_path for d in stage.deps if not d.exists and not self._makes(d)]
@@ -116,7 +151,9 @@ class Graph:
 
     def intact(self, name: str) -> bool:
         """Whether the stage's outputs are those of its entry in dvc.lock."""
-        with _translated(self.workspace.root), self._repo.lock:
+        if name in self.busy:
+            return False
+        with self._reading():
             outs = self._stages[name].outs
             return all(out.hash_info and not out.workspace_status() for out in outs)
 
@@ -128,13 +165,14 @@ class Graph:
         from dvc.dependency import ParamsDependency
 
         deps, params = {}, {}
-        with _translated(self.workspace.root), self._repo.lock:
-            for dep in self._stages[name].deps:
+        with self._reading():
+            stage = self._stages[name]
+            for dep in stage.deps:
                 if isinstance(dep, ParamsDependency):
                     params.update(dep.get_hash().value)
                 else:
                     deps[dep.def_path] = dep.get_hash().value
-        return {"cmd": self._stages[name].cmd, "deps": deps, "params": params}
+        return {"cmd": stage.cmd, "deps": deps, "params": params}
 
     def key(self, name: str) -> str:
         """The key of a stage, before it is made (see `entry_key`)."""
@@ -148,7 +186,7 @@ class Graph:
         from dvc.dependency import ParamsDependency
 
         parts = {}
-        with _translated(self.workspace.root), self._repo.lock:
+        with self._reading():
             for name, stage in self._stages.items():
                 values = [
                     [dep.def_path, dep.get_hash().value]

@@ -110,7 +110,9 @@ def _wait(child: subprocess.Popen[bytes]) -> None:
 
 
 def lines(
-    child: subprocess.Popen[bytes], on_state: Callable[[str], None] | None = None
+    child: subprocess.Popen[bytes],
+    on_state: Callable[[str], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> Iterator[str]:
     """The child's output line by line, until it ends.
 
@@ -119,12 +121,18 @@ def lines(
     Args:
         child: a process of `group`.
         on_state: takes each state of such a line as it comes.
+        stop: where another thread says that nobody waits for the child any more.
+
+    Raises:
+        KeyboardInterrupt: it was said.
     """
     assert child.stdout is not None
     pipe = child.stdout.fileno()
     rest = b""
     ended = 0.0
     while True:
+        if stop is not None and stop.is_set():
+            raise KeyboardInterrupt
         # A grandchild that outlives the child may keep the pipe open: don't wait for its end.
         if select.select([pipe], [], [], 0.2)[0]:
             chunk = os.read(pipe, 1 << 16)

@@ -57,12 +57,12 @@ class Remaining:
         total = sum(known.get(name, slower * TYPICAL.get(name, 10)) for name in families)
         return total, known.keys() >= set(families)
 
-    def words(self, families: Sequence[str]) -> str:
-        """The time left as people say it; empty where nothing is known."""
+    def words(self, families: Sequence[str], jobs: int = 1) -> str:
+        """The time left, with so many at once, as people say it; empty where nothing is known."""
         found = self.seconds(families)
         if found is None:
             return ""
-        return f"{'about' if found[1] else 'roughly'} {duration(found[0])} left"
+        return f"{'about' if found[1] else 'roughly'} {duration(found[0] / jobs)} left"
 
 
 def duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ def reproduce(
     *,
     on_state: Callable[[str], None] | None = None,
     force: bool = False,
+    stop: threading.Event | None = None,
 ) -> Outcome:
     """Make one stage by `dvc repro` in a child process; its inputs must be there.
 
@@ -38,6 +40,7 @@ def reproduce(
         on_line: takes each line that the stage prints, as it comes.
         on_state: takes the state of its progress, several times a second; None: lines tell it.
         force: run it even if nothing changed.
+        stop: where another thread says that nobody waits for it any more.
 
     Returns:
         `ran`, `restored` from DVC's cache, or `unchanged`.
@@ -45,6 +48,7 @@ def reproduce(
     Raises:
         NeftError: the stage, or DVC, found a user's mistake; the text is its own last line.
         StageFailed: it failed otherwise.
+        KeyboardInterrupt: `stop` was set.
     """
     changes = graph.changes(name)
     if changes.missing:
@@ -52,12 +56,16 @@ def reproduce(
             f"{changes.missing[0]}: not found; stage '{name}' reads it, "
             "put it there or name another path in params.yaml"
         )
-    outcome = _repro(graph, name, on_line, on_state, force)
-    damaged = graph.drop_damaged(name) if outcome == "restored" else []
-    if damaged:
-        for path in damaged:
-            on_line(f"{path}: damaged in the DVC cache too; making it again")
-        outcome = _repro(graph, name, on_line, on_state, force)
+    graph.busy.add(name)
+    try:
+        outcome = _repro(graph, name, on_line, on_state, force, stop)
+        damaged = graph.drop_damaged(name) if outcome == "restored" else []
+        if damaged:
+            for path in damaged:
+                on_line(f"{path}: damaged in the DVC cache too; making it again")
+            outcome = _repro(graph, name, on_line, on_state, force, stop)
+    finally:
+        graph.busy.discard(name)
     if outcome == "restored":
         for line in changes.outputs:
             on_line(f"{line}; restored from the DVC cache")
@@ -70,8 +78,10 @@ def _repro(
     on_line: Callable[[str], None],
     on_state: Callable[[str], None] | None,
     force: bool,
+    stop: threading.Event | None,
 ) -> Outcome:
-    command = [sys.executable, "-m", "dvc", "repro", "-s", *(["-f"] if force else []), name]
+    options = [*(["-f"] if force else []), *(["--wait-for-lock"] if graph.shared else [])]
+    command = [sys.executable, "-m", "dvc", "repro", "-s", *options, name]
     here = str(Path(sys.executable).parent)
     env = {
         **os.environ,
@@ -90,7 +100,7 @@ def _repro(
     # control started us, both ignore it.
     ask = (signal.SIGINT, signal.SIGTERM)
     with processes.group(command, cwd=graph.workspace.root, env=env, ask=ask) as child:
-        for line in processes.lines(child, on_state):
+        for line in processes.lines(child, on_state, stop):
             if line == f"Running stage '{name}':":
                 outcome = "ran"
             elif line.startswith(f"Stage '{name}' is cached - skipping run"):

@@ -49,7 +49,7 @@ def sync(workspace: Workspace, graph: Graph, *, trust: bool = False) -> Delivery
     Raises:
         NeftError: the tracking store can't be reached or used.
     """
-    wanted = _wanted(workspace, graph)
+    wanted = _wanted(graph)
     uri = tracking_uri(workspace)
     if trust and _delivered(workspace, uri, wanted):
         return Delivery(public(uri))
@@ -91,13 +91,16 @@ class Tracker:
         self._away = False
         self._told = False
         self._changed = 0
+        # Of two trainings at once, each would make their common parent.
+        self._one = threading.Lock()
 
     def sync(self, graph: Graph) -> None:
         """Deliver what is whole (see `sync`)."""
         if self._away:
             return
         try:
-            done = sync(self.workspace, graph, trust=True)
+            with self._one:
+                done = sync(self.workspace, graph, trust=True)
         except NeftError as fault:
             self._give_up(fault)
             return
@@ -116,7 +119,7 @@ class Tracker:
         if self._away:
             yield
             return
-        entries = {**locked(self.workspace), f"train@{run}": graph.entry(f"train@{run}")}
+        entries = {**graph.locked(), f"train@{run}": graph.entry(f"train@{run}")}
         origin = graph.origin()
         # Files of an earlier training lie there until this one begins.
         live = self.workspace.state("live", "train", run)
@@ -126,7 +129,7 @@ class Tracker:
 
         def work() -> None:
             try:
-                _follow(self.workspace, entries, origin, run, stale, ended, status)
+                _follow(self.workspace, entries, origin, run, stale, ended, status, self._one)
             except NeftError as fault:
                 self._give_up(fault)
 
@@ -158,8 +161,8 @@ class Tracker:
         self._log.warning("%s; the work goes on, 'neft track' delivers later", fault)
 
 
-def _wanted(workspace: Workspace, graph: Graph) -> Wanted:
-    entries = locked(workspace)
+def _wanted(graph: Graph) -> Wanted:
+    entries = graph.locked()
     trainings = {}
     scored = _scored(graph, entries)
     based = _based(graph, entries)
@@ -176,7 +179,7 @@ def _wanted(workspace: Workspace, graph: Graph) -> Wanted:
             for place, (of, trained, key) in scored.items()
             if of == run and trained == made["outs"].get(folder)
         }
-        for seed, path in records.seeds(workspace.path("train", run)):
+        for seed, path in records.seeds(graph.workspace.path("train", run)):
             trainings[seed_key(entry_key(made), seed)] = {
                 "run": run,
                 "seed": seed,
@@ -220,6 +223,7 @@ def _follow(
     stale: Mapping[Path, _Identity],
     ended: threading.Event,
     status: list[str],
+    one: threading.Lock,
 ) -> None:
     """Deliver the rows that a training adds to its live files, until it ends."""
     live = workspace.state("live", "train", run)
@@ -235,20 +239,21 @@ def _follow(
                 if seed in delivered or stale.get(begun) == _identity(begun):
                     continue
                 points = records.history(folder)
-                store = store or stack.enter_context(open_store(workspace))
-                if seed not in sent:
-                    start = min((p.time for p in points if p.time), default=None)
-                    found = training(store, entries, run, seed, origin, start)
-                    run_id = str(found.info.run_id)
-                    if OUTPUT in found.data.tags:
-                        delivered.add(seed)
-                        continue
-                    store.client.update_run(run_id, "RUNNING")
-                    sent[seed] = run_id, store.logged(run_id, {p.name for p in points})
-                run_id, have = sent[seed]
-                new = [p for p in points if p.place not in have]
-                store.log(run_id, new)
-                have.update({p.place: p.value for p in new})
+                with one:
+                    store = store or stack.enter_context(open_store(workspace))
+                    if seed not in sent:
+                        start = min((p.time for p in points if p.time), default=None)
+                        found = training(store, entries, run, seed, origin, start)
+                        run_id = str(found.info.run_id)
+                        if OUTPUT in found.data.tags:
+                            delivered.add(seed)
+                            continue
+                        store.client.update_run(run_id, "RUNNING")
+                        sent[seed] = run_id, store.logged(run_id, {p.name for p in points})
+                    run_id, have = sent[seed]
+                    new = [p for p in points if p.place not in have]
+                    store.log(run_id, new)
+                    have.update({p.place: p.value for p in new})
         for run_id, _ in sent.values():
             if store is not None and status:
                 store.client.update_run(run_id, status[0])

@@ -38,6 +38,9 @@ class Params(Section):
     """Data sets by name."""
     compute: Compute = Compute()
     """Device and precision."""
+    jobs: int = Field(default=1, ge=1)
+    """Stages that are made at once, each with `compute.threads`; on a GPU one at a time. No result
+    depends on it."""
     warmup: Warmup
     """The limited-step full fine-tune."""
     warmups: dict[str, MoreWarmup] = Field(default_factory=dict)
