@@ -80,8 +80,8 @@ def _repro(
     force: bool,
     stop: threading.Event | None,
 ) -> Outcome:
-    options = [*(["-f"] if force else []), *(["--wait-for-lock"] if graph.shared else [])]
-    command = [sys.executable, "-m", "dvc", "repro", "-s", *options, name]
+    waits = ["--wait-for-lock"] if graph.shared else []
+    command = [sys.executable, "-m", "dvc", *waits, "repro", "-s", *(["-f"] if force else []), name]
     here = str(Path(sys.executable).parent)
     env = {
         **os.environ,
