@@ -15,6 +15,7 @@ from pathlib import Path
 import fabricated
 import pytest
 
+from neft_core.config import read_yaml
 from neft_core.workspace import Workspace, init_dvc
 
 pytestmark = pytest.mark.integration
@@ -125,13 +126,24 @@ def left_over(env: dict[str, str]) -> Iterator[str]:
             continue
 
 
+AT_ONCE = pytest.mark.parametrize("jobs", [1, 3])
+"""Stages that are made at once."""
+
+
+def set_jobs(ws: Workspace, jobs: int) -> None:
+    ws.params_file.write_text(f"{ws.params_file.read_text()}jobs: {jobs}\n")
+
+
+@AT_ONCE
 def test_everything_then_nothing_then_only_what_changed(
-    ws: Workspace, env: dict[str, str], prefect_home: Path
+    jobs: int, ws: Workspace, env: dict[str, str], prefect_home: Path
 ) -> None:
+    set_jobs(ws, jobs)
     told = run(ws, env)
     assert told[0] == f"{STAGES} stages, 0 up to date"
     assert states(prefect_home) == {"Ran": STAGES}
-    assert "  works" in told, "under its heading, without the stage's name"
+    # Under its heading it needs no name, but beside others.
+    assert ("  works" if jobs == 1 else "  train@neft: works") in told
     assert not [line for line in told if "Traceback" in line or "WARNING" in line]
     whole = {"full seed 1": ("FINISHED", 4), "neft seed 1": ("FINISHED", 4)}
     whole["neft seed 2"] = ("FINISHED", 4)
@@ -150,8 +162,8 @@ def test_everything_then_nothing_then_only_what_changed(
     ws.params_file.write_text(params.replace("lr: 3e-3", "lr: 4e-3"))
     shutil.rmtree(ws.path("corpus"))
     told = run(ws, env)
-    restored = "  work/corpus/en-fr: missing; restored from the DVC cache"
-    assert restored in told
+    restored = "work/corpus/en-fr: missing; restored from the DVC cache"
+    assert f"  {'' if jobs == 1 else 'corpus@en-fr: '}{restored}" in told
     # The fabricated result does not depend on the learning rate, so its evaluation is not stale.
     assert (ws.root / "ran.log").read_text().split("\n") == [
         "assign ",
@@ -163,10 +175,29 @@ def test_everything_then_nothing_then_only_what_changed(
     assert states(prefect_home) == {"Cached": STAGES - 5, "Restored": 1, "Ran": 4}
 
 
+def test_stages_at_once_end_in_the_same_files(ws: Workspace, env: dict[str, str]) -> None:
+    other = Workspace(Path(shutil.copytree(ws.root, ws.root.with_name("other"))))
+    run(ws, env)
+    set_jobs(other, 2)
+    told = run(other, {**env, "FAKE_DELAY": "2"})
+
+    def when(text: str) -> int:
+        return next(place for place, line in enumerate(told) if line.startswith(text))
+
+    for first, second in (("train@full", "train@neft"), ("train@neft", "train@full")):
+        assert when(f"{first}: starts") < when(f"{second}: ran in")
+    assert when("summary: starts") > when("evaluate@neft: ran in")
+    stages = [read_yaml(place.root / "dvc.lock")["stages"] for place in (ws, other)]
+    assert stages[0] == stages[1]
+    assert trainings(ws) == trainings(other)
+
+
+@AT_ONCE
 def test_a_failure_stops_only_what_needs_it(
-    ws: Workspace, env: dict[str, str], prefect_home: Path
+    jobs: int, ws: Workspace, env: dict[str, str], prefect_home: Path
 ) -> None:
     """Here all that selects neurons; what trains without a mask goes on."""
+    set_jobs(ws, jobs)
     told = run(ws, {**env, "FAKE_FAIL": "warmup en-fr"}, status=2)
     reason = "data/x.jsonl: line 7: no target; add one"
     assert [line for line in told if line.startswith("neft:")] == [f"neft: {reason}"]
@@ -214,9 +245,11 @@ def test_a_study_shows_what_is_left_and_tells_the_time_left(
     assert ws.params().study.failed == {}
 
 
+@AT_ONCE
 def test_interrupted_runs_leave_no_process_and_end_as_an_undisturbed_one(
-    ws: Workspace, env: dict[str, str], prefect_home: Path
+    jobs: int, ws: Workspace, env: dict[str, str], prefect_home: Path
 ) -> None:
+    set_jobs(ws, jobs)
     for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         process = start(ws, {**env, "FAKE_DELAY": "1"})
         assert process.stdout is not None

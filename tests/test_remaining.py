@@ -23,6 +23,7 @@ def test_means_of_this_walk_come_before_remembered_ones(tmp_path):
     assert second.seconds(["train"]) == (100.0, True)
     assert Remaining(path).seconds(["train"]) == (pytest.approx(140 / 3), True)
     assert second.words(["train"] * 3) == "about 5 min left"
+    assert second.words(["train"] * 3, 4) == "about 75 s left"
 
 
 def test_a_family_that_was_not_seen_is_as_much_slower_as_the_others(tmp_path):
