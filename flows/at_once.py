@@ -15,8 +15,8 @@ class AtOnce(Generic[T, R]):
     """So many pieces of work at once; a single one in the thread that starts it.
 
     Attributes:
-        stop: set where the block is left by an exception: what goes on ends as soon as it can,
-            and then the block does.
+        stop: set where the block is left by Ctrl-C or a cancel: what goes on ends as soon as it
+            can, and then the block does. With any other exception it goes on to its own end.
 
     Args:
         jobs: how many.
@@ -37,7 +37,7 @@ class AtOnce(Generic[T, R]):
         _fault: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        if kind is not None:
+        if kind is not None and not issubclass(kind, Exception):
             self.stop.set()
         if self._pool is not None:
             self._pool.shutdown()

@@ -5,6 +5,7 @@ import contextvars
 import logging
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -25,6 +26,7 @@ class Console(logging.Filter):
         super().__init__()
         self._lasting = lasting
         self._shown = False
+        self._one = threading.Lock()
         self.terminal = sys.stderr.isatty()
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -43,14 +45,16 @@ class Console(logging.Filter):
     def state(self, text: str) -> None:
         """Show how far the stage at work is, in place of what was shown before."""
         line = f"{time.strftime('%H:%M:%S')} {text}"[: shutil.get_terminal_size().columns - 1]
-        print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
-        self._shown = True
+        with self._one:
+            print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
+            self._shown = True
 
     def clear(self) -> None:
         """Remove the line of progress."""
-        if self._shown:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-            self._shown = False
+        with self._one:
+            if self._shown:
+                print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+                self._shown = False
 
 
 _CURRENT: contextvars.ContextVar[Console | None] = contextvars.ContextVar("console", default=None)

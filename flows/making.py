@@ -105,6 +105,8 @@ class Maker:
         Raises:
             Ended: it failed.
         """
+        if self.stop.is_set():  # while a task waited to be tried again
+            raise KeyboardInterrupt
         log = get_run_logger()
         began = time.monotonic()
         own = re.compile(rf"^{re.escape(' '.join(filter(None, (stage.family, stage.item))))}[,:] *")
@@ -136,8 +138,6 @@ class Maker:
                 )
             except (NeftError, StageFailed) as fault:
                 raise Ended(fault, last) from None
-        if stage.family in ("train", "evaluate"):
-            self.tracker.sync(graph)
         if outcome == "unchanged":
             return cached(stage)
         took = f"{outcome} in {time.monotonic() - began:.1f} s"

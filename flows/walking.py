@@ -98,7 +98,7 @@ class Walk:
             note_failures(self._workspace, self._causes)
             self._graph = Graph(self._workspace, shared=self._graph.shared)
             self._changes |= {name: self._graph.changes(name) for name in SHOWING}
-        if {self.outcomes[name] for name in stage.upstream} & {"ran", "restored"}:
+        if {self.outcomes[name] for name in stage.after} & {"ran", "restored"}:
             self._changes[stage.name] = self._graph.changes(stage.name)
         broken = [n for n in stage.upstream if self.outcomes[n] in ("failed", "skipped")]
         shows = self._study and stage.name in SHOWING and self._any_result()
@@ -131,8 +131,12 @@ class Walk:
         outcome = self.outcomes[stage.name] = state.name.lower() if state.name else "ran"
         if state.is_completed():
             self._states[stage.name] = state
-        if self._clock and outcome in ("ran", "restored"):
+        if outcome not in ("ran", "restored"):
+            return
+        if self._clock:
             self._clock.took(stage.family, time.monotonic() - self._began[stage.name])
+        if stage.family in ("train", "evaluate"):
+            self._tracker.sync(self._graph)
 
     def _any_result(self) -> bool:
         """Whether something could be evaluated, so that there is something to show."""
@@ -146,15 +150,17 @@ class Walk:
         if self._clock is None:
             return ""
         due: dict[str, Stage] = {}
+        beside = self._began.keys() - self.outcomes.keys()
         for stage in ahead:
-            above = {self.outcomes.get(name) for name in stage.upstream}
-            if above & {"failed", "skipped"} and stage.name not in SHOWING:
+            if {self.outcomes.get(name) for name in stage.upstream} & {"failed", "skipped"} and (
+                stage.name not in SHOWING
+            ):
                 continue
             if (
                 self._force
                 or self._changes[stage.name]
-                or above & {"ran", "restored"}
-                or due.keys() & stage.upstream
+                or {self.outcomes.get(name) for name in stage.after} & {"ran", "restored"}
+                or (due.keys() | beside) & set(stage.after)
             ):
                 due[stage.name] = stage
         said = self._clock.words([stage.family for stage in due.values()], self._jobs)

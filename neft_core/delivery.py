@@ -8,13 +8,14 @@ import hashlib
 import json
 import math
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from neft_core import records
-from neft_core.graph import entry_key
+from neft_core.lockfile import entry_key
 from neft_core.mlflow_store import Store
 from neft_core.workspace import REPORTS
 
@@ -23,6 +24,10 @@ LARGEST_ADAPTER = 100 * 1024**2
 
 OUTPUT, SCORES, SUMMARY = "neft.output", "neft.evaluation", "neft.summary"
 """Tags that say what was delivered whole: hashes of outputs, and keys of stages."""
+
+
+_PARENT = threading.Lock()
+"""Trainings that go on at once would each make their common parent."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,12 @@ def seed_key(stage_key: str, seed: int) -> str:
 
 def execution(store: Store, key: str) -> str:
     """Id of the MLflow run that holds the trainings of an execution."""
-    found = store.find(key)
-    if found is None:
-        found = store.create(key, f"pipeline {key[:8]}", {"neft.kind": "pipeline"})
-        store.client.set_terminated(found.info.run_id)
-    return str(found.info.run_id)
+    with _PARENT:
+        found = store.find(key)
+        if found is None:
+            found = store.create(key, f"pipeline {key[:8]}", {"neft.kind": "pipeline"})
+            store.client.set_terminated(found.info.run_id)
+        return str(found.info.run_id)
 
 
 def training(

@@ -18,6 +18,7 @@ from typing import Any
 
 from neft_core.config import read_yaml
 from neft_core.errors import NeftError
+from neft_core.lockfile import digest, entry_key, locked
 from neft_core.workspace import Workspace, follow_git
 
 
@@ -53,6 +54,10 @@ class Changes:
         return bool(self.inputs or self.outputs)
 
 
+PATIENCE = 20
+"""How often to ask for DVC's lock, 3 seconds each time, while our own stages need it too."""
+
+
 class Graph:
     """The stages of a workspace, and what DVC knows of each; for one thread at a time.
 
@@ -72,9 +77,13 @@ class Graph:
         self.shared = shared
         self.busy: set[str] = set()
         self._alone = threading.RLock()
-        self.notes = _mend(workspace.root)
+        self._held = False
+        self.notes: list[str] = []
         if (workspace.root / ".dvc").is_dir() and follow_git(workspace.root):
             self.notes.append(f"{workspace.root}: a git repository now; DVC uses it from here on")
+        self._open()
+        with self.reading():
+            self.notes += _mend(workspace.root)
         self.refresh()
         with _translated(workspace.root):
             edges = self._repo.index.graph
@@ -99,8 +108,7 @@ class Graph:
         params = self.workspace.params()
         return {params.scorer(name) for name in params.scored(run)}
 
-    def refresh(self) -> None:
-        """Read dvc.yaml, dvc.lock and params.yaml again, after another process changed them."""
+    def _open(self) -> None:
         from dvc.repo import Repo
 
         # Bars that flash up for a moment, between the lines of a run.
@@ -108,30 +116,56 @@ class Graph:
         root = self.workspace.root
         if not (root / ".dvc").is_dir():
             raise NeftError(f"{root}: no DVC repository; run 'neft init {root}'")
-        with self._alone, _translated(root):
-            self._repo = Repo(str(root), _wait_for_lock=self.shared)
-            with self._repo.lock:
-                found = [s for s in self._repo.index.stages if Path(s.path) == root / "dvc.yaml"]
+        with _translated(root):
+            self._repo = Repo(str(root))
+
+    def refresh(self) -> None:
+        """Read dvc.yaml, dvc.lock and params.yaml again, after another process changed them."""
+        with self._alone:
+            self._open()
+            with self.reading():
+                yaml = self.workspace.root / "dvc.yaml"
+                found = [s for s in self._repo.index.stages if Path(s.path) == yaml]
             self._stages: dict[str, Any] = {stage.name: stage for stage in found}
             self._made = {out.fs_path for stage in found for out in stage.outs}
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
+    def reading(self) -> Iterator[None]:
         """DVC's files and the workspace's, while no other thread or process of DVC changes them."""
-        with self._alone, _translated(self.workspace.root), self._repo.lock:
-            yield
+        with self._alone:
+            if self._held:
+                yield
+                return
+            with _translated(self.workspace.root), self._lock():
+                self._held = True
+                try:
+                    yield
+                finally:
+                    self._held = False
 
-    def locked(self) -> dict[str, dict[str, Any]]:
-        """See the function of this name; whole also while stages are being made."""
-        with self._reading():
-            return locked(self.workspace)
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """DVC's lock, for which it waits 3 seconds; more often where we compete for it."""
+        from dvc.lock import LockError
+
+        for left in reversed(range(PATIENCE if self.shared or self.busy else 1)):
+            try:
+                self._repo.lock.lock()
+                break
+            except LockError:
+                if not left:
+                    raise
+        try:
+            yield
+        finally:
+            self._repo.lock.unlock()
 
     def changes(self, name: str) -> Changes:
         """What differs from the stage's last success, by content."""
-        being_made = sorted(self._after.get(name, set()) & self.busy)
-        if being_made:
-            return Changes(inputs=(f"{being_made[0]}: being made",))
-        with self._reading():
+        with self.reading():
+            being_made = sorted(self._after[name] & self.busy)
+            if being_made:
+                return Changes(inputs=(f"{being_made[0]}: being made",))
             stage, known = self._stages[name], name in locked(self.workspace)
             inputs = [line for dep in stage.deps for line in _differences(dep)]
             outputs = [line for out in stage.outs for line in _differences(out)]
@@ -151,11 +185,11 @@ class Graph:
 
     def intact(self, name: str) -> bool:
         """Whether the stage's outputs are those of its entry in dvc.lock."""
-        if name in self.busy:
-            return False
-        with self._reading():
+        with self.reading():
             outs = self._stages[name].outs
-            return all(out.hash_info and not out.workspace_status() for out in outs)
+            return name not in self.busy and all(
+                out.hash_info and not out.workspace_status() for out in outs
+            )
 
     def entry(self, name: str) -> dict[str, Any]:
         """What determines a stage's outputs: its command, hashes of its inputs, and params.
@@ -165,7 +199,7 @@ class Graph:
         from dvc.dependency import ParamsDependency
 
         deps, params = {}, {}
-        with self._reading():
+        with self.reading():
             stage = self._stages[name]
             for dep in stage.deps:
                 if isinstance(dep, ParamsDependency):
@@ -186,7 +220,7 @@ class Graph:
         from dvc.dependency import ParamsDependency
 
         parts = {}
-        with self._reading():
+        with self.reading():
             for name, stage in self._stages.items():
                 values = [
                     [dep.def_path, dep.get_hash().value]
@@ -194,7 +228,7 @@ class Graph:
                     if isinstance(dep, ParamsDependency) or (dep.exists and not self._makes(dep))
                 ]
                 parts[name] = [stage.cmd, values]
-        return _digest(parts)
+        return digest(parts)
 
     def _makes(self, dep: Any) -> bool:
         """Whether a stage writes the input, or something below it."""
@@ -216,44 +250,13 @@ class Graph:
                 continue
             damaged = _damaged(out.hash_info.value, out.cache.oid_to_path)
             for path in damaged:
-                path.unlink()
+                path.unlink(missing_ok=True)  # another stage's too
             if damaged:
                 with contextlib.suppress(FileNotFoundError):
                     place = Path(out.fs_path)
                     shutil.rmtree(place) if place.is_dir() else place.unlink()
                 dropped.append(out.def_path)
         return dropped
-
-
-def locked(workspace: Workspace) -> dict[str, dict[str, Any]]:
-    """What dvc.lock says of each stage's last success: `cmd`, `deps`, `params`, `outs`.
-
-    Deps and outs are mappings from path to hash, params from name to value.
-    """
-    path = workspace.root / "dvc.lock"
-    if not path.exists():
-        return {}
-    return {
-        name: {
-            "cmd": entry["cmd"],
-            "deps": {dep["path"]: dep.get("md5") for dep in entry.get("deps", [])},
-            "params": {
-                key: value
-                for values in entry.get("params", {}).values()
-                for key, value in values.items()
-            },
-            "outs": {out["path"]: out.get("md5") for out in entry.get("outs", [])},
-        }
-        for name, entry in read_yaml(path).get("stages", {}).items()
-    }
-
-
-def entry_key(entry: dict[str, Any]) -> str:
-    """SHA-256 of a stage's command, hashes of its inputs, and params.
-
-    The same before the stage is made (`Graph.entry`) and after (`locked`).
-    """
-    return _digest({part: entry[part] for part in ("cmd", "deps", "params")})
 
 
 @contextlib.contextmanager
@@ -281,10 +284,12 @@ def _translated(root: Path) -> Iterator[None]:
 def _mend(root: Path) -> list[str]:
     """Set aside files of DVC that a kill left half-written; DVC makes them anew.
 
-    dvc.lock is written in place. Without it each stage is found again in DVC's run cache.
+    Called with DVC's lock, under which dvc.lock is written in place. Without dvc.lock each stage is
+    found again in DVC's run cache.
     """
     notes = []
     lock, busy = root / "dvc.lock", root / ".dvc" / "tmp" / "rwlock"
+    from dvc.lock import make_lock
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
     from voluptuous import Invalid
 
@@ -300,13 +305,15 @@ def _mend(root: Path) -> list[str]:
         aside = lock.with_name("dvc.lock.damaged")
         lock.replace(aside)
         notes.append(f"{lock}: damaged; kept as {aside.name}, stages come from the DVC cache")
-    try:
-        json.loads(busy.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        pass
-    except ValueError:
-        busy.unlink()
-        notes.append(f"{busy}: damaged; deleted")
+    # DVC has a lock of its own for this list of who is at work.
+    with make_lock(f"{busy}.lock", tmp_dir=str(busy.parent)):
+        try:
+            json.loads(busy.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            busy.unlink()
+            notes.append(f"{busy}: damaged; deleted")
     return notes
 
 
@@ -334,7 +341,3 @@ def _damaged(oid: str, path_of: Callable[[str], str]) -> list[Path]:
         return []
     inside = json.loads(path.read_text(encoding="utf-8"))
     return [bad for file in inside for bad in _damaged(file["md5"], path_of)]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

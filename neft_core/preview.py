@@ -5,7 +5,8 @@ from typing import Any
 
 from neft_core import config
 from neft_core.config import MEASURES, Params
-from neft_core.graph import Graph, locked
+from neft_core.graph import Graph
+from neft_core.lockfile import locked
 from neft_core.overrides import Preview
 from neft_core.workspace import PIPELINE
 

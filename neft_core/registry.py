@@ -21,7 +21,8 @@ from mlflow.exceptions import MlflowException
 from neft_core import promotion, records, runs, serving
 from neft_core.delivery import seed_key
 from neft_core.errors import NeftError
-from neft_core.graph import Graph, entry_key, locked
+from neft_core.graph import Graph
+from neft_core.lockfile import entry_key, locked
 from neft_core.mlflow_store import Store, open_store, public, tracking_uri
 from neft_core.promotion import Decision, Gate, Rows
 from neft_core.tracking import sync

@@ -113,8 +113,9 @@ def _repro(
                 on_line(line)
                 told.append(line)
         status = child.wait()
-    graph.refresh()
-    if status:
+    if not status:
+        graph.refresh()
+    else:
         if busy or error.startswith("Unable to acquire lock"):
             raise NeftError(
                 f"stage '{name}': another DVC process{busy and f' ({busy})'} is at work on it; "

@@ -15,7 +15,8 @@ from typing import Any
 from neft_core import records
 from neft_core.delivery import OUTPUT, Wanted, deliver, seed_key, training
 from neft_core.errors import NeftError
-from neft_core.graph import Graph, entry_key, locked
+from neft_core.graph import Graph
+from neft_core.lockfile import entry_key, locked
 from neft_core.mlflow_store import Store, is_server, open_store, public, tracking_uri
 from neft_core.workspace import Workspace
 
@@ -49,7 +50,8 @@ def sync(workspace: Workspace, graph: Graph, *, trust: bool = False) -> Delivery
     Raises:
         NeftError: the tracking store can't be reached or used.
     """
-    wanted = _wanted(graph)
+    with graph.reading():
+        wanted = _wanted(graph)
     uri = tracking_uri(workspace)
     if trust and _delivered(workspace, uri, wanted):
         return Delivery(public(uri))
@@ -91,16 +93,13 @@ class Tracker:
         self._away = False
         self._told = False
         self._changed = 0
-        # Of two trainings at once, each would make their common parent.
-        self._one = threading.Lock()
 
     def sync(self, graph: Graph) -> None:
         """Deliver what is whole (see `sync`)."""
         if self._away:
             return
         try:
-            with self._one:
-                done = sync(self.workspace, graph, trust=True)
+            done = sync(self.workspace, graph, trust=True)
         except NeftError as fault:
             self._give_up(fault)
             return
@@ -119,8 +118,9 @@ class Tracker:
         if self._away:
             yield
             return
-        entries = {**graph.locked(), f"train@{run}": graph.entry(f"train@{run}")}
-        origin = graph.origin()
+        with graph.reading():
+            entries = {**locked(self.workspace), f"train@{run}": graph.entry(f"train@{run}")}
+            origin = graph.origin()
         # Files of an earlier training lie there until this one begins.
         live = self.workspace.state("live", "train", run)
         stale = {path: _identity(path) for path in live.glob("seed-*/train.csv")}
@@ -129,7 +129,7 @@ class Tracker:
 
         def work() -> None:
             try:
-                _follow(self.workspace, entries, origin, run, stale, ended, status, self._one)
+                _follow(self.workspace, entries, origin, run, stale, ended, status)
             except NeftError as fault:
                 self._give_up(fault)
 
@@ -162,7 +162,7 @@ class Tracker:
 
 
 def _wanted(graph: Graph) -> Wanted:
-    entries = graph.locked()
+    entries = locked(graph.workspace)
     trainings = {}
     scored = _scored(graph, entries)
     based = _based(graph, entries)
@@ -223,7 +223,6 @@ def _follow(
     stale: Mapping[Path, _Identity],
     ended: threading.Event,
     status: list[str],
-    one: threading.Lock,
 ) -> None:
     """Deliver the rows that a training adds to its live files, until it ends."""
     live = workspace.state("live", "train", run)
@@ -239,21 +238,20 @@ def _follow(
                 if seed in delivered or stale.get(begun) == _identity(begun):
                     continue
                 points = records.history(folder)
-                with one:
-                    store = store or stack.enter_context(open_store(workspace))
-                    if seed not in sent:
-                        start = min((p.time for p in points if p.time), default=None)
-                        found = training(store, entries, run, seed, origin, start)
-                        run_id = str(found.info.run_id)
-                        if OUTPUT in found.data.tags:
-                            delivered.add(seed)
-                            continue
-                        store.client.update_run(run_id, "RUNNING")
-                        sent[seed] = run_id, store.logged(run_id, {p.name for p in points})
-                    run_id, have = sent[seed]
-                    new = [p for p in points if p.place not in have]
-                    store.log(run_id, new)
-                    have.update({p.place: p.value for p in new})
+                store = store or stack.enter_context(open_store(workspace))
+                if seed not in sent:
+                    start = min((p.time for p in points if p.time), default=None)
+                    found = training(store, entries, run, seed, origin, start)
+                    run_id = str(found.info.run_id)
+                    if OUTPUT in found.data.tags:
+                        delivered.add(seed)
+                        continue
+                    store.client.update_run(run_id, "RUNNING")
+                    sent[seed] = run_id, store.logged(run_id, {p.name for p in points})
+                run_id, have = sent[seed]
+                new = [p for p in points if p.place not in have]
+                store.log(run_id, new)
+                have.update({p.place: p.value for p in new})
         for run_id, _ in sent.values():
             if store is not None and status:
                 store.client.update_run(run_id, status[0])

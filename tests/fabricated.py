@@ -127,12 +127,14 @@ def stage(name: str, item: str) -> None:
         _put(work / f"warmup/{item}/model.txt", "tuned")
         _put(work / f"cost/warmup-{item}.json", "{}")
     elif name == "score":
-        _put(work / f"scores/{item}.safetensors", "scores")
+        layout = re.search("layout: .*", Path("params.yaml").read_text())
+        _put(work / f"scores/{item}.safetensors", layout[0])
         _put(work / f"scores/{item}.json", "{}")
         _put(work / f"cost/score-{item}.json", "{}")
     elif name == "assign":
         runs = re.findall(r"^  (\w+): {task", Path("params.yaml").read_text(), re.MULTILINE)
-        _put(work / "assigned.json", json.dumps(dict.fromkeys(runs, "scores")))
+        scores = {path.stem: path.read_text() for path in work.glob("scores/*.safetensors")}
+        _put(work / "assigned.json", json.dumps(dict.fromkeys(runs, scores)))
     elif name == "select":
         _tensors(work / f"masks/{item}.safetensors", {"up": 3, "down": 2} if item == "neft" else {})
     elif name == "train":

@@ -214,6 +214,20 @@ def test_a_failure_stops_only_what_needs_it(
     assert states(prefect_home) == {"Ran": 9, "Cached": STAGES - 9}
 
 
+def test_scores_that_were_made_before_a_failure_reach_the_runs_after_it(
+    ws: Workspace, env: dict[str, str]
+) -> None:
+    run(ws, env)
+    ws.params_file.write_text(ws.params_file.read_text().replace("layout: mlp", "layout: all"))
+    run(ws, {**env, "FAKE_FAIL": "assign "}, status=2)
+    (ws.root / "ran.log").unlink()
+    told = run(ws, env)
+    assert "score@en-fr: up to date" in told
+    ran = (ws.root / "ran.log").read_text().split("\n")
+    assert ran[:3] == ["assign ", "select full", "select neft"]
+    assert f"{STAGES} stages, {STAGES} up to date" in run(ws, env)
+
+
 def test_a_study_shows_what_is_left_and_tells_the_time_left(
     ws: Workspace, env: dict[str, str], prefect_home: Path
 ) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from neft_core.errors import NeftError
-from neft_core.graph import Graph, _translated, entry_key, locked
+from neft_core.graph import Graph, _translated
+from neft_core.lockfile import entry_key, locked
 from neft_core.preview import outdated
 from neft_core.repro import StageFailed, reproduce
 from neft_core.workspace import Workspace, init_dvc

@@ -17,7 +17,8 @@ from ruamel.yaml import YAML
 from neft_core import tracking
 from neft_core.delivery import seed_key
 from neft_core.errors import NeftError
-from neft_core.graph import Graph, entry_key, locked
+from neft_core.graph import Graph
+from neft_core.lockfile import entry_key, locked
 from neft_core.mlflow_store import open_store
 from neft_core.tracking import Delivery, Tracker, sync
 from neft_core.workspace import Workspace, init_dvc

@@ -40,7 +40,7 @@ class Params(Section):
     """Device and precision."""
     jobs: int = Field(default=1, ge=1)
     """Stages that are made at once, each with `compute.threads`; on a GPU one at a time. No result
-    depends on it."""
+    depends on it but what stages cost."""
     warmup: Warmup
     """The limited-step full fine-tune."""
     warmups: dict[str, MoreWarmup] = Field(default_factory=dict)

@@ -1,0 +1,44 @@
+"""What dvc.lock says of stages, and the keys that follow from it."""
+
+import hashlib
+import json
+from typing import Any
+
+from neft_core.config import read_yaml
+from neft_core.workspace import Workspace
+
+
+def locked(workspace: Workspace) -> dict[str, dict[str, Any]]:
+    """What dvc.lock says of each stage's last success: `cmd`, `deps`, `params`, `outs`.
+
+    Deps and outs are mappings from path to hash, params from name to value.
+    """
+    path = workspace.root / "dvc.lock"
+    if not path.exists():
+        return {}
+    return {
+        name: {
+            "cmd": entry["cmd"],
+            "deps": {dep["path"]: dep.get("md5") for dep in entry.get("deps", [])},
+            "params": {
+                key: value
+                for values in entry.get("params", {}).values()
+                for key, value in values.items()
+            },
+            "outs": {out["path"]: out.get("md5") for out in entry.get("outs", [])},
+        }
+        for name, entry in read_yaml(path).get("stages", {}).items()
+    }
+
+
+def entry_key(entry: dict[str, Any]) -> str:
+    """SHA-256 of a stage's command, hashes of its inputs, and params.
+
+    The same before the stage is made (`Graph.entry`) and after (`locked`).
+    """
+    return digest({part: entry[part] for part in ("cmd", "deps", "params")})
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value of JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
