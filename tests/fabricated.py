@@ -134,7 +134,7 @@ def stage(name: str, item: str) -> None:
     elif name == "assign":
         runs = re.findall(r"^  (\w+): {task", Path("params.yaml").read_text(), re.MULTILINE)
         scores = {path.stem: path.read_text() for path in work.glob("scores/*.safetensors")}
-        _put(work / "assigned.json", json.dumps(dict.fromkeys(runs, scores)))
+        _put(work / "assigned.json", json.dumps(dict.fromkeys(runs) | {"neft": scores}))
     elif name == "select":
         _tensors(work / f"masks/{item}.safetensors", {"up": 3, "down": 2} if item == "neft" else {})
     elif name == "train":

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY_PARAMS
 
-from neft_core import overrides
+from neft_core import overrides, study_files
+from neft_core.config import load_params
 from neft_core.errors import NeftError
 from neft_core.workspace import Workspace, cache_of, init_workspace
 
@@ -151,6 +152,24 @@ def test_params_of_another_workspace_run_there(ws, tmp_path):
     other = init_workspace(tmp_path / "w", TEXT)
     assert overrides.apply(other.params_file, ["warmup.steps=9"]) == other
     assert other.params().warmup.steps == 9
+    assert ws.params().warmup.steps == 6
+
+
+def test_yaml_that_would_run_code_is_refused(ws, tmp_path):
+    marker = tmp_path / "ran"
+    code = f"!!python/object/apply:os.system ['touch {marker}']"
+    file = tmp_path / "own.yaml"
+    file.write_text(TEXT.replace("steps: 6", f"steps: {code}"))
+    for act in (
+        lambda: overrides.apply(None, [f"warmup.steps={code}"]),
+        lambda: overrides.variant(ws, [], [f"warmup.steps={code}"]),
+        lambda: overrides.apply(file, ["warmup.lr=1e-3"]),
+        lambda: load_params(file),
+        lambda: study_files.expand(file, ws.root, []),
+    ):
+        with pytest.raises(NeftError):
+            act()
+        assert not marker.exists()
     assert ws.params().warmup.steps == 6
 
 

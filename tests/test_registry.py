@@ -217,11 +217,12 @@ def test_a_registered_model_answers_as_the_evaluation_did(ws, merged, tmp_path, 
 
     # The base of another hash is refused; the merged form needs none.
     weight = ws.path("base", "model.safetensors")
+    right = weight.read_bytes()
     shutil.copy(ws.path("warmup", "en-fr", "model.safetensors"), weight)
     if not merged:
         with pytest.raises(NeftError, match="the adapter was trained on"):
             mlflow.pyfunc.load_model(f"models:/{name}@champion")
-        return
+        weight.write_bytes(right)
     port = free_port()
     env = environment(tmp_path, MLFLOW_TRACKING_URI=f"sqlite:///{ws.root}/mlflow.db")
     serve = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{name}@champion"]
