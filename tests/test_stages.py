@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -225,3 +226,19 @@ def test_a_models_own_code_runs_only_where_asked_for_and_is_told(finished, tmp_p
     ]
     assert said.index(cautions[0]) == 4, "before anything ran"
     assert said[-1] == "OwnForCausalLM True"
+
+
+def test_stages_replace_files_and_never_write_into_them(copied, tmp_path):
+    """DVC may link what it keeps in its cache to what a stage made; a stage by hand comes again."""
+    folders = [copied.path(), copied.root / "reports"]
+    kept = [
+        (path, Path(shutil.copy2(path, tmp_path / f"kept-{n}")), tmp_path / f"linked-{n}")
+        for n, path in enumerate(p for f in folders for p in f.rglob("*") if p.is_file())
+    ]
+    for path, _, link in kept:
+        os.link(path, link)
+    edit(copied, ("seed: 1", "seed: 2"), ("steps: 6", "steps: 5"), ("lr: 1e-3", "lr: 2e-3"))
+    run_stages(copied)
+    assert sum(path.read_bytes() != before.read_bytes() for path, before, _ in kept) > len(kept) / 3
+    for path, before, link in kept:
+        assert link.read_bytes() == before.read_bytes(), path
