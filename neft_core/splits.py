@@ -27,6 +27,7 @@ def split_rows(
     pretrain: int | None = None,
     skip: int = 0,
     seed: int,
+    whole: bool = False,
 ) -> tuple[dict[str, list[Row]], Stats]:
     """Make clean splits: normalised, without duplicates, without leakage, within limits.
 
@@ -53,6 +54,9 @@ def split_rows(
         pretrain: as `train`.
         skip: training rows that are left out before `train` counts.
         seed: of the hash.
+        whole: only `pretrain` is held to its limit: who drops rows of the others afterwards calls
+            `sample` then, so that as many remain as are asked for. What is cut from the pool is
+            cut as ever.
 
     Returns:
         The rows of each split, and for each split the counts `read`, `duplicates`, `merged` (into
@@ -79,7 +83,9 @@ def split_rows(
         unique = list(first.values())
         merged = _merged(unique) if name == "test" else unique
         clean = [row for row in merged if not _leaks(row, held_sources, held_targets)]
-        kept = _sample(clean, limits[name], seed, skip if name == "train" else 0)
+        kept = clean
+        if not whole or name == "pretrain":
+            kept = sample(clean, limits[name], seed, skip if name == "train" else 0)
         stats[name] = {
             "read": len(read),
             "duplicates": len(read) - len(unique),
@@ -196,7 +202,8 @@ def _leaks(row: Row, sources: set[str], targets: set[str]) -> bool:
     return "target" in row and any(target in targets for target in answers(row))
 
 
-def _sample(rows: list[Row], limit: int | None, seed: int, skip: int) -> list[Row]:
+def sample(rows: list[Row], limit: int | None, seed: int, skip: int = 0) -> list[Row]:
+    """At most `limit` rows after the first `skip` in the order of a seeded hash, as they stood."""
     if not skip and (limit is None or limit >= len(rows)):
         return rows
     ranks = [_rank(seed, _asked(row)[-1], answers(row)[0]) for row in rows]

@@ -11,7 +11,7 @@ from typing import Any
 from neft_core import config, loading, measures, runs, scoring, testing
 from neft_core.config import Params
 from neft_core.errors import NeftError
-from neft_core.files import replacing, write_json
+from neft_core.files import read_json, replacing, write_json
 from neft_core.report import report
 from neft_core.summary import summarise
 from neft_core.workspace import Workspace
@@ -43,6 +43,7 @@ def corpus(ws: Workspace, task: str) -> None:
             pretrain=source.pretrain,
             skip=source.skip,
             seed=source.seed,
+            whole=_drops(section.format),
         )
     with replacing(ws.path("corpus", task)) as folder:
         folder.mkdir()
@@ -50,6 +51,10 @@ def corpus(ws: Workspace, task: str) -> None:
             if name in splits:
                 write_rows(folder / f"{name}.jsonl", splits[name])
         write_json(folder / "stats.json", stats)
+        if _drops(section.format) and not isinstance(source, config.GeneratedSource):
+            # What `prepare` samples once it knows which rows the tokenizer leaves.
+            limits = source.model_dump(include={*SPLITS, "skip", "seed"})
+            write_json(folder / "limits.json", limits)
     pretrain: list[dict[str, Any]] = []
     if not isinstance(section.format, config.Instruction):
         languages = _languages(section.format)
@@ -76,6 +81,11 @@ def _languages(form: config.Translation | config.Summarisation | config.Nli) -> 
     if isinstance(form, config.Nli):
         return [form.language, form.language]
     return [form.source_language, form.target_language]
+
+
+def _drops(form: Any) -> bool:
+    """Whether rows are left out for their length in tokens, so that limits count later."""
+    return isinstance(form, config.Summarisation) and form.long_inputs == "drop"
 
 
 def _form_of(section: config.Task, part: str) -> str:
@@ -198,6 +208,7 @@ def prepare(ws: Workspace, task: str) -> None:
             f"params.yaml: tasks.{task}.format.max_tokens: got {form.max_tokens}; "
             f"at most {found.context}, the model's longest sequence"
         )
+    limits = ws.path("corpus", task) / "limits.json"
     stats = {}
     with replacing(ws.path("prepared", task)) as folder:
         folder.mkdir()
@@ -205,6 +216,8 @@ def prepare(ws: Workspace, task: str) -> None:
             where = f"task {task}: {name}"
             read = read_rows(ws.path("corpus", task, f"{name}.jsonl"))
             rows, counts = _limited(read, form, tokenizer, where)
+            if limits.is_file():
+                rows, counts["over_limit"] = _sampled(rows, read_json(limits), name, where)
             arrays, stats[name] = encoding.encode_split(
                 rows,
                 loading.form(params, task),
@@ -245,6 +258,22 @@ def _limited(
     return encoding.limit_sources(
         rows, tokenizer, max_tokens=form.max_input, drop=drop, where=where
     )
+
+
+def _sampled(
+    rows: list[dict[str, Any]], limits: Mapping[str, Any], name: str, where: str
+) -> tuple[list[dict[str, Any]], int]:
+    """As many rows of a split as its source asks for, and how many that leaves out."""
+    from neft_core.splits import sample
+
+    skip = limits["skip"] if name == "train" else 0
+    kept = sample(rows, limits[name], limits["seed"], skip)
+    if not kept:
+        raise NeftError(
+            f"{where}: source.skip {skip} leaves none of {len(rows)} rows with at most max_input "
+            "tokens; skip fewer"
+        )
+    return kept, len(rows) - len(kept)
 
 
 STAGES: dict[str, Callable[..., None]] = {

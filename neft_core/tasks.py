@@ -31,6 +31,12 @@ LABEL_TEXTS = {
 """Texts of `LABELS` where a task doesn't give its own."""
 
 
+def labels_in(language: str) -> dict[str, str] | None:
+    """What says each of `LABELS` in a language, by its English name; None: it isn't known."""
+    texts = LABEL_TEXTS.get(language.lower())
+    return None if texts is None else dict(zip(LABELS, texts, strict=True))
+
+
 class Piece(NamedTuple):
     """Text that is tokenised by itself."""
 
@@ -92,12 +98,12 @@ class Form:
         if self.labels is not None:
             return dict(self.labels)
         language = self.languages[1] if self.languages else "English"
-        texts = LABEL_TEXTS.get(language.lower())
+        texts = labels_in(language)
         if texts is None:
             raise NeftError(
                 f"labels: none are known in {language}; give what says {', '.join(LABELS)} there"
             )
-        return dict(zip(LABELS, texts, strict=True))
+        return texts
 
 
 def pretraining_texts(row: Row, languages: tuple[str, str]) -> list[str]:

@@ -264,6 +264,35 @@ def test_one_fault_of_a_task_is_one_line(tmp_path, changes, line):
     assert refused(tmp_path, *changes) == [f"params.yaml: {line}"]
 
 
+@pytest.mark.parametrize(
+    ("german", "told"),
+    [
+        ("language: German", "Folgerung, neutral, Widerspruch"),
+        ("language: English, labels: {entailment: yes, neutral: may be, contradiction: no}",
+         "yes, may be, no"),
+        ("language: German, labels: {neutral: neutral, entailment: entailment, "
+         "contradiction: contradiction}", None),
+        ("language: Maori", None),  # has no words at all, which stage `prepare` tells
+    ],
+)  # fmt: skip
+def test_labels_that_a_run_did_not_learn_are_refused(tmp_path, german, told):
+    """Else of a run that learnt English words the score would be which German one is likelier."""
+    task = (
+        "  nli-de:\n    source: {kind: local, path: data/de, splits: {test: test.csv}}\n"
+        f"    format: {{task: nli, {german}, max_tokens: 160}}\n"
+    )
+    text = TINY_PARAMS.replace(FORMAT, NLI.replace("French", "English") + task)
+    text = text.replace(MORE, "transfers: {a: {run: neft, task: nli-de}}\n" + MORE)
+    if told is None:
+        (tmp_path / "params.yaml").write_text(text)
+        assert load_params(tmp_path / "params.yaml").transfers
+        return
+    assert refused(tmp_path, text=text) == [
+        f"params.yaml: transfers.a.task: got 'nli-de' with the labels {told}, but run neft learns "
+        "entailment, neutral, contradiction; give tasks.nli-de.format.labels those of en-fr"
+    ]
+
+
 def test_the_same_transfer_twice_is_refused(tmp_path):
     task = TINY_PARAMS[TINY_PARAMS.index("  en-fr:") : TINY_PARAMS.index("compute:")]
     twice = "transfers: {a: {run: neft, task: hi-zh}, b: {run: neft, task: hi-zh}}\n"

@@ -2,7 +2,7 @@ import pytest
 
 from neft_core.errors import NeftError
 from neft_core.rows import read_rows
-from neft_core.splits import split_rows
+from neft_core.splits import sample, split_rows
 
 
 def pair(source, target, **more):
@@ -147,6 +147,23 @@ def test_skip_gives_a_sample_that_shares_no_row_and_the_two_are_the_larger_one()
     assert len(sample(skip=150)) == 50
     with pytest.raises(NeftError, match="split 'train': no rows left"):
         sample(skip=200)
+
+
+def test_limits_can_count_what_is_left_of_rows_later():
+    """Rows that a later stage drops are replaced by the next in the same order."""
+    rows = given(pairs(200), dev=pairs(30, "d"), pretrain=pairs(30, "p"))
+    limits = {"train": 60, "dev": 9, "pretrain": 5, "skip": 60, "seed": 7}
+    held, _ = split_rows(rows, **limits)
+    whole, _ = split_rows(rows, **limits, whole=True)
+    assert (whole["train"], whole["dev"]) == (rows["train"], rows["dev"])
+    assert whole["pretrain"] == held["pretrain"], "which no tokenizer drops"
+    assert sample(whole["train"], 60, 7, 60) == held["train"]
+    assert sample(whole["dev"], 9, 7) == held["dev"]
+    left = whole["train"][::3]
+    first, second = sample(left, 20, 7), sample(left, 20, 7, 20)
+    assert len(first) == len(second) == 20
+    assert not [row for row in first if row in second]
+    assert first == split_rows(given(left), train=20, seed=7)[0]["train"]
 
 
 @pytest.mark.parametrize("limit", [20, 60])

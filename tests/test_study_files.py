@@ -1,5 +1,7 @@
 """Study files: what they stand for, and what is wrong with them, each in one line."""
 
+import math
+
 import pytest
 from conftest import TINY_PARAMS
 from ruamel.yaml import YAML
@@ -7,9 +9,15 @@ from ruamel.yaml import YAML
 from neft_core import study_files
 from neft_core.config import parse_params, read_yaml, yaml_text
 from neft_core.errors import NeftError
+from neft_core.loading import form
+from neft_core.rows import LABELS
 from neft_core.study_files import PACKAGED, expand
 from neft_core.workspace import PACKAGE, Workspace
 
+STUDIES = {
+    name: study_files.find(name, PACKAGE.parent).file
+    for name in sorted(study_files.listed(PACKAGE.parent))
+}
 HEAD = TINY_PARAMS.partition("runs:")[0]
 TAIL = "evaluation:" + TINY_PARAMS.partition("evaluation:")[2]
 COMMON = f"""{HEAD}{TAIL}
@@ -312,24 +320,71 @@ def test_studies_are_found_by_name_and_by_path(folder, tmp_path_factory):
             study_files.find(name, root)
 
 
-@pytest.mark.parametrize("name", sorted(study_files.listed(PACKAGE.parent)))
+@pytest.mark.parametrize("name", STUDIES)
 def test_packaged_studies_are_valid(name, tmp_path):
-    path = study_files.find(name, PACKAGE.parent).file
-    data = expand(path, tmp_path).data
-    found = parse_params(data, path.name)
+    found = parse_params(expand(STUDIES[name], tmp_path).data, name)
     assert found.study.title
     assert found.study.rates, "how learning rates were chosen"
     if not name.startswith(("paper/", "tatoeba/")):
         assert all(len(run.seeds) == 3 for run in found.runs.values()) or name == "rates"
 
 
-def test_a_dry_run_of_the_papers_scale_needs_no_model_and_no_network(neft, tmp_path, capsys):
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_dry_run_needs_no_model_no_data_and_no_network(name, neft, tmp_path):
     ws = Workspace(tmp_path)
     (tmp_path / "dvc.yaml").touch()
     ws.params_file.write_text(TINY_PARAMS)
-    code, said = neft(ws, "study", "paper/table6", "--dry-run")
-    assert (code, said) == (0, [])
+    assert neft(ws, "study", name, "--dry-run") == (0, [])
     assert not (tmp_path / ".neft").exists()
+
+
+@pytest.mark.parametrize("name", [n for n in STUDIES if not n.startswith("tatoeba/")])
+def test_the_lowest_dev_loss_is_one_of_several(name, tmp_path):
+    """Two evaluations of every run at least, three at the paper's scale, where epochs are three."""
+    found = parse_params(expand(STUDIES[name], tmp_path).data, name)
+    every = found.training.evaluate_every
+    for run in found.runs.values():
+        rows = found.tasks[run.task].source.train or 392_702  # of XNLI
+        epoch = math.ceil(rows / found.training.batch_size)
+        steps = math.ceil(epoch * (run.epochs or found.training.epochs))
+        assert math.ceil(steps / (every or epoch)) >= (3 if name.startswith("paper/") else 2)
+
+
+def test_the_papers_table_2_trains_one_selection_at_every_size(tmp_path):
+    """Section 5.2: "across various data scales, we fine-tune the same subset of neurons"."""
+    found = parse_params(expand(STUDIES["paper/table2"], tmp_path).data, "table2")
+    (shown,) = found.study.parts
+    for task in shown.tasks:
+        (run,) = shown.runs("NeFT_9%", task, found.runs)
+        assert found.scored(run) == [task.removesuffix("-100k")]
+        assert found.runs[run].task == task
+
+
+def test_the_papers_table_3_warms_up_on_summaries_for_one_epoch(tmp_path):
+    """A hundred rows for a few dozen steps, in batches of 3; the union takes translation's too."""
+    found = parse_params(expand(STUDIES["paper/table3"], tmp_path).data, "table3")
+    (shown,) = found.study.parts
+    for task in shown.tasks:
+        (other, warmup) = found.warmed(f"{task}-epoch")
+        assert (other, warmup.batch_size) == (task, 3)
+        assert warmup.steps == math.ceil(found.tasks[task].source.train / 3)
+        for label, scores in (
+            ("NeFT_9%", [f"{task}-epoch"]),
+            ("NeFT_12%", [f"{task}-epoch"]),
+            ("NeFT_9%Union", [f"{task}-epoch", task.removeprefix("sum-")]),
+        ):
+            (run,) = shown.runs(label, task, found.runs)
+            assert found.scored(run) == scores
+
+
+@pytest.mark.parametrize("name", ["table1", "paper/table1"])
+def test_a_run_in_english_is_asked_for_its_own_labels_in_other_languages(name, tmp_path):
+    found = parse_params(expand(STUDIES[name], tmp_path).data, name)
+    assert {found.tasks[entry.task].format.language for entry in found.transfers.values()} == {
+        "French", "German"
+    }  # fmt: skip
+    for entry in found.transfers.values():
+        assert form(found, entry.task).label_texts == {label: label for label in LABELS}
 
 
 def test_failures_are_written_into_the_params(folder):

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import TINY_PARAMS, edit, run_stages, tiny_pairs
 
+from neft_core.encoding import load_encoded
+from neft_core.errors import NeftError
 from neft_core.masks import NeuronScores
 from neft_core.metrics import paired_bootstrap
 from neft_core.rows import LABELS, read_rows, write_rows
+from neft_core.stages import STAGES
 from neft_core.workspace import Workspace, init_workspace
 
 TASKS = """\
@@ -27,9 +30,16 @@ TASKS = """\
       target_language: Chinese
       max_input: 24
       max_tokens: 96
-  nli-fr:
-    source: {kind: local, path: data/nli, splits: {train: train.csv}, dev: 6, test: 9}
-    format: {task: nli, language: French, max_tokens: 160}
+  nli-en:
+    source: {kind: local, path: data/nli, splits: {train: train.csv, test: test.csv}, dev: 6}
+    format: {task: nli, language: English, max_tokens: 160}
+  nli-de:
+    source: {kind: local, path: data/nli, splits: {test: test.csv}}
+    format:
+      task: nli
+      language: German
+      labels: {entailment: entailment, neutral: neutral, contradiction: contradiction}
+      max_tokens: 160
   other:
     source: {kind: local, path: data/other, splits: {test: test.jsonl}}
     format:
@@ -44,10 +54,11 @@ runs:
   full: {task: en-fr, method: {name: full}}
   neft: {task: en-fr, method: {name: neft, percent: 9}, seeds: [1, 2]}
   sum-full: {task: sum, method: {name: full}}
-  nli-full: {task: nli-fr, method: {name: full}}
+  nli-full: {task: nli-en, method: {name: full}}
 transfers:
   neft-other: {run: neft, task: other}
   full-other: {run: full, task: other}
+  nli-full-de: {run: nli-full, task: nli-de}
 """
 
 
@@ -68,6 +79,8 @@ def make(folder: Path) -> Workspace:
     (folder / "data/nli").mkdir()
     rows = [f"p {i // 3},h {i},{i % 3}\n" for i in range(60)]
     (folder / "data/nli/train.csv").write_text("premise,hypothesis,label\n" + "".join(rows))
+    rows = [f"q {i // 3},k {i},{i % 3}\n" for i in range(9)]
+    (folder / "data/nli/test.csv").write_text("premise,hypothesis,label\n" + "".join(rows))
     return ws
 
 
@@ -85,6 +98,7 @@ def seed_rows(ws, place: str, seed: int = 1):
 def test_long_inputs_are_cut_and_the_rows_stay(ws):
     stats = json.loads(ws.path("prepared", "sum", "stats.json").read_text())
     assert stats["train"]["truncated"] > 0
+    assert not ws.path("corpus", "sum", "limits.json").exists(), "limits count at once"
     assert stats["train"]["kept"] == stats["train"]["rows"] == 100 - 6 - 8
     whole = {row["source"] for row in read_rows(ws.path("corpus", "sum", "test.jsonl"))}
     shown = [row["source"] for row in read_rows(ws.path("prepared", "sum", "references.jsonl"))]
@@ -94,9 +108,7 @@ def test_long_inputs_are_cut_and_the_rows_stay(ws):
 
 
 def test_the_label_is_the_likeliest_answer(ws):
-    from neft_core.encoding import load_encoded
-
-    arrays, _ = load_encoded(ws.path("prepared", "nli-fr", "labels.safetensors"))
+    arrays, _ = load_encoded(ws.path("prepared", "nli-en", "labels.safetensors"))
     rows = seed_rows(ws, "nli-full")
     assert len(arrays["offsets"]) - 1 == 3 * len(rows) == 27
     for row in rows:
@@ -110,6 +122,12 @@ def test_the_label_is_the_likeliest_answer(ws):
     right = sum(row["hypothesis"] == row["target"] for row in rows)
     assert metrics["accuracy"] == pytest.approx(100 * right / 9)
     assert metrics["accuracy_signature"] == "nrefs:1|choice:log-likelihood|length:sum"
+
+
+def test_a_run_answers_in_its_own_words_in_another_language(ws):
+    """Both test files are the same here: with other words the likelihoods would be others."""
+    own, moved = seed_rows(ws, "nli-full"), seed_rows(ws, "nli-full.nli-de")
+    assert [row["log_likelihoods"] for row in moved] == [row["log_likelihoods"] for row in own]
 
 
 def test_a_task_without_training_rows_is_tested_on_alone(ws):
@@ -147,20 +165,20 @@ def test_the_summary_has_each_kinds_own_metrics(ws):
     assert rows["other", "neft"]["Δ to full"] != "-"
     assert rows["sum", "sum-full"]["BLEU"] == "-"
     assert rows["sum", "sum-full"]["ROUGE-L"] != "-"
-    assert rows["nli-fr", "nli-full"]["accuracy"] != "-"
-    assert "differences and p: BLEU for en-fr, ROUGE-L for sum, accuracy for nli-fr" in text
+    assert rows["nli-en", "nli-full"]["accuracy"] != "-"
+    assert "differences and p: BLEU for en-fr, ROUGE-L for sum, accuracy for nli-en" in text
     metrics = json.loads(ws.path("summary", "metrics.json").read_text())
     told = seed_rows(ws, "nli-full")
-    base = [row["hypothesis"] for row in read_rows(ws.path("baseline", "nli-fr", "base.jsonl"))]
+    base = [row["hypothesis"] for row in read_rows(ws.path("baseline", "nli-en", "base.jsonl"))]
     out = paired_bootstrap(
         [row["hypothesis"] for row in told],
         base,
         [row["references"] for row in told],
-        "French",
+        "English",
         100,
         metric="accuracy",
     )
-    assert metrics["nli-fr"]["nli-full"]["p_base"] == out["p_value"]
+    assert metrics["nli-en"]["nli-full"]["p_base"] == out["p_value"]
     assert "rouge2" in metrics["sum"]["sum-full"]
 
 
@@ -175,15 +193,60 @@ def test_long_inputs_are_dropped_where_asked(tmp_path):
     assert len(rows) == stats["test"]["kept"] == 8 - stats["test"]["dropped"] < 8
 
 
+def test_as_many_rows_as_asked_for_are_left_after_the_drop(tmp_path):
+    """Of samples that `source.skip` keeps apart too; what is longer doesn't count."""
+    ws = make(tmp_path / "dropping")
+    told = TASKS[TASKS.index("  sum:") : TASKS.index("  nli-en:")]
+    told = told.replace("max_input: 24\n", "max_input: 24\n      long_inputs: drop\n")
+    told = told.replace("{train: train.jsonl}", "{train: train.jsonl, test: test.jsonl}")
+    first = told.replace("      dev: 6\n", "      dev: 6\n      train: 25\n")
+    second = first.replace("  sum:", "  sum-2:").replace(
+        "train: 25\n", "train: 25\n      skip: 25\n"
+    )
+    edit(ws, (TASKS[: TASKS.index("  nli-en:")], first + second))
+    data = ws.root / "data/sum"
+    text = (data / "train.jsonl").read_text("utf-8")
+    (data / "test.jsonl").write_text(text.replace('"text": "', '"text": "z ').replace("我", "你"))
+    run_stages(ws, "corpus", "base", "prepare")
+    shown = {}
+    for task in ("sum", "sum-2"):
+        stats = json.loads(ws.path("prepared", task, "stats.json").read_text())
+        assert stats["train"]["kept"] == 25
+        assert stats["train"]["dropped"] > 0
+        assert stats["train"]["over_limit"] > 0
+        assert sum(stats["train"][n] for n in ("kept", "dropped", "over_limit")) == 100 - 6
+        assert stats["test"]["kept"] == len(references(ws, task)) == 8
+        shown[task] = prepared_texts(ws, task)
+    assert len(set(shown["sum"])) == len(set(shown["sum-2"])) == 25
+    assert not set(shown["sum"]) & set(shown["sum-2"])
+    edit(ws, ("skip: 25", "skip: 90"))
+    run_stages(ws, "corpus")
+    with pytest.raises(
+        NeftError, match=r"^task sum-2: train: source.skip 90 leaves none of \d\d rows"
+    ):
+        STAGES["prepare"](ws, "sum-2")
+
+
+def references(ws, task: str):
+    return read_rows(ws.path("prepared", task, "references.jsonl"))
+
+
+def prepared_texts(ws, task: str) -> list[tuple[int, ...]]:
+    """Token ids of each training row."""
+    arrays, _ = load_encoded(ws.path("prepared", task, "train.safetensors"))
+    cuts = zip(arrays["offsets"], arrays["offsets"][1:], strict=False)
+    return [tuple(arrays["tokens"][start:end].tolist()) for start, end in cuts]
+
+
 @pytest.mark.parametrize(
     ("file", "row", "task", "line"),
     [
         ("sum/train.jsonl", '{"text": "a b", "summary": ""}\n', "sum",
          "W/data/sum/train.jsonl:101: 'summary' is empty; text is needed"),
-        ("nli/train.csv", "a,b,perhaps\n", "nli-fr",
+        ("nli/train.csv", "a,b,perhaps\n", "nli-en",
          "W/data/nli/train.csv:62: the label is 'perhaps'; entailment (0), neutral (1), "
          "contradiction (2) are the labels"),
-        ("nli/train.csv", "a,b,-1\n", "nli-fr",
+        ("nli/train.csv", "a,b,-1\n", "nli-en",
          "W/data/nli/train.csv:62: the label is '-1'; entailment (0), neutral (1), "
          "contradiction (2) are the labels"),
     ],

@@ -20,7 +20,7 @@ from neft_core.config.runs import (
 from neft_core.config.scores import ActivationScores, MoreWarmup, Scores, Scoring
 from neft_core.config.section import NAME, Section, known, refuse
 from neft_core.config.study import Study
-from neft_core.config.tasks import Task, has_pretraining
+from neft_core.config.tasks import Nli, Task, has_pretraining
 from neft_core.config.training import Compute, Training, Warmup
 
 MEASURES = ("utilisation", "forgetting", "speed")
@@ -191,6 +191,20 @@ class Params(Section):
             first = pairs.setdefault((entry.run, entry.task), name)
             if first != name:
                 raise refuse(f"transfers.{name}: the same as transfers.{first}; give it once")
+            self._answers_as_trained(f"transfers.{name}.task", entry)
+
+    def _answers_as_trained(self, where: str, entry: Transfer) -> None:
+        """A run is scored by the labels' texts that it learnt; others would measure the words."""
+        learnt = self.runs[entry.run].task
+        own, other = self.tasks[learnt].format, self.tasks[entry.task].format
+        if not (isinstance(own, Nli) and isinstance(other, Nli) and own.answers and other.answers):
+            return
+        if own.answers != other.answers:
+            raise refuse(
+                f"{where}: got '{entry.task}' with the labels {', '.join(other.answers.values())}, "
+                f"but run {entry.run} learns {', '.join(own.answers.values())}; give "
+                f"tasks.{entry.task}.format.labels those of {learnt}"
+            )
 
     def _measures_of_runs(self) -> None:
         for section in MEASURES:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from neft_core.config.section import NO_FILE, Section, refuse
 from neft_core.rows import FIELDS, LABELS
+from neft_core.tasks import labels_in
 
 
 class GeneratedSource(Section):
@@ -190,7 +191,8 @@ class Nli(Section):
     """Text before the label, with `{premise}`, `{hypothesis}`, and where wanted `{language}` and
     `{labels}`; or `chat`: the model's chat template."""
     labels: dict[str, str] | None = None
-    """What the model says for each label; null: the words of the language in neft_core/tasks.py."""
+    """What the model says for each label; null: the words of the language in neft_core/tasks.py. A
+    task on which runs of another are tested has that one's."""
     max_tokens: int = Field(ge=8)
     """Longest training text in tokens; longer rows are dropped and counted."""
 
@@ -198,6 +200,11 @@ class Nli(Section):
     def target_language(self) -> str:
         """The language of the answers."""
         return self.language
+
+    @property
+    def answers(self) -> dict[str, str] | None:
+        """What the model says for each label; None: not given, and not known in the language."""
+        return labels_in(self.language) if self.labels is None else self.labels
 
 
 class Instruction(Section):
