@@ -77,7 +77,8 @@ class Rows(Section):
     labels: dict[str, str | int] | None = None
     """Of nli: what stands for each label; null: its name, or 0, 1, 2 as in SNLI, MNLI and XNLI."""
     train: int | None = Field(default=None, ge=1)
-    """At most so many training rows (a seeded sample; a larger one contains a smaller one)."""
+    """At most so many training rows (a seeded sample; a larger one contains a smaller one). With
+    `long_inputs: drop` this, `dev`, `test` and `skip` count rows that are not dropped."""
     dev: int | None = Field(default=None, ge=1)
     """At most so many dev rows; how many to split off where there is no dev part."""
     test: int | None = Field(default=None, ge=1)
