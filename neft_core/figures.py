@@ -102,6 +102,7 @@ def lines(
                 mean,
                 yerr=[s or 0 for s in spread] if any(spread) else None,
                 color=looks[name].colour,
+                linestyle=looks[name].dash,
                 marker=looks[name].marker,
                 markeredgecolor=PAPER,
                 markeredgewidth=0.6,
@@ -124,15 +125,13 @@ def trade_off(
     levels: Mapping[str, float] | None = None,
     style: Mapping[str, Style] | None = None,
 ) -> "Figure":
-    """A metric against what is trained, a line for each method (the form of Fig. 2).
+    """A metric against what is trained, a line for each method.
 
     Args:
         series: for each method (trained parameters, mean, deviation) of its budgets or ranks.
         metric: its name.
         levels: scores of models that have no place along x, such as the base.
         style: how each method looks.
-
-    Source: Xu et al. 2024, Fig. 2.
     """
     return lines(
         series,
@@ -144,17 +143,53 @@ def trade_off(
     )
 
 
-def added_neurons(series: Mapping[str, Sequence[Place]], metric: str) -> "Figure":
+def wins(groups: Sequence[str], counts: Mapping[str, Sequence[int]], across: str) -> "Figure":
+    """How often each of two methods has the higher score (the form of Fig. 2).
+
+    Args:
+        groups: what is counted apart, such as language pairs.
+        counts: for each method, and for a draw, a count in each group.
+        across: what the groups are.
+
+    Source: Xu et al. 2024, Fig. 2, of whose drawing the text tells labels and pairs alone.
+    """
+    values = {name: [(float(count), None) for count in of] for name, of in counts.items()}
+    figure = bars(groups, values, label="times it scores higher", across=across, stacked=True)
+    (axes,) = figure.axes
+    with styled():
+        axes.locator_params(axis="y", integer=True)
+        ends = [0] * len(groups)
+        for of in counts.values():
+            for place, count in enumerate(of):
+                y = ends[place] + count / 2
+                ends[place] += count
+                axes.text(place, y, str(count or ""), ha="center", va="center", color=PAPER)
+    return figure
+
+
+def added_neurons(
+    series: Mapping[str, Sequence[Place]],
+    metric: str,
+    reported: Mapping[str, Sequence[Place]] | None = None,
+) -> "Figure":
     """A metric against how much was added to a first selection (the form of Fig. 4).
 
     Args:
         series: for each way to add, such as lowest and reversed: (added percent of the model's
             parameters, mean, deviation).
         metric: its name.
+        reported: what the paper reports of some of them, dashed beside them.
 
     Source: Xu et al. 2024, Fig. 4.
     """
-    return lines(series, x_label="added neurons (% of the model's parameters)", y_label=metric)
+    beside = {f"{name}, the paper's": points for name, points in (reported or {}).items()}
+    families = {name: name for name in series}
+    return lines(
+        {**series, **beside},
+        x_label="added neurons (% of the model's parameters)",
+        y_label=metric,
+        style=styles(families | dict(zip(beside, reported or {}, strict=True))),
+    )
 
 
 def bars(

@@ -170,7 +170,7 @@ def _trade_off(found: Findings, task: str, gallery: Gallery) -> Iterator[Html]:
                     figures.trade_off(series, heading(metric), levels, _family_styles(found)),
                     f"{heading(metric)} against trained parameters, {task}",
                     "A line is a method at several sizes; bars are one standard deviation over "
-                    "seeds. The form of the paper's Fig. 2.",
+                    "seeds.",
                 )
             )
     if pieces:

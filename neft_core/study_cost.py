@@ -1,5 +1,6 @@
 """Parts about what training takes and leaves: `cost` and `forgetting`."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,25 +46,23 @@ def cost(found: Findings, part: CostSection, gallery: Gallery) -> list[Table | H
         bars[label] = step
         stages = [entry for stage in found.before(run) for entry in costs.get(stage, [])]
         before = sum(entry["seconds"] for entry in stages)
-        saved = dear[0] - step[0] if dear is not None and run != full else None
-        even = before / saved * 1000 if saved is not None and saved > 0 else None
+        saved = _difference(dear, step) if dear is not None and run != full else None
         parameters = number(row["parameters"]) or 0.0
         cells = [Cell(label), Cell(run), Cell(f"{parameters:,.0f}", int(parameters)), spread(step)]
-        cells.append(Cell("–") if saved is None else Cell(f"{saved:+.2f}", round(saved, 6)))
+        cells.append(spread(saved, "+.2f"))
         cells.append(_memory(costs[run]))
         cells.append(Cell(f"{before:.1f}", round(before, 3)) if stages else Cell("none"))
         cells.append(_memory(stages))
-        if saved is None:
-            cells.append(Cell("–"))
-        else:
-            cells.append(Cell("never: no faster") if even is None else _count(even))
-        rows.append(cells)
+        rows.append([*cells, _break_even(before, saved)])
     notes = [
         f"A step is an update with its share of dev losses; what is saved is told against {full}; "
         "± one standard deviation over seeds. Before training: warm-up and scoring, once for a "
         "task whatever the number of runs, of which each row here pays all. Break even: after so "
-        "many steps the time saved has paid for it. On a CPU peak memory is the process's, with "
-        "libraries and all that it did before.",
+        "many steps the time saved has paid for it; what is less than its ± can't be told. On a "
+        "CPU peak memory is the process's, with libraries and all that it did before.",
+        "Each training, warm-up and scoring was timed when it was made: what another study made "
+        "before has its time from there, also where another stage ran beside it (`jobs`). Rows "
+        "may so be of different moments, and ± is of one run's seeds, trained one after the other.",
         *part.notes,
     ]
     title = part.title or "Cost of finding neurons, and what training them saves"
@@ -92,13 +91,28 @@ def _step(found: Findings, costs: Mapping[str, Any], run: str) -> tuple[float, f
     return mean([1000 * entry["seconds"] / count for entry, count in pairs])
 
 
+def _difference(one: figures.Value, other: figures.Value) -> figures.Value:
+    """What one mean is more than another, with the deviation of that over seeds."""
+    deviations = [deviation for _, deviation in (one, other) if deviation is not None]
+    return one[0] - other[0], math.hypot(*deviations) if deviations else None
+
+
+def _break_even(before: float, saved: figures.Value | None) -> Cell:
+    """After how many steps the milliseconds saved on each have paid for the seconds before."""
+    if saved is None:
+        return Cell("–")
+    value, deviation = saved
+    if deviation is not None and abs(value) <= deviation:
+        return Cell(f"can't be told: the times differ by {value:+.2f} ± {deviation:.2f} ms")
+    if value <= 0:
+        return Cell("never: no faster")
+    even = before / value * 1000
+    return Cell(f"{even:,.0f}", round(even, 3))
+
+
 def _memory(entries: Sequence[Mapping[str, float]]) -> Cell:
     peak = max((entry.get("peak_bytes", 0) for entry in entries), default=0) / 1e9
     return Cell(f"{peak:.2f}", round(peak, 6)) if peak else Cell("–")
-
-
-def _count(value: float) -> Cell:
-    return Cell(f"{value:,.0f}", round(value, 3))
 
 
 def _speeds(found: Findings, part: CostSection) -> Table | None:

@@ -1,10 +1,15 @@
-"""Parts that draw results against what is trained: `trade_off` (Fig. 2) and `added` (Fig. 4)."""
+"""Parts that show results by what is trained: `trade_off`, `wins` (Fig. 2), `added` (Fig. 4)."""
+
+from collections.abc import Sequence
 
 from neft_core import figures
-from neft_core.config.shown import AddedSection, TradeOffSection
+from neft_core.config.shown import AddedSection, TradeOffSection, candidates
+from neft_core.config.study import WinsSection
 from neft_core.findings import Findings, number
 from neft_core.page import Gallery, Html
+from neft_core.study_candidates import Place, notes
 from neft_core.study_runs import (
+    FAILED,
     absent,
     failure,
     first_metric,
@@ -59,15 +64,14 @@ def trade_off(found: Findings, part: TradeOffSection, gallery: Gallery) -> list[
             if value is not None:
                 levels[task][label] = value[0]
     title = part.title or "Trained parameters against results"
-    notes = ["± one standard deviation over seeds.", *part.notes]
-    pieces: list[Table | Html] = [table(named, title, heads, rows, notes)]
+    said = ["± one standard deviation over seeds.", *part.notes]
+    pieces: list[Table | Html] = [table(named, title, heads, rows, said)]
     drawn = [
         gallery.add(
             f"study-{named}" + (f"-{task}" if task != part.task else ""),
             figures.trade_off(lines[task], heading(metrics[task]), levels[task]),
             f"{heading(metrics[task])} on {task} against what is trained on {part.task}",
-            "A line is a method at several sizes; bars are one standard deviation over seeds. "
-            "The form of the paper's Fig. 2.",
+            "A line is a method at several sizes; bars are one standard deviation over seeds.",
         )
         for task in tasks
         if lines[task]
@@ -75,10 +79,87 @@ def trade_off(found: Findings, part: TradeOffSection, gallery: Gallery) -> list[
     return [*pieces, *([side_by_side(*drawn)] if drawn else [])]
 
 
+def wins(found: Findings, part: WinsSection, gallery: Gallery) -> list[Table | Html]:
+    """Which of two methods has the higher mean at each level: a table, and the counts as bars."""
+    named, (first, second) = found.named(part), part.series
+    levels = list(zip(*part.series.values(), strict=True))
+    heads = ["tested on", "trained on", f"{first} higher", f"{second} higher", "equal"]
+    heads += [f"{one} − {other}" for one, other in levels]
+    pairs = [(here, task) for task in part.trained for here in part.tested or [task]]
+    cells = {pair: [_compared(found, part, level, *pair) for level in levels] for pair in pairs}
+
+    def counts(here: str, task: str) -> list[int]:
+        """How often the first, the second, neither is higher; empty: on any task."""
+        those = [pair for pair in pairs if here in ("", pair[0]) and task in ("", pair[1])]
+        values = [c.value for pair in those for c in cells[pair] if c.value is not None]
+        return [sum(v > 0 for v in values), sum(v < 0 for v in values), values.count(0)]
+
+    def row(here: str, task: str, more: Sequence[Cell]) -> list[Cell]:
+        told = [Cell(str(count), count) for count in counts(here, task)]
+        return [Cell(here or "all"), Cell(task or "all"), *told, *more]
+
+    sides = {"tested on": [(here, "") for here in dict.fromkeys(here for here, _ in pairs)]}
+    if part.tested and len(part.trained) > 1:
+        sides["trained on"] = [("", task) for task in part.trained]
+    rows = [row(*pair, of) for pair, of in cells.items()]
+    if len(pairs) > len(part.trained) > 1:
+        rows += [row(*at, [Cell("–")] * len(levels)) for side in sides.values() for at in side]
+    given = (Place(name, task, task, candidates(name, task, found.params.runs))
+             for task in part.trained for level in levels for name in level)  # fmt: skip
+    said = "; ".join(" and ".join(_size(found, name, part.trained) for name in of) for of in levels)
+    told = [
+        "Counted is which has the higher mean over seeds, however little. Compared are, with the "
+        f"parameters that they train: {said}.",
+        *notes(found, given),
+        *part.notes,
+    ]
+    drawn = []
+    for across, side in sides.items():
+        columns = zip(*(counts(*at) for at in side), strict=True)
+        bars = dict(zip((first, second, "equal"), columns, strict=True))
+        bars = {name: of for name, of in bars.items() if any(of) or name != "equal"}
+        if any(map(any, bars.values())):
+            drawn.append(
+                gallery.add(
+                    f"study-{named}-{across.partition(' ')[0]}",
+                    figures.wins([here or task for here, task in side], bars, across),
+                    f"{first} against {second}, by the task that runs were {across}",
+                    "After the paper's Fig. 2, whose text leaves open which tests it counts.",
+                )
+            )
+    title = part.title or f"How often {first} scores higher than {second}"
+    pieces: list[Table | Html] = [table(named, title, heads, rows, told)]
+    return [*pieces, *([side_by_side(*drawn)] if drawn else [])]
+
+
+def _compared(
+    found: Findings, part: WinsSection, level: Sequence[str], here: str, task: str
+) -> Cell:
+    """By how much the first of two methods, trained on `task`, scores higher on `here`."""
+    metric = first_metric(found, here, part.metric)
+    runs = [run_of(found, name, task) for name in level]
+    one, other = (score(row_of(found, here, run), metric) for run in runs)
+    if one is None or other is None:
+        whys = dict.fromkeys(why for run in runs if (why := found.why_failed(run, here)))
+        return Cell(FAILED + "; ".join(whys) if whys else "not there")
+    difference = round(one[0] - other[0], 6)
+    return Cell(f"{difference:+.2f}", difference)
+
+
+def _size(found: Findings, name: str, tasks: Sequence[str]) -> str:
+    """A method with how many parameters it trains, where a result of it is there."""
+    for task in tasks:
+        row = row_of(found, task, run_of(found, name, task))
+        if row and (size := number(row["parameters"])) is not None:
+            return f"{name} ({size:,.0f})"
+    return name
+
+
 def added(found: Findings, part: AddedSection, gallery: Gallery) -> list[Table | Html]:
     """A line for each way to add neurons to a selection, from that selection on."""
     metric, named = first_metric(found, part.task, part.metric), found.named(part)
     heads = ["added", "run", "added % of model", "% of model", heading(metric), "Δ to the start"]
+    heads += ["the paper's"] if part.paper else []
     start = run_of(found, part.start, part.task)
     first = row_of(found, part.task, start)
     if first is None or (begun := score(first, metric)) is None:
@@ -87,20 +168,25 @@ def added(found: Findings, part: AddedSection, gallery: Gallery) -> list[Table |
         return [table(named, part.title or _ADDED, heads, rows, part.notes)]
     base = number(first["percent"]) or 0.0
     rows = [[Cell("nothing"), Cell(start), Cell("0", 0), Cell(f"{base:.2f}", base),
-             spread(begun, run=start), Cell("–")]]  # fmt: skip
+             spread(begun, run=start), Cell("–"), *_reported(part, part.start)]]  # fmt: skip
     series: dict[str, list[figures.Place]] = {}
+    reported: dict[str, list[figures.Place]] = {}
     for label, names in part.ways.items():
         series[label] = [(0.0, *begun)]
+        told: list[figures.Place] = []
         for name in names:
             run = run_of(found, name, part.task)
             row = row_of(found, part.task, run)
             value = score(row, metric)
             if row is None or value is None:
-                rows.append([Cell(label), *absent(run, failure(found, run), 5)])
+                missing = absent(run, failure(found, run), 5)
+                rows.append([Cell(label), *missing, *_reported(part, name)])
                 continue
             percent = number(row["percent"]) or 0.0
             more = percent - base
             series[label].append((more, *value))
+            if name in part.paper:
+                told.append((more, part.paper[name], None))
             rows.append(
                 [
                     Cell(label),
@@ -109,17 +195,29 @@ def added(found: Findings, part: AddedSection, gallery: Gallery) -> list[Table |
                     Cell(f"{percent:.2f}", percent),
                     spread(value, run=run),
                     Cell(f"{value[0] - begun[0]:+.2f}", round(value[0] - begun[0], 6)),
+                    *_reported(part, name),
                 ]
             )
-    notes = ["± one standard deviation over seeds.", *part.notes]
+        if told:
+            first_told = [(0.0, part.paper[part.start], None)] if part.start in part.paper else []
+            reported[label] = [*first_told, *told]
+    said = ["± one standard deviation over seeds.", *part.notes]
     figure = gallery.add(
         f"study-{named}",
-        figures.added_neurons(series, heading(metric)),
+        figures.added_neurons(series, heading(metric), reported),
         f"Adding neurons to {start}",
         "Bars are one standard deviation over seeds. The form of the paper's Fig. 4.",
     )
-    shown = table(named, part.title or _ADDED, heads, rows, notes)
+    shown = table(named, part.title or _ADDED, heads, rows, said)
     return [shown, side_by_side(figure)]
+
+
+def _reported(part: AddedSection, name: str) -> list[Cell]:
+    """The paper's number in a column of its own, where the part has one."""
+    if not part.paper:
+        return []
+    value = part.paper.get(name)
+    return [Cell("–") if value is None else Cell(f"{value:.2f}", value)]
 
 
 _ADDED = "Neurons added to a selection"

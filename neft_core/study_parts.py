@@ -26,6 +26,7 @@ PARTS: dict[str, Part] = {
     "rates": study_results.rates,
     "overlap": study_overlap.overlap,
     "trade_off": study_curves.trade_off,
+    "wins": study_curves.wins,
     "rank_change": study_use.rank_change,
     "added": study_curves.added,
     "average_change": study_use.average_change,

@@ -72,6 +72,30 @@ def test_stacked_bars_go_on_where_the_last_ended():
     assert [note.xy[0] for note in figure.axes[0].texts] == [4.0, 7.0]
 
 
+def test_wins_are_counted_end_to_end():
+    counts = {"NeFT": [3, 0], "LoRA": [1, 2], "equal": [0, 1]}
+    figure = figures.wins(["x", "y"], counts, "tested on")
+    (axes,) = figure.axes
+    assert [(bar.get_y(), bar.get_height()) for bar in axes.patches] == [
+        (0, 3), (0, 0), (3, 1), (0, 2), (4, 0), (2, 1),
+    ]  # fmt: skip
+    said = [(note.get_position(), note.get_text()) for note in axes.texts if note.get_text()]
+    assert said == [((0, 1.5), "3"), ((0, 3.5), "1"), ((1, 1), "2"), ((1, 2.5), "1")]
+    assert {"x", "y", "NeFT", "LoRA", "equal", "tested on"} <= set(texts(figure))
+    few = figures.wins(["x"], {"NeFT": [1], "LoRA": [0]}, "tested on").axes[0]
+    assert all(tick == int(tick) for tick in few.get_yticks()), "nobody wins half a time"
+
+
+def test_what_the_paper_reports_is_dashed_in_the_same_colour():
+    series = {"low": [(0, 1.0, 0.1), (3, 2.0, 0.1)], "high": [(0, 1.0, 0.1)]}
+    figure = figures.added_neurons(series, "BLEU", {"high": [(3, 5.0, None)]})
+    low, high, reported = figure.axes[0].containers
+    assert reported.get_label() == "high, the paper's"
+    assert reported.lines[0].get_xydata().tolist() == [[3, 5.0]]
+    assert reported.lines[0].get_color() == high.lines[0].get_color() != low.lines[0].get_color()
+    assert reported.lines[0].get_linestyle() == "--" != high.lines[0].get_linestyle()
+
+
 def test_bars_in_groups_stand_side_by_side():
     series = {"a": [(5.0, 1.0), (7.0, 2.0)], "b": [(1.0, None), (2.0, None)]}
     axes = neuron_figures.rank_change([0, 0.1, 1], series).axes[0]

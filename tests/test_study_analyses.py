@@ -53,7 +53,8 @@ study:
     - {show: trade_off, task: en-fr, series: {NeFT: [low-3, low-6], LoRA: [lora]},
        levels: {base: base, full: full}}
     - {show: rank_change, task: en-fr, pairs: {more: [low-3, low-6], seeds: [low-3, low-3]}}
-    - {show: added, task: en-fr, start: low-3, ways: {lowest: [low-6], reversed: [mixed]}}
+    - {show: added, task: en-fr, start: low-3, ways: {lowest: [low-6], reversed: [mixed]},
+       paper: {low-6: 28.67, mixed: 27.0}}
     - show: average_change
       task: en-fr
       names: {low 3: low-3, low 6: low-6, base: base, mixed: mixed}
@@ -62,7 +63,8 @@ study:
       task: en-fr
       names: {low 3: low-3, low 6: low-6, full: full, base: base}
       anchors: {low 3: [low 6, full], base: [low 3]}
-    - {show: cost, task: en-fr, rows: {FT-full: full, NeFT 6: low-6, LoRA: lora, none: none}}
+    - {show: cost, task: en-fr, rows: {FT-full: full, NeFT 6: low-6, LoRA: lora, none: none,
+       mixed: mixed}}
     - {show: forgetting, task: en-fr, rows: {NeFT 6: low-6, LoRA: lora}, metric: chrf}
     - {show: sensitivity, task: en-fr, reference: low-6,
        groups: {threshold: [none, scaled], budget: [low-3, low-6]}}
@@ -176,6 +178,7 @@ def test_what_was_added_is_told_from_the_start(studied, tables):
         if run != "low-3-en-fr":
             delta = scores[run] - scores["low-3-en-fr"]
             assert float(row["Δ to the start"]) == pytest.approx(delta, abs=1e-5)
+    assert [row["the paper's"] for row in tables["added"]] == ["–", "28.67", "27.0"]
 
 
 def ranks(ws, name: str) -> dict[str, list[int]]:
@@ -253,7 +256,8 @@ def test_break_even_from_recorded_costs(changed):
     cost = changed.path("cost")
     write_json(cost / "warmup-en-fr.json", {"seconds": 4.5, "peak_bytes": 3e9})
     write_json(cost / "score-en-fr.json", {"seconds": 0.5, "peak_bytes": 2e9})
-    for run, ms in (("full", [4.0]), ("low-6-en-fr", [2.5, 3.5]), ("lora", [5.0])):
+    for run, ms in (("full", [4.0]), ("low-6-en-fr", [2.5, 3.5]), ("lora", [5.0]),
+                    ("mixed-en-fr", [3.0, 5.5])):  # fmt: skip
         steps = read_json(changed.path("train", run, "seed-1", "metrics.json"))["steps"]
         entries = {str(n): {"seconds": steps * value / 1000, "peak_bytes": 1e9}
                    for n, value in enumerate(ms, start=1)}  # fmt: skip
@@ -262,14 +266,17 @@ def test_break_even_from_recorded_costs(changed):
     path = cost / "speed.low-6.json"
     write_json(path, read_json(path) | {"tokens_per_second": speeds})
     found = shown(changed)
-    full, low, lora, none = found["cost"]
+    full, low, lora, none, mixed = found["cost"]
     assert float(low["ms a step"]) == pytest.approx(3)
     assert float(low["ms a step sd"]) == pytest.approx(statistics.stdev([2.5, 3.5]))
     assert float(low["saved a step (ms)"]) == pytest.approx(1)
+    assert float(low["saved a step (ms) sd"]) == pytest.approx(statistics.stdev([2.5, 3.5]))
     assert float(low["before training (s)"]) == 5
     assert float(low["its peak memory (GB)"]) == 3
     assert float(low["steps to break even"]) == pytest.approx(5000)
     assert lora["steps to break even"] == "never: no faster"
+    told = "can't be told: the times differ by -0.25 ± 1.77 ms"
+    assert mixed["steps to break even"] == told, "seeds 2.5 ms apart"
     assert (lora["before training (s)"], full["steps to break even"]) == ("none", "–")
     assert none["trained parameters"] == "nothing trained"
     (speed,) = found["cost-speed"]
@@ -314,6 +321,8 @@ def test_figures_lie_beside_the_report(studied):
         "study-average-change-1", "study-average-change-2", "study-types-1", "study-types-2",
         "study-forgetting", "study-sensitivity",
     }  # fmt: skip
+    svg = (studied.root / "reports/figures/study-added.svg").read_text()
+    assert all(f">{way}, the paper's<" in svg for way in ("lowest", "reversed"))
     page = (studied.root / "reports/report.html").read_text()
     text = (studied.root / "reports/study/study.md").read_text()
     for title in (
@@ -360,6 +369,7 @@ def test_what_failed_says_why(changed):
         ("paper: {longer: [63, 68]}", "paper: {longer: [63]}", "paper.longer: got .*; a label of"),
         ("NeFT: [low-3, low-6]", "NeFT: [low-33]", "study.parts.1.series.NeFT: got 'low-33'; did"),
         ("more: [low-3, low-6]", "more: [low-3]", "pairs.more: got .*; two runs are compared"),
+        ("mixed: 27.0", "mixe: 27.0", "parts.3.paper: got 'mixe'; one that start or ways name"),
         ("start: low-3", "start: lo", "study.parts.3.start: got 'lo'; "),
         ("anchors: {low 3: [low 6, low 3", "anchors: {low: [low 6, low 3", "got the label 'low'"),
         ("metric: chrf", "metric: rouge1", "study.parts.7.metric: got 'rouge1'; known: bleu, chrf"),

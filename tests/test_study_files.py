@@ -1,5 +1,6 @@
 """Study files: what they stand for, and what is wrong with them, each in one line."""
 
+import itertools
 import math
 
 import pytest
@@ -257,6 +258,15 @@ def test_settings_go_into_the_file_or_into_what_came_of_it(folder):
          "a.yaml: study.parts.0.paper: NeFT: got the task 'fr-en'; one of tasks"),
         ("rows:", "paper: {NeFT: {en-fr: [3.0, 4.0]}}, rows:",
          "a.yaml: study.parts.0.paper: NeFT: en-fr: got [3.0, 4.0]; a number for each metric"),
+        ("show: table", "show: wins, trained: [en-fr], series: {A: [full], B: []}}\n"
+         "    - {show: table",
+         "a.yaml: study.parts.0.series.B: got []; at least 1 of them"),
+        ("show: table", "show: wins, trained: [en-fr], series: {A: [full, full], B: [full]}}\n"
+         "    - {show: table", "a.yaml: study.parts.0.series: got 2 and 1 names; as many of each"),
+        ("show: table", "show: wins, trained: [en-fr], series: {A: [ful], B: [full]}}\n"
+         "    - {show: table", "a.yaml: study.parts.0.series.A: got 'ful'; did you mean 'full'?"),
+        ("show: table", "show: wins, trained: [en-fr, en-fr], series: {A: [full], B: [full]}}\n"
+         "    - {show: table", "a.yaml: study.parts.0.trained: got en-fr, en-fr; each task once"),
         ("show: table", "show: tabel",
          "a.yaml: study.parts.0.show: got 'tabel'; allowed are "),
         ("title: A table", "titel: A table",
@@ -325,8 +335,27 @@ def test_packaged_studies_are_valid(name, tmp_path):
     found = parse_params(expand(STUDIES[name], tmp_path).data, name)
     assert found.study.title
     assert found.study.rates, "how learning rates were chosen"
+    if name == "cost":
+        assert found.jobs == 1, "seconds are told"
     if not name.startswith(("paper/", "tatoeba/")):
         assert all(len(run.seeds) == 3 for run in found.runs.values()) or name == "rates"
+
+
+def test_wins_that_the_note_on_the_papers_numbers_tells_are_those_of_its_table():
+    study = expand(PACKAGED / "paper" / "table6.yaml", PACKAGED).data["study"]
+    wins = next(part for part in study["parts"] if part["show"] == "wins")
+    label = {method: key for key, method in study["parts"][0]["rows"].items()}
+    neft, lora = ([label[name] for name in names] for names in wins["series"].values())
+    trained, tested = (dict.fromkeys(wins[key], 0) for key in ("trained", "tested"))
+    for part, (one, other) in itertools.product(study["parts"][:3], zip(neft, lora, strict=True)):
+        for task in tested:
+            better = part["paper"][one][task] > part["paper"][other][task]
+            trained[part["trained"]] += better
+            tested[task] += better
+    assert trained == {"en-zh": 9, "fr-zh": 12, "hi-zh": 2}
+    assert tested == {"en-zh": 7, "fr-zh": 8, "hi-zh": 8}
+    said = "9 times of 12 trained on En→Zh, 12 of 12 on Fr→Zh, 2 of 12 on Hi→Zh; tested on these 7"
+    assert said in wins["notes"][0]
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -33,6 +33,8 @@ PARTS = [
     {"show": "rates", "task": "en-fr", "title": LONG, "notes": [CODE]},
     {"show": "trade_off", "task": "en-fr", "title": RIGHT, "levels": {MATH: "base", CODE: "tuned"},
      "series": {CODE: ["full"], LONG: ["lora"], PIPES: ["neft"], RIGHT: ["neft"], HAN: ["full"]}},
+    {"show": "wins", "trained": ["en-fr"], "title": CODE, "notes": [PIPES],
+     "series": {CODE: ["full"], LONG: ["neft"]}},
     {"show": "added", "task": "en-fr", "start": "neft", "title": HAN,
      "ways": {text: ["full"] for text in HOSTILE}},
     {"show": "cost", "task": "en-fr", "title": PIPES, "rows": dict.fromkeys(HOSTILE, "neft")},
@@ -116,7 +118,7 @@ def test_in_csv_they_are_the_texts_themselves(hostile):
 def test_in_figures_they_are_short_and_drawn_without_a_warning(hostile):
     """Warnings are errors in tests; a name that matplotlib would hide is there."""
     files = list((hostile.root / REPORTS / "figures").glob("study-*.svg"))
-    assert len(files) == 4
+    assert len(files) == 5
     for path in files:
         tree = ElementTree.fromstring(path.read_text(encoding="utf-8"))
         said = {words("".join(node.itertext())) for node in tree.iter() if node.tag[-4:] == "text"}

@@ -290,6 +290,57 @@ def test_other_parts_take_the_best_rate_too(folder):
     assert found["notes"][-1].endswith("mean over its seeds: full: full-1e-3.")
 
 
+WINS = {"show": "wins", "trained": ["en-fr", "fr-en"], "tested": ["en-fr", "fr-en"],
+        "series": {"A": ["neft", "lora-2"], "B": ["full", "lora-9"]}}  # fmt: skip
+
+
+def counted(ws):
+    """Rows of the part `wins`, its notes, and its figures."""
+    summarise(ws)
+    gallery = Gallery()
+    pieces = study_parts.made(Findings.read(ws), gallery)
+    (table,) = (piece for piece in pieces if isinstance(piece, Table))
+    assert table.heads[2:] == ["A higher", "B higher", "equal", "neft − full", "lora-2 − lora-9"]
+    return [[cell.text for cell in row] for row in table.rows], table.notes, gallery.svgs
+
+
+def test_wins_by_hand(folder):
+    """NeFT leads full by 1 everywhere; LoRA's ranks are 9 apart, and equal where one gets 119 and
+    123, the other 120 and 122. Nothing that was trained on fr-en is tested on en-fr."""
+    ws = made(folder, [WINS])
+    add_run(ws, "lora-2-fr-en", {1: (119, 3.0, 9), 2: (123, 3.5, 9)}, 1)
+    rows, notes, drawn = counted(ws)
+    assert rows == [
+        ["en-fr", "en-fr", "1", "1", "0", "+1.00", "-9.00"],
+        ["fr-en", "en-fr", "1", "1", "0", "+1.00", "-9.00"],
+        ["en-fr", "fr-en", "0", "0", "0", "not there", "not there"],
+        ["fr-en", "fr-en", "1", "0", "1", "+1.00", "+0.00"],
+        ["en-fr", "all", "1", "1", "0", "–", "–"],
+        ["fr-en", "all", "2", "1", "1", "–", "–"],
+        ["all", "en-fr", "2", "2", "0", "–", "–"],
+        ["all", "fr-en", "1", "0", "1", "–", "–"],
+    ]
+    assert notes[0].endswith(": neft (816) and full (9,088); lora-2 (50) and lora-9 (950).")
+    assert list(drawn) == ["study-wins-tested", "study-wins-trained"]
+    assert all(">equal<" in svg for svg in drawn.values())
+
+
+def test_wins_on_what_was_trained_leave_out_what_failed(folder):
+    part = {key: value for key, value in WINS.items() if key != "tested"}
+    failed = {"evaluate@full-fr-en": "no memory"}
+    ws = made(folder, [part], failed)
+    for path in ws.path("evaluation", "full-fr-en").iterdir():
+        path.unlink()
+    rows, notes, drawn = counted(ws)
+    assert rows == [
+        ["en-fr", "en-fr", "1", "1", "0", "+1.00", "-9.00"],
+        ["fr-en", "fr-en", "0", "1", "0", "failed (1)", "-9.00"],
+    ]
+    assert notes[0] == "(1) no memory"
+    (svg,) = drawn.values()
+    assert ">equal<" not in svg, "nobody is"
+
+
 def test_a_run_tested_elsewhere_is_chosen_by_its_own_dev_loss(folder):
     part = FAIR | {"trained": "en-fr", "rows": {"FT": ["full", "lora-9"]}}
     found = shown(made(folder, [part], {"transfer@full-moved": "no memory"}))["t"]

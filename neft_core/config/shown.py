@@ -128,7 +128,7 @@ class OverlapSection(Shown):
 
 
 class TradeOffSection(OnTask):
-    """What is trained against what comes of it, a line for each method (Table 6, Fig. 2)."""
+    """What is trained against what comes of it, a line for each method (Table 6)."""
 
     show: Literal["trade_off"]
     """What is shown."""
@@ -183,6 +183,15 @@ class AddedSection(OnTask):
     """The run to which neurons are added."""
     ways: dict[str, Names] = Field(min_length=1)
     """For each way to add the runs that have more."""
+    paper: dict[str, float] = Field(default_factory=dict)
+    """By name, as in `start` and `ways`, what the paper reports where its setting is this one."""
+
+    @model_validator(mode="after")
+    def _reported_of_names(self) -> "AddedSection":
+        for name in self.paper:
+            if name not in self.methods():
+                raise refuse(f"paper: got '{name}'; one that start or ways name")
+        return self
 
     def _methods(self) -> Iterator[tuple[str, str]]:
         yield "start", self.start

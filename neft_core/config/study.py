@@ -105,6 +105,49 @@ class TableSection(Shown):
         return value
 
 
+class WinsSection(Shown):
+    """How often each of two methods scores higher than the other, level by level (Fig. 2)."""
+
+    show: Literal["wins"]
+    """What is shown."""
+    series: dict[str, Names] = Field(min_length=2, max_length=2)
+    """Two methods at several sizes, as many of each: what stands at the same place is compared."""
+    trained: list[str] = Field(min_length=1)
+    """Keys of `tasks`: those that the runs were trained on."""
+    tested: list[str] | None = Field(default=None, min_length=1)
+    """Keys of `tasks` on which each of the runs is tested; null: the one that it was trained on."""
+    metric: str | None = None
+    """A metric of the tasks' kind; null: its first."""
+
+    @model_validator(mode="after")
+    def _levels(self) -> "WinsSection":
+        first, second = self.series.values()
+        if len(first) != len(second):
+            raise refuse(f"series: got {len(first)} and {len(second)} names; as many of each")
+        for key, names in (("trained", self.trained), ("tested", self.tested or [])):
+            if len(set(names)) < len(names):
+                raise refuse(f"{key}: got {', '.join(names)}; each task once")
+        return self
+
+    def check(self, where: str, params: "Params") -> None:
+        """Tasks, the metric and the runs of each task are known."""
+        from neft_core.metrics import OF_TASK
+
+        for key, names in (("trained", self.trained), ("tested", self.tested or [])):
+            for task in names:
+                known(f"{where}.{key}", task, list(params.tasks))
+        for task in self.tested or self.trained:
+            if self.metric is not None:
+                of_kind = OF_TASK[params.tasks[task].format.task]
+                known(f"{where}.metric", self.metric, list(of_kind))
+        for task in self.trained:
+            runs = [name for name, run in params.runs.items() if run.task == task]
+            for label, names in self.series.items():
+                for name in names:
+                    if not candidates(name, task, runs):
+                        known(f"{where}.series.{label}", name, methods_on(task, runs))
+
+
 class RatesSection(Shown):
     """Dev losses by method and learning rate: which rate is the best of each."""
 
@@ -118,7 +161,9 @@ class RatesSection(Shown):
         known(f"{where}.task", self.task, params.tasks)
 
 
-PartSection = Annotated[TableSection | RatesSection | AnalysisSection, Field(discriminator="show")]
+PartSection = Annotated[
+    TableSection | WinsSection | RatesSection | AnalysisSection, Field(discriminator="show")
+]
 """Each kind of part has its section here, and its function in `PARTS` of study_parts.py."""
 
 
