@@ -170,7 +170,7 @@ def _differences(found: Findings, part: TableSection, name: str, title: str) -> 
         "Difference of the first metric to full fine-tuning, and to the LoRA that trains about as "
         "many parameters; of several alike to the one with the lowest dev loss. p: paired "
         f"bootstrap over the test rows ({samples:,} samples), seed by seed, of which the largest "
-        "counts; * p < 0.05, ** p < 0.01."
+        "counts, and 1 where seeds differ in sign; * p < 0.05, ** p < 0.01."
     )
     return [Table(name, title, heads, rows, [note])]
 

@@ -45,8 +45,9 @@ def summarise(ws: Workspace) -> None:
     seed: each seed of a run against the same seed (by position) of the run with method `full` on
     the same task, of the one with `lora` that trains about as many parameters (in summary.csv and
     the report alone), and against the base; of several alike the one with the lowest dev loss. With
-    several seeds the largest p-value stands in the table. A run that is tested on another task too
-    has a row there. What a study tells to have failed is left out.
+    several seeds the largest p-value stands in the table, and 1 where one seed is better and
+    another worse. A run that is tested on another task too has a row there. What a study tells to
+    have failed is left out.
     """
     params = ws.params()
     rows: list[Row] = []
@@ -171,8 +172,11 @@ def _compare(
                 metric=_metrics(params, task)[0],
             )
         )
-    row[f"delta_{name}"] = statistics.mean(float(outcome["delta"]) for outcome in outcomes)
-    row[f"p_{name}"] = max(outcome["p_value"] for outcome in outcomes)
+    deltas = [float(outcome["delta"]) for outcome in outcomes]
+    row[f"delta_{name}"] = statistics.mean(deltas)
+    # Seeds that contradict each other show nothing, however sure each is of itself.
+    opposed = min(deltas) < 0 < max(deltas)
+    row[f"p_{name}"] = 1.0 if opposed else max(outcome["p_value"] for outcome in outcomes)
 
 
 def _texts(path: Path) -> list[dict[str, Any]]:

@@ -115,13 +115,24 @@ def test_the_worst_p_of_the_seeds_and_the_mean_difference(ws):
     against_base = [p_values(2, 12), p_values(8, 12)]
     assert float(row["p_base"]) == max(p for _, p in against_base)
     lora = [p_values(2, 6), p_values(8, 6)]
-    assert float(row["p_lora"]) == max(p for _, p in lora)
     assert float(row["delta_lora"]) == pytest.approx(sum(d for d, _ in lora) / 2)
     assert table(ws)["en-fr", "lora"]["p_lora"] == ""
     assert float(row["delta_base"]) == pytest.approx(sum(d for d, _ in against_base) / 2)
     full = table(ws)["en-fr", "full"]
     assert full["p_full"] == full["delta_full"] == ""
     assert float(full["p_base"]) < 0.05
+
+
+def test_seeds_that_contradict_each_other_show_nothing(ws):
+    add_run(ws, "neft", {1: (20.0, 1.0, 2), 2: (26.0, 2.0, 11)}, 4)
+    summarise(ws)
+    up, down = p_values(2, 6), p_values(11, 6)
+    assert up[0] > 0 > down[0]
+    assert max(up[1], down[1]) < 0.05, "each by itself would be significant"
+    row = table(ws)["en-fr", "neft"]
+    assert float(row["delta_lora"]) == pytest.approx((up[0] + down[0]) / 2)
+    assert float(row["p_lora"]) == 1.0
+    assert float(row["p_base"]) == max(p_values(2, 12)[1], p_values(11, 12)[1]), "both are up"
 
 
 def test_a_task_without_full_has_no_comparison_with_it(ws):
