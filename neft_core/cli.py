@@ -175,7 +175,12 @@ def _parser() -> argparse.ArgumentParser:
     generate = command("generate", "base and fine-tuned model side by side")
     generate.add_argument("--run", required=True, metavar="NAME", help="a run of params.yaml")
     generate.add_argument("--seed", type=int, help="which seed of it (default: its first)")
-    generate.add_argument("--prompt", metavar="TEXT", help="source text; default: test sentences")
+    generate.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="source text (of nli a line with the premise, one with the hypothesis); default: test "
+        "sentences",
+    )
     generate.add_argument(
         "--count", type=int, default=5, help="how many test sentences (default: 5)"
     )

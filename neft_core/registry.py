@@ -18,7 +18,7 @@ import mlflow
 from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
 
-from neft_core import promotion, records, runs, serving
+from neft_core import answering, promotion, records, runs, serving
 from neft_core.delivery import seed_key
 from neft_core.errors import NeftError
 from neft_core.graph import Graph
@@ -161,7 +161,7 @@ def _answers(ws: Workspace, run: str, seed: int, champion: Any) -> Rows:
     params = ws.params()
     own = params.runs[run].task
     kind = params.tasks[own].format.task
-    columns = serving.COLUMNS[kind]
+    columns = answering.COLUMNS[kind]
     # Of texts that must not be long, the corpus may have more than were asked.
     asked = mine if columns == ("source",) else read_rows(ws.path("corpus", own, "test.jsonl"))
     if kind == "instruction":
@@ -224,7 +224,7 @@ def _save(ws: Workspace, run: str, folder: Path, target: Path, run_id: str, logg
 
     params = ws.params()
     kind = params.tasks[params.runs[run].task].format.task
-    columns = [ColSpec("string", name) for name in serving.COLUMNS[kind]]
+    columns = [ColSpec("string", name) for name in answering.COLUMNS[kind]]
     longest = ParamSpec("max_new_tokens", "long", params.evaluation.max_new_tokens)
     libraries = ("mlflow", "torch", "transformers", "peft", "safetensors")
     with warnings.catch_warnings():

@@ -7,7 +7,6 @@ revision, hash), or a merged checkpoint; and the params by which it was trained.
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pandas
 from mlflow.pyfunc import PythonModel
 
-from neft_core import __version__, config, loading
+from neft_core import __version__, answering, config, loading
 from neft_core.errors import NeftError
 from neft_core.files import read_json, write_json
 from neft_core.workspace import Workspace
@@ -25,14 +24,6 @@ FACTS, ANSWERS, CHECKPOINT = "neft.json", "answers.jsonl", "checkpoint"
 
 BASE = "NEFT_BASE"
 """Variable with the directory of the base model, where it isn't where it was."""
-
-COLUMNS = {
-    "translation": ("source",),
-    "summarisation": ("source",),
-    "instruction": ("prompt",),
-    "nli": ("premise", "hypothesis"),
-}
-"""What a question of each kind of task consists of."""
 
 
 def write(ws: Workspace, run: str, seed: int, folder: Path, merged: bool) -> None:
@@ -112,77 +103,25 @@ class Answering(PythonModel):  # type: ignore[misc]
 
         Args:
             context: MLflow's; not needed any more.
-            model_input: a table with the columns of `COLUMNS`.
+            model_input: a table with the columns of `answering.COLUMNS`.
             params: `max_new_tokens`, where other than in evaluation.
         """
         kind = self.params.tasks[self.task].format.task
-        columns = COLUMNS[kind]
+        columns = answering.COLUMNS[kind]
         asked = [
             {name: _text(row[name], name, number) for name in columns}
             for number, row in enumerate(model_input[list(columns)].to_dict("records"), 1)
         ]
-        answer = self._choose if kind == "nli" else self._generate
-        return answer(asked, dict(params or {}))
-
-    def _generate(self, asked: Sequence[Mapping[str, str]], more: Mapping[str, Any]) -> list[str]:
-        from neft_core import evaluation
-        from neft_core.encoding import encode_prompt, limit_sources
-
-        section = self.params.tasks[self.task].format
-        how = loading.form(self.params, self.task)
-        rows: list[dict[str, Any]] = [
-            {"source": row["source"], "target": ""}
-            if "source" in row
-            else {
-                "messages": [
-                    {"role": "user", "content": row["prompt"]},
-                    {"role": "assistant", "content": ""},
-                ]
-            }
-            for row in asked
-        ]
-        if isinstance(section, config.Summarisation):
-            limit = section.max_input
-            rows, _ = limit_sources(
-                rows, self.tokenizer, max_tokens=limit, drop=False, where="questions"
-            )
-        with loading.autocast(self.params):
-            texts = evaluation.generate(
-                self.model,
-                self.tokenizer,
-                [encode_prompt(row, how, self.tokenizer) for row in rows],
-                batch_size=self.params.evaluation.batch_size,
-                max_new_tokens=int(
-                    more.get("max_new_tokens") or self.params.evaluation.max_new_tokens
-                ),
-                context=self.context,
-                label="answers",
-            )
-        return texts if section.task == "instruction" else list(map(evaluation.first_line, texts))
-
-    def _choose(self, asked: Sequence[Mapping[str, str]], _more: Mapping[str, Any]) -> list[str]:
-        from neft_core import evaluation
-        from neft_core.encoding import encode_split
-        from neft_core.rows import LABELS
-
-        rows = [{**row, "label": label} for row in asked for label in LABELS]
-        arrays, _ = encode_split(
-            rows,
-            loading.form(self.params, self.task),
+        return answering.answers(
+            self.params,
+            self.task,
+            self.model,
             self.tokenizer,
-            max_tokens=self.params.tasks[self.task].format.max_tokens,
-            where="questions",
-            keep_long=True,
+            list(map(answering.asking, asked)),
+            context=self.context,
+            label="answers",
+            max_new_tokens=int((params or {}).get("max_new_tokens") or 0) or None,
         )
-        with loading.autocast(self.params):
-            found = evaluation.log_likelihoods(
-                self.model,
-                arrays,
-                pad=self.tokenizer.pad_token_id,
-                batch_size=self.params.evaluation.batch_size,
-                label="answers",
-            ).reshape(-1, len(LABELS))
-        return [LABELS[of_row.argmax()] for of_row in found]
 
 
 def _base(card: Any) -> Path:

@@ -5,8 +5,10 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY_PARAMS, edit, run_stages, tiny_pairs
 
+from neft_core import answering, loading, samples
 from neft_core.encoding import load_encoded
 from neft_core.errors import NeftError
 from neft_core.masks import NeuronScores
@@ -128,6 +130,82 @@ def test_a_run_answers_in_its_own_words_in_another_language(ws):
     """Both test files are the same here: with other words the likelihoods would be others."""
     own, moved = seed_rows(ws, "nli-full"), seed_rows(ws, "nli-full.nli-de")
     assert [row["log_likelihoods"] for row in moved] == [row["log_likelihoods"] for row in own]
+
+
+@pytest.mark.parametrize(("run", "task"), [("sum-full", "sum"), ("nli-full", "nli-fr")])
+def test_texts_side_by_side_are_those_of_the_evaluation(ws, capsys, run, task):
+    samples.show(ws, run, None, None, 9)
+    printed = capsys.readouterr().out
+    for name, rows in (
+        (run, seed_rows(ws, run)),
+        ("base", read_rows(ws.path("baseline", task, "base.jsonl"))),
+    ):
+        lines = [line.split(maxsplit=1) for line in printed.splitlines()]
+        shown = [" ".join(line[1:]) for line in lines if line and line[0] == name]
+        assert shown == [" ".join(row["hypothesis"].split(" ")) for row in rows], name
+
+
+def test_a_prompt_of_a_summary_is_cut_as_a_row_is(ws, capsys):
+    whole = {row["source"] for row in read_rows(ws.path("corpus", "sum", "test.jsonl"))}
+    cut = [row for row in seed_rows(ws, "sum-full") if row["source"] not in whole]
+    assert cut
+    for row in cut:
+        (text,) = (one for one in whole if one.startswith(row["source"]))
+        text = " ".join([text] * 20)  # more than the model takes
+        samples.show(ws, "sum-full", None, text, 1)
+        printed = capsys.readouterr().out
+        assert f"source     {text}\n" in printed
+        assert "reference" not in printed
+        assert printed.splitlines()[-1].removeprefix("sum-full").strip() == row["hypothesis"]
+
+
+def test_a_prompt_of_nli_is_answered_by_a_label(ws, capsys):
+    for row in seed_rows(ws, "nli-full"):
+        samples.show(ws, "nli-full", None, row["source"], 1)
+        printed = capsys.readouterr().out
+        assert printed.splitlines()[-1].split() == ["nli-full", row["hypothesis"]]
+
+
+@pytest.mark.parametrize(
+    ("run", "prompt", "line"),
+    [
+        ("nli-full", "p 1 h 3",
+         "got 1 line; nli asks for premise and hypothesis, each in a line of its own"),
+        ("nli-full", "p\nh\nx",
+         "got 3 lines; nli asks for premise and hypothesis, each in a line of its own"),
+        ("sum-full", " ", "got 0 lines; summarisation asks for source"),
+    ],
+)  # fmt: skip
+def test_a_prompt_that_is_no_question_of_the_task(ws, neft, run, prompt, line):
+    code, lines = neft(ws, "generate", "--run", run, "--prompt", prompt)
+    assert (code, lines) == (2, [f"neft: --prompt: {line}"])
+
+
+def test_an_answer_is_the_first_line(ws):
+    """A model that says `a`, a new line and `a` in turns, whatever it is asked."""
+    model, (card, tokenizer) = loading.load_base(ws), loading.base_card(ws)
+    letter, line = (tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in "a\n")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        seen = torch.zeros_like(model.lm_head.weight)
+        seen[:, 0], seen[letter] = 1, torch.eye(16)[1]
+        said = torch.zeros_like(seen)
+        said[letter, 0], said[line, 1] = 1, 1
+        model.model.embed_tokens.weight = torch.nn.Parameter(seen)
+        model.lm_head.weight = torch.nn.Parameter(said)
+        model.model.norm.weight.fill_(1)
+    ids = torch.tensor([[1, line]])
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False
+    )
+    assert found[0, 2:].tolist() == [letter, line, letter]
+    rows = read_rows(ws.path("corpus", "sum", "test.jsonl"))[:2]
+    answers = answering.answers(
+        ws.params(), "sum", model, tokenizer, rows, context=card.context, label="x"
+    )
+    assert answers == ["a", "a"]
 
 
 def test_a_task_without_training_rows_is_tested_on_alone(ws):
