@@ -1,6 +1,7 @@
 """Sections of the report: the result tables, and what they say in a sentence."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 
 from neft_core import figures
 from neft_core.findings import Findings, Row, mean, number
@@ -16,9 +17,10 @@ def heading(name: str) -> str:
 def verdict(found: Findings) -> Html:
     """The runs of each task by their score, in one sentence."""
     lines = []
-    for task in found.params.tasks:
-        runs, metrics = _trained(found, task), found.metrics(task)
-        if not runs or not metrics:
+    of_tasks = ((task, *of) for task in found.params.tasks for of in _trained(found, task).items())
+    for task, origin, runs in of_tasks:
+        metrics = found.metrics(task)
+        if not metrics:
             continue
         metric = metrics[0]
         best, *others = sorted(runs, key=lambda row: -(number(row[metric]) or 0.0))
@@ -31,7 +33,7 @@ def verdict(found: Findings) -> Html:
             fill(
                 "<li>{task}: {best} reaches {score} {metric} with {percent} % of the parameters "
                 "trained{others}{base}.</li>",
-                task=task,
+                task=task if origin == task else f"{task}, trained on {origin}",
                 best=strong(best["name"]),
                 score=_score(best, metric),
                 metric=heading(metric),
@@ -55,11 +57,12 @@ def results(found: Findings, gallery: Gallery) -> Html | str:
     bootstrap = found.params.evaluation.bootstrap
     note = (
         "Scores and losses are means over seeds, ± one standard deviation (n − 1). Bold: the best "
-        "of the runs. Δ: difference of the first metric to the task's full fine-tuning, to the "
-        "LoRA that trains about as many parameters (of several alike the one with the lowest dev "
-        "loss) and to the base; significance by paired bootstrap over the test rows "
-        f"({bootstrap:,} samples), seed by seed, of which the largest p counts. * p < 0.05, "
-        "** p < 0.01; without a mark the difference may be chance."
+        "of the runs trained on the same task. Δ: difference of the first metric to that task's "
+        "full fine-tuning, to the LoRA that trains about as many parameters (of several alike the "
+        "one with the lowest dev loss) and to the base; significance by paired bootstrap over the "
+        f"test rows ({bootstrap:,} samples), seed by seed, of which the largest p counts, and 1 "
+        "where seeds differ in sign. * p < 0.05, ** p < 0.01; without a mark the difference may "
+        "be chance."
     )
     return join([*parts, paragraph(note, kind="note"), _signatures(found)])
 
@@ -70,9 +73,13 @@ def _signatures(found: Findings) -> Html:
     return paragraph("Signatures: ", join(map(code, said), " · "), kind="note") if said else Html()
 
 
-def _trained(found: Findings, task: str) -> list[Row]:
-    """Rows of runs, without base and tuned model."""
-    return [row for row in found.rows(task) if row["name"] in found.params.runs]
+def _trained(found: Findings, task: str) -> dict[str, list[Row]]:
+    """Rows of runs, without base and tuned model, by the task that they were trained on."""
+    groups: dict[str, list[Row]] = {}
+    for row in found.rows(task):
+        if row["name"] in found.params.runs:
+            groups.setdefault(row.get("trained_on") or task, []).append(row)
+    return groups
 
 
 def _score(row: Row, metric: str) -> str:
@@ -84,8 +91,13 @@ def _results(found: Findings, task: str, rows: Sequence[Row]) -> Html:
     metrics, runs = found.metrics(task), set(found.params.runs)
     deltas = [n for n in ("full", "lora", "base") if any(row.get(f"delta_{n}") for row in rows)]
     trained = _trained(found, task)
-    tops = {m: max((number(r[m]) or 0.0 for r in trained), default=None) for m in metrics}
-    lowest = min(filter(None, (number(row["dev_loss"]) for row in trained)), default=None)
+    tops = {
+        (origin, m): max(number(row[m]) or 0.0 for row in of_origin)
+        for origin, of_origin in trained.items()
+        for m in metrics
+    }
+    losses = (number(row["dev_loss"]) for row in trained.get(task, []))
+    lowest = min(filter(None, losses), default=None)
     highest = max((number(row[m]) or 0.0 for row in rows for m in metrics[:1]), default=0.0)
     heads: list[tuple[object, bool]] = [("run", False)]
     heads += [(heading(metric), True) for metric in metrics]
@@ -100,13 +112,16 @@ def _results(found: Findings, task: str, rows: Sequence[Row]) -> Html:
         own = row["name"] in runs
         parameters, percent = number(row["parameters"]), number(row["percent"])
         method = row["method"] if row["method"] not in ("-", row["name"]) else ""
+        origin = row.get("trained_on") or task
+        if origin != task:
+            method = f"{method} trained on {origin}".strip()
         line: list[object] = [
             fill("{name} <small>{method}</small>", name=row["name"], method=method)
         ]
         for metric in metrics:
             value = number(row[metric])
             shown = spread(value, number(row.get(f"{metric}_std")))
-            best = own and value is not None and value == tops[metric]
+            best = own and value is not None and value == tops[origin, metric]
             cell = strong(shown) if best else shown
             if metric == metrics[0] and value is not None and highest > 0:
                 wide = f"{100 * max(value, 0) / highest:.1f}%"
@@ -151,9 +166,10 @@ def _delta(row: Row, name: str) -> Html:
 def _trade_off(found: Findings, task: str, gallery: Gallery) -> Iterator[Html]:
     trained, metrics = _trained(found, task), found.metrics(task)
     pieces = []
-    for metric in metrics:
+    for (origin, rows), metric in product(trained.items(), metrics):
+        moved = origin != task
         series: dict[str, list[figures.Place]] = {}
-        for row in trained:
+        for row in rows:
             parameters, value = number(row["parameters"]), number(row[metric])
             if parameters and value is not None:
                 place = (parameters, value, number(row.get(f"{metric}_std")))
@@ -166,9 +182,10 @@ def _trade_off(found: Findings, task: str, gallery: Gallery) -> Iterator[Html]:
         if series:
             pieces.append(
                 gallery.add(
-                    f"trade-off-{task}-{metric}",
+                    f"trade-off-{task}-{metric}" + (f"-from-{origin}" if moved else ""),
                     figures.trade_off(series, heading(metric), levels, _family_styles(found)),
-                    f"{heading(metric)} against trained parameters, {task}",
+                    f"{heading(metric)} against trained parameters, {task}"
+                    + (f", trained on {origin}" if moved else ""),
                     "A line is a method at several sizes; bars are one standard deviation over "
                     "seeds.",
                 )

@@ -241,6 +241,32 @@ def test_the_trade_off_has_a_line_for_each_method(written):
     assert all(f">{name}</text>" in drawn for name in ("base", "full", "lora", "neft lowest"))
 
 
+def test_runs_of_another_task_are_told_apart(tmp_path):
+    """All three of en-fr are tested on fr-en too, where they have more than its own run."""
+    ws = by_hand(tmp_path)
+    moved = "".join(f"  {n}-moved: {{run: {n}, task: fr-en}}\n" for n in ("full", "lora", "neft"))
+    edit(ws, ("evaluation:", f"transfers:\n{moved}evaluation:"))
+    for name in ("full", "lora", "neft"):
+        place = ws.path("evaluation", name)
+        shutil.copytree(place, place.with_name(f"{name}.fr-en"))
+    summarise(ws)
+    found = Findings.read(ws)
+    said = re.sub("<[^>]+>", "", str(result_sections.verdict(found))).replace(".;", ";")
+    assert "fr-en: other reaches 9.00 BLEU with 12.3 % of the parameters trained; the base" in said
+    assert "fr-en, trained on en-fr: full reaches 30.00 BLEU" in said
+    gallery = Gallery()
+    piece = str(result_sections.results(found, gallery)).split("<h3>fr-en</h3>")[1]
+    best = re.findall(r"<strong>(.*?)</strong>", piece)
+    assert [re.sub("<[^>]+>", "", text).split()[0] for text in best] == [
+        "9.00", "4.50", "3.000", "30.00", "15.00",
+    ]  # fmt: skip
+    assert "full trained on en-fr" in cells(piece)
+    own, other = (gallery.svgs[f"trade-off-fr-en-bleu{name}"] for name in ("", "-from-en-fr"))
+    names = ("full", "lora", "neft lowest")
+    assert [name for name in names if f">{name}</text>" in own] == ["lora"], "of its own run"
+    assert [name for name in names if f">{name}</text>" in other] == list(names)
+
+
 # Neurons
 
 UP, DOWN = Group("m.layers.0.up_proj", 0, 0, 4, 8), Group("m.layers.1.up_proj", 0, 10, 6, 8, step=2)
