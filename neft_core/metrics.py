@@ -134,21 +134,27 @@ def rouge_words(text: str) -> list[str]:
     """Words for ROUGE: the same for English as rouge-score's own, and right beyond it.
 
     Lower-cased runs of letters, digits and the marks that belong to them (accents, vowel signs of
-    Devanagari); Chinese characters and Japanese kana each by itself. Whatever else stands between
-    parts words: apostrophe, hyphen, underscore, danda. Joiners inside a word vanish.
+    Devanagari); Chinese characters and Japanese kana each by itself, with its marks. Whatever else
+    stands between parts words: apostrophe, hyphen, underscore, danda. Joiners inside a word vanish,
+    and so do marks of what is no letter, such as an emoji's.
     """
     words: list[str] = []
-    within = False
+    marked = within = False  # whether a mark, and whether a letter, would belong to the last word
     for char in unicodedata.normalize("NFC", text).lower():
         if char in _JOINERS:
             continue
-        letter = unicodedata.category(char)[0] in "LMN"
-        alone = letter and _ALONE.match(char) is not None
-        if letter and within and not alone:
+        kind = unicodedata.category(char)[0]
+        if kind == "M":
+            if marked:
+                words[-1] += char
+            continue
+        marked = kind in "LN"
+        alone = _ALONE.match(char) is not None
+        if marked and within and not alone:
             words[-1] += char
-        elif letter:
+        elif marked:
             words.append(char)
-        within = letter and not alone
+        within = marked and not alone
     return words
 
 

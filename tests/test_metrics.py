@@ -251,6 +251,9 @@ ROUGE_BY_HAND = [
     ("the cat the cat", "the cat", (2, 4, 2), (1, 3, 1), (2, 4, 2)),
     ("", "गाना", (0, 0, 1), (0, 0, 0), (0, 0, 1)),
     ("。！", "你好", (0, 0, 2), (0, 0, 1), (0, 0, 2)),
+    ("I \u2764\ufe0f cats", "I like cats", (2, 2, 3), (0, 1, 2), (2, 2, 3)),
+    ("ग\u0302\u2764\ufe0f घर", "घर", (1, 2, 1), (0, 1, 0), (1, 2, 1)),
+    ("葛\U000e0100城", "葛\U000e0100市", (1, 2, 2), (0, 1, 1), (1, 2, 2)),
 ]  # fmt: skip
 
 
@@ -272,6 +275,11 @@ def test_rouge_by_hand(hypothesis, reference, one, two, longest):
         ("カタカナと漢字々", list("カタカナと漢字々")),
         ("한국어 단어", ["한국어", "단어"]),
         ("５０％ 𠮷野", ["５０", "𠮷", "野"]),
+        ("so \u2764\ufe0f good\u2600\ufe0f", ["so", "good"]),
+        ("\u0301a -\u0301b", ["a", "b"]),
+        ("葛\U000e0100城x\u0302y", ["葛\U000e0100", "城", "x\u0302y"]),
+        ("カ\u309aキ", ["カ\u309a", "キ"]),
+        ("1\ufe0f\u20e3 葛\u200d\U000e0100", ["1\ufe0f\u20e3", "葛\U000e0100"]),
     ],
 )
 def test_words_of_rouge(text, words):
@@ -293,6 +301,7 @@ def test_rouge_of_english_is_rouge_scores_own():
         "(sat)",
         "a",
         "\u2014",
+        "\u2764\ufe0f",
     ]
     kinds = ["rouge1", "rouge2", "rougeL"]
     theirs = RougeScorer(kinds)
