@@ -137,19 +137,20 @@ def select_below(
     _check_scores(scores)
     values = _all(scores)
     least, most = (float(edge) for edge in values.aminmax())
+    key = "below_scaled" if scaled else "below"
     if not scaled:
         # 1 - below is exact near 1, where 1 - sensitivity would lose what tells neurons apart.
         chosen = values > 1 - below
     elif least < most:
         chosen = (most - values) / (most - least) < below
     else:
-        raise NeftError(f"below: all {len(values)} similarities are equal; they can't be scaled")
+        raise NeftError(f"{key}: all {len(values)} similarities are equal; they can't be scaled")
     count = int(chosen.sum())
     if not any_size and count in (0, len(values)):
         what = "no neuron" if count == 0 else f"all {count} neurons"
         low, high = ("0", "1") if scaled else (f"{1 - most:.12g}", f"{1 - least:.12g}")
         raise NeftError(
-            f"below: got {below:g}, which selects {what}; the similarities go from {low} to "
+            f"{key}: got {below:g}, which selects {what}; the similarities go from {low} to "
             f"{high}{' when scaled' if scaled else ''}"
         )
     made = {"policy": "threshold", "below": f"{below:.17g}", "scaled": str(scaled).lower()}

@@ -285,8 +285,12 @@ def test_a_threshold_tells_similarities_near_one_apart():
             "below: got 0.1, which selects no neuron; the similarities go from 0.2 to 0.9",
         ),
         (1, False, "below: got 1, which selects all 3 neurons; the similarities go from 0.2 to"),
-        (0, True, "below: got 0, which selects no neuron; the similarities go from 0 to 1 when"),
-        (1.5, True, "below: got 1.5, which selects all 3 neurons; the"),
+        (
+            0,
+            True,
+            "below_scaled: got 0, which selects no neuron; the similarities go from 0 to 1 when",
+        ),
+        (1.5, True, "below_scaled: got 1.5, which selects all 3 neurons; the"),
     ],
 )
 def test_a_threshold_for_nothing_or_everything_is_refused(below, scaled, text):
@@ -297,7 +301,7 @@ def test_a_threshold_for_nothing_or_everything_is_refused(below, scaled, text):
 
 
 def test_equal_similarities_cannot_be_scaled():
-    with pytest.raises(NeftError, match="below: all 2 similarities are equal; they can't be sca"):
+    with pytest.raises(NeftError, match="below_scaled: all 2 similarities are equal; they "):
         select_below(scored({"a": ([0.5, 0.5], 10)}), 0.5, scaled=True, any_size=True)
 
 
