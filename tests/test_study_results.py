@@ -8,6 +8,7 @@ from test_summary import add_baseline, add_run, p_values
 
 from neft_core import study_parts
 from neft_core.config import read_yaml, yaml_text
+from neft_core.errors import NeftError
 from neft_core.findings import Findings
 from neft_core.page import Gallery
 from neft_core.report import report
@@ -175,6 +176,45 @@ def test_rates_by_hand(folder):
     assert found["neft, lowest 9 %"] == ["–", "1.000 ± 0.000", "–", "0.01"]
     assert found["lora, rank 9"] == ["–", "–", "failed (1)", "–"]
     assert found["notes"][-1].endswith("tried: full; lora, rank 2; neft, lowest 9 %.")
+
+
+def test_runs_that_differ_in_more_than_words_have_rows_of_their_own(folder):
+    data = read_yaml(made(folder, [{"show": "rates", "task": "en-fr"}]).params_file)
+    random = {"name": "neft", "policy": "random", "percent": 9}
+    methods = {
+        "full": random,
+        "neft": random | {"seed": 2},
+        "lora-2": METHODS["lora-9"] | {"alpha": 18},
+        "lora-9": METHODS["lora-9"] | {"alpha": 5, "dropout": 0.1},
+    }
+    for name, method in methods.items():
+        data["runs"][f"{name}-en-fr"]["method"] = method
+    (folder / "params.yaml").write_text(yaml_text(data))
+    found = shown(Workspace(folder))["rates"]
+    assert {label: row[0] for label, row in found.items() if label not in ("heads", "notes")} == {
+        "neft, random 9 %": "1.250 ± 0.354",
+        "neft, random 9 %, seed 2": "1.000 ± 0.000",
+        "lora, rank 9": "3.250 ± 0.354",
+        "lora, rank 9, alpha 5, dropout 0.1": "2.250 ± 0.354",
+    }
+
+
+def test_runs_of_one_place_are_refused(folder):
+    ws = made(folder, [TABLE, {"show": "rates", "task": "en-fr"}])
+    data = read_yaml(ws.params_file)
+    data["runs"]["again"] = data["runs"]["lora-9-en-fr"] | {"epochs": 3, "lr": 1e-3}
+    data["runs"]["elsewhere"] = data["runs"]["again"] | {"task": "fr-en"}
+    data["runs"]["faster"] = data["runs"]["again"] | {"lr": 2e-3}
+    (folder / "params.yaml").write_text(yaml_text(data))
+    with pytest.raises(NeftError) as fault:
+        ws.params()
+    assert str(fault.value).endswith(
+        "params.yaml: study.parts.1.task: runs lora-9-en-fr and again are both lora, rank 9 at "
+        "rate 0.001; of a task with such a part give each method a rate once"
+    )
+    del data["runs"]["again"]
+    (folder / "params.yaml").write_text(yaml_text(data))
+    assert "faster" in ws.params().runs
 
 
 def test_a_rate_between_others_needs_no_further_one(folder):

@@ -52,8 +52,11 @@ class Lora(Section):
     """Dropout before the first factor."""
 
     def words(self) -> str:
-        """As tables say it."""
-        return f"lora, rank {self.rank}"
+        """As tables say it: `lora, rank 8`, and what is not by default."""
+        said = f"lora, rank {self.rank}"
+        if self.alpha not in (None, 2 * self.rank):
+            said += f", alpha {self.alpha:g}"
+        return said + (f", dropout {self.dropout:g}" if self.dropout else "")
 
 
 class Selection(Section):
@@ -121,7 +124,7 @@ class Selection(Section):
         return [self.scores or task]
 
     def words(self) -> str:
-        """As tables say it: `lowest 9 %`, `union of a, b 6 %`."""
+        """As tables say it: `lowest 9 %`, `union of a, b 6 %`, `random 9 %, seed 2`."""
         amount = {
             "percent": "{:g} %",
             "neurons": "{} neurons",
@@ -136,7 +139,9 @@ class Selection(Section):
         )
         if isinstance(self.scores, list):
             return f"{self.policy} of {', '.join(self.scores)}, {budget}"
-        return f"{self.policy} {budget}" + (f" by {self.scores}" if self.scores else "")
+        said = f"{self.policy} {budget}" + (f" by {self.scores}" if self.scores else "")
+        drawn = self.policy == "random" and self.seed != type(self).model_fields["seed"].default
+        return said + (f", seed {self.seed}" if drawn else "")
 
 
 class Neft(Selection):

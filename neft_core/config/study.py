@@ -157,8 +157,19 @@ class RatesSection(Shown):
     """A key of `tasks`."""
 
     def check(self, where: str, params: "Params") -> None:
-        """The task is known."""
+        """The task is known, and no two of its runs stand in one place."""
         known(f"{where}.task", self.task, params.tasks)
+        places: dict[tuple[str, float], str] = {}
+        for name, run in params.runs.items():
+            rate = run.lr or params.training.lr
+            if run.task != self.task:
+                continue
+            other = places.setdefault((run.method.words(), rate), name)
+            if other != name:
+                raise refuse(
+                    f"{where}.task: runs {other} and {name} are both {run.method.words()} at "
+                    f"rate {rate:g}; of a task with such a part give each method a rate once"
+                )
 
 
 PartSection = Annotated[
