@@ -117,18 +117,29 @@ def speed(ws: Workspace, name: str) -> None:
     print(f"speed {name}: tokens a second: {told}")
 
 
-def load_plain(ws: Workspace, name: str, task: str, seed: int | None) -> Any:
-    """A plain model: the base, the tuned one of a task, or a run's with its adapter merged."""
+def load_plain(ws: Workspace, name: str, task: str, seed: int | None, exact: bool = False) -> Any:
+    """A plain model: the base, the tuned one of a task, or a run's with its adapter merged.
+
+    Args:
+        ws: the workspace.
+        name: `base`, `tuned`, or a run.
+        task: of the tuned model.
+        seed: of the run; None: its first.
+        exact: hold all weights in fp32: merged in half precision, what was trained is rounded.
+    """
     params = ws.params()
     if name in ("base", "tuned"):
         folder = ws.path("warmup", task) if name == "tuned" else None
         card, _ = loading.base_card(ws)
-        return loading.load_as_base(ws, card, params, folder).to(loading.device(params))
+        # Frozen weights have the values that training had, also where the base's files had more.
+        dtype = "float32" if folder and exact else None
+        model = loading.load_as_base(ws, card, params, folder, dtype).to(loading.device(params))
+        return model.float() if exact else model
     if name not in params.runs:
         known = ", ".join(params.runs)
         raise NeftError(f"utilisation: no run '{name}'; known: base, tuned, {known}")
     chosen = params.runs[name].seeds[0] if seed is None else seed
-    model, _ = runs.load_trained(ws, name, chosen)
+    model, _ = runs.load_trained(ws, name, chosen, exact)
     merge: Callable[[], Any] | None = getattr(model, "merge_and_unload", None)
     return merge() if merge else model
 
@@ -139,7 +150,7 @@ def used_by(
     """How much a model (see `load_plain`) uses each candidate, on dev rows of a task."""
     from neft_core import utilisation as core
 
-    model = load_plain(ws, name, task, seed)
+    model = load_plain(ws, name, task, seed, exact=True)
     states = _states(ws, model, task, count)
     layout = ws.params().scoring.candidates
     return core.utilisation(model, states, layout, per_example=per_example)

@@ -14,7 +14,6 @@ from neft_core.loading import (
     base_card,
     device,
     load_as_base,
-    load_base,
     optimisation,
     placement,
 )
@@ -299,8 +298,14 @@ def chosen_seed(params: config.Params, run: str, seed: int | None) -> int:
     return seeds[0] if seed is None else seed
 
 
-def load_trained(ws: Workspace, run: str, seed: int) -> tuple[Any, Any]:
+def load_trained(ws: Workspace, run: str, seed: int, exact: bool = False) -> tuple[Any, Any]:
     """A run's model with its adapter, and its tokenizer.
+
+    Args:
+        ws: the workspace.
+        run: its name.
+        seed: one of its seeds.
+        exact: hold frozen weights in fp32 too, with the values that they had in training.
 
     Raises:
         NeftError: the run isn't trained, or its adapter is of another base model.
@@ -310,10 +315,13 @@ def load_trained(ws: Workspace, run: str, seed: int) -> tuple[Any, Any]:
     params = ws.params()
     method = params.runs[run].method
     card, tokenizer = base_card(ws)
+    model = load_as_base(ws, card, params)
+    if exact:
+        model = model.float()
     if trains_nothing(ws.path("train", run, f"seed-{seed}")):
-        return load_base(ws), tokenizer
+        return model.to(device(params)), tokenizer
     model = METHODS[method.name].load(
-        load_as_base(ws, card, params),
+        model,
         method.model_dump(),
         card.model_type,
         ws.path("train", run, f"seed-{seed}"),

@@ -48,6 +48,38 @@ def test_ranks_of_base_and_seeds(measured):
     assert path.read_bytes() == first
 
 
+def test_what_was_trained_is_ranked_unrounded(copied):
+    """With frozen weights in bf16, by values written into them by hand, in fp32."""
+    from neft_core import utilisation
+    from neft_core.measures import _states, load_plain, used_by
+    from neft_core.tuner import neft_layers
+
+    edit(copied, ("dtype: auto, mixed_precision: auto", "dtype: bfloat16, mixed_precision: 'no'"))
+    plain = loading.load_base(copied)
+    assert plain.dtype == torch.bfloat16
+    base = {name: value.float() for name, value in plain.state_dict().items()}
+    trained = runs.load_trained(copied, "neft", 2)[0].get_base_model()
+    by_hand = loading.load_base(copied).float()
+    for name, layer in neft_layers(trained).items():
+        values, index = layer.neft_values["default"].detach(), layer.neft_indices["default"]
+        weight = by_hand.get_submodule(name).weight.data
+        weight.index_copy_(layer.axis, index, values if layer.axis == 0 else values.T)
+        assert not torch.equal(weight.bfloat16().float(), weight), "there is something to round"
+    for name, model in (("base", base), ("neft", by_hand.state_dict())):
+        found = load_plain(copied, name, "en-fr", None if name == "base" else 2, exact=True)
+        assert all(torch.equal(value, model[n]) for n, value in found.state_dict().items())
+    full = load_tensors(copied.path("train", "full", "seed-1", "adapter.safetensors"), "")[0]
+    found = dict(load_plain(copied, "full", "en-fr", 1, exact=True).named_parameters())
+    assert all(torch.equal(value, found[name]) for name, value in full.items())
+    tuned = load_plain(copied, "tuned", "en-fr", None, exact=True).state_dict()
+    told = load_tensors(copied.path("warmup", "en-fr", "model.safetensors"), "")[0]
+    assert all(torch.equal(value.float(), tuned[name]) for name, value in told.items())
+    used = used_by(copied, "neft", "en-fr", 4, 2, False)
+    wanted = utilisation.utilisation(by_hand, _states(copied, by_hand, "en-fr", 4), "mlp")
+    assert all(torch.equal(wanted.pearson[name], value) for name, value in used.pearson.items())
+    assert load_plain(copied, "neft", "en-fr", 2).dtype == torch.bfloat16, "as it is served"
+
+
 def test_loss_before_and_after(measured):
     run_stages(measured, "forgetting")
     found = read_json(measured.path("evaluation", "forgetting.neft.json"))
