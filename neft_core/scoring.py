@@ -300,8 +300,9 @@ def _save(ws: Workspace, stage: str, name: str, found: Any) -> None:
 
     found.save(ws.path("scores", f"{name}.safetensors"))
     every = torch.cat(list(found.sensitivity.values()))
-    marks = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.91, 1.0], dtype=torch.float64)
-    quantiles = dict(zip(marks.tolist(), torch.quantile(every, marks).tolist(), strict=True))
+    marks = [0.0, 0.25, 0.5, 0.75, 0.91, 1.0]
+    # torch's own takes 2**24 values at most, and a large mixture of experts has more neurons.
+    quantiles = dict(zip(marks, np.quantile(every.numpy(), marks).tolist(), strict=True))
     write_json(
         ws.path("scores", f"{name}.json"),
         {

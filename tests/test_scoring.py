@@ -10,8 +10,10 @@ from conftest import edit, run_stages
 
 from neft_core.gradients import gradient_scores
 from neft_core.graph import Graph
+from neft_core.groups import Group
 from neft_core.loading import base_card, load_as_base
 from neft_core.masks import NeuronMask, NeuronScores
+from neft_core.scoring import _save
 from neft_core.similarity import score_neurons
 from neft_core.workspace import Workspace
 
@@ -205,7 +207,7 @@ def test_new_entries_make_nothing_else_stale(scored, monkeypatch):
         ("policy: threshold, below: -0.5",
          r"params.yaml: runs.bad.method.below: got -0.5, which selects no neuron; the sim"),
         ("policy: threshold, below_scaled: 2",
-         r"params.yaml: runs.bad.method.below: got 2, which selects all 96 neurons; the simil"),
+         r"params.yaml: runs.bad.method.below_scaled: got 2, which selects all 96 neurons; the"),
         ("percent: 90",
          r"params.yaml: runs.bad.method.percent: got 90; at most 16.9 with layout 'mlp'"),
         ("parts: [{percent: 3}, {policy: reversed, neurons: 97}]",
@@ -221,6 +223,22 @@ def test_what_selects_nothing_or_too_much_is_told_in_one_line(scored, tmp_path, 
     assert lines[0].startswith(f"neft: {line}")
     assert not ws.path("masks", "bad.safetensors").exists()
     assert chosen(mask_of(ws, "both")) == chosen(mask_of(scored, "both"))
+
+
+def test_quantiles_of_more_neurons_than_torch_takes(scored, tmp_path):
+    every = torch.arange((1 << 24) + 1, dtype=torch.float64).flip(0)
+    with pytest.raises(RuntimeError, match="too large"):
+        torch.quantile(every, 0.5)
+    ws = Workspace(tmp_path)
+    group = Group("up", 0, 0, len(every), 1)
+    _save(ws, "score", "large", NeuronScores({"up": every}, {"up": group}, len(every)))
+    found = json.loads(ws.path("scores", "large.json").read_text())["sensitivity_quantiles"]
+    assert found == {f"{mark:g}": mark * 2**24 for mark in (0.0, 0.25, 0.5, 0.75, 0.91, 1.0)}
+    for name in ("en-fr", "grad"):
+        values = torch.cat(list(scores_of(scored, name).sensitivity.values()))
+        told = json.loads(scored.path("scores", f"{name}.json").read_text())
+        for mark, value in told["sensitivity_quantiles"].items():
+            assert value == float(torch.quantile(values, float(mark)))
 
 
 def test_an_empty_mask_where_any_size_is_an_answer(scored, tmp_path, neft):
