@@ -18,10 +18,13 @@ def show(ws: Workspace, run: str, seed: int | None, prompt: str | None, count: i
     if count < 1:
         raise NeftError(f"--count {count}: at least 1 sentence")
     task = params.runs[run].task
-    if prompt is None:
-        rows = read_rows(ws.path("corpus", task, "test.jsonl"))[:count]
+    kind = params.tasks[task].format.task
+    if prompt is not None:
+        rows = [_asked(prompt, kind)]
+    elif "source" in answering.COLUMNS[kind]:  # as evaluation has them, none that it left out
+        rows = read_rows(ws.path("prepared", task, "references.jsonl"))[:count]
     else:
-        rows = [_asked(prompt, params.tasks[task].format.task)]
+        rows = read_rows(ws.path("corpus", task, "test.jsonl"))[:count]
     tuned, tokenizer = runs.load_trained(ws, run, chosen)
     answers = {
         name: answering.answers(
