@@ -116,6 +116,6 @@ def test_counts_below_thresholds():
     assert below_counts(scores, [0.0, 0.4, 0.6, 1.0], scaled=True) == [
         (0.0, 0), (0.4, 1), (0.6, 2), (1.0, 3),
     ]  # fmt: skip
-    with pytest.raises(NeftError, match=re.escape("below: all 2 similarities are equal")):
+    with pytest.raises(NeftError, match=re.escape("below_scaled: all 2 similarities are equal")):
         below_counts(scored({"a": ([0.5, 0.5], 10)}), [0.5], scaled=True)
     assert torch.is_tensor(scores.sensitivity["a"])

@@ -121,7 +121,12 @@ def test_save_and_load(tmp_path, make, kind, low_cpu_mem_usage):
     assert "mask" not in saved
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, NeftConfig)
+    # Beside what the mask says, how many rows or columns there are in all.
+    sizes = {name: entry.pop("size") for name, entry in loaded.modules.items()}
     assert loaded.modules == config(kind).modules
+    for name, size in sizes.items():
+        shape = make().get_submodule(name).weight.shape
+        assert size == shape[loaded.modules[name]["axis"] ^ (kind == "gpt2")]
     assert loaded.provenance == mask_for(make(), kind).provenance
 
     again = PeftModel.from_pretrained(make(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
