@@ -52,67 +52,95 @@ def answers(
         label: for progress.
         max_new_tokens: longest answer, in tokens; None: as in evaluation.
     """
-    kind = params.tasks[task].format.task
-    with loading.autocast(params):
-        if kind == "nli":
-            return _chosen(params, task, model, tokenizer, rows, label)
-        longest = max_new_tokens or params.evaluation.max_new_tokens
-        return _generated(params, task, model, tokenizer, rows, label, context, longest)
-
-
-def _generated(
-    params: config.Params,
-    task: str,
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Row],
-    label: str,
-    context: int,
-    max_new_tokens: int,
-) -> list[str]:
-    from neft_core import evaluation
-    from neft_core.encoding import encode_prompt, limit_sources
+    from neft_core.encoding import encode_prompt, encode_split, limit_sources
 
     section, how = params.tasks[task].format, loading.form(params, task)
+    if isinstance(section, config.Nli):
+        arrays, _ = encode_split(
+            [{**row, "label": choice} for row in rows for choice in LABELS],
+            how,
+            tokenizer,
+            max_tokens=section.max_tokens,
+            where="questions",
+            keep_long=True,
+        )
+        found = likelihoods(params, model, tokenizer, arrays, label)
+        return [LABELS[of_row.argmax()] for of_row in found]
     if isinstance(section, config.Summarisation):
         limit = section.max_input
         rows, _ = limit_sources(rows, tokenizer, max_tokens=limit, drop=False, where="questions")
-    texts = evaluation.generate(
+    prompts = [encode_prompt(row, how, tokenizer) for row in rows]
+    return generated(
+        params,
+        task,
         model,
         tokenizer,
-        [encode_prompt(row, how, tokenizer) for row in rows],
-        batch_size=params.evaluation.batch_size,
-        max_new_tokens=max_new_tokens,
+        prompts,
         context=context,
         label=label,
+        max_new_tokens=max_new_tokens,
     )
-    return texts if section.task == "instruction" else list(map(evaluation.first_line, texts))
 
 
-def _chosen(
+def generated(
     params: config.Params,
     task: str,
     model: Any,
     tokenizer: Any,
-    rows: Sequence[Row],
+    prompts: Sequence[list[int]],
+    *,
+    context: int,
     label: str,
+    max_new_tokens: int | None = None,
 ) -> list[str]:
-    from neft_core import evaluation
-    from neft_core.encoding import encode_split
+    """What the model says to each prompt, but for an instruction its first line.
 
-    arrays, _ = encode_split(
-        [{**row, "label": choice} for row in rows for choice in LABELS],
-        loading.form(params, task),
-        tokenizer,
-        max_tokens=params.tasks[task].format.max_tokens,
-        where="questions",
-        keep_long=True,
-    )
-    found = evaluation.log_likelihoods(
-        model,
-        arrays,
-        pad=tokenizer.pad_token_id,
-        batch_size=params.evaluation.batch_size,
-        label=label,
-    ).reshape(-1, len(LABELS))
-    return [LABELS[of_row.argmax()] for of_row in found]
+    Args:
+        params: see `answers`, as the others.
+        task: whose answers they are.
+        model: on its device.
+        tokenizer: its tokenizer.
+        prompts: token ids.
+        context: longest sequence of the model.
+        label: for progress.
+        max_new_tokens: longest answer.
+    """
+    from neft_core import evaluation
+
+    with loading.autocast(params):
+        texts = evaluation.generate(
+            model,
+            tokenizer,
+            prompts,
+            batch_size=params.evaluation.batch_size,
+            max_new_tokens=max_new_tokens or params.evaluation.max_new_tokens,
+            context=context,
+            label=label,
+        )
+    whole = params.tasks[task].format.task == "instruction"
+    return texts if whole else [evaluation.first_line(text) for text in texts]
+
+
+def likelihoods(
+    params: config.Params, model: Any, tokenizer: Any, arrays: dict[str, Any], label: str
+) -> Any:
+    """Of every row and label in nats, [rows, labels].
+
+    Args:
+        params: see `answers`, as the others.
+        model: on its device.
+        tokenizer: its tokenizer.
+        arrays: each row once with each of `LABELS`, as `encode_split` makes them.
+        label: for progress.
+    """
+    from neft_core import evaluation
+
+    with loading.autocast(params):
+        found = evaluation.log_likelihoods(
+            model,
+            arrays,
+            pad=tokenizer.pad_token_id,
+            batch_size=params.evaluation.batch_size,
+            label=label,
+        )
+    return found.reshape(-1, len(LABELS))

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from neft_core import config, ranks
+from neft_core import answering, config, ranks
 from neft_core.files import replacing, write_json
-from neft_core.loading import autocast, base_card, device, load_as_base
+from neft_core.loading import base_card, device, load_as_base
 from neft_core.runs import load_trained
 from neft_core.workspace import Workspace
 
@@ -88,25 +88,15 @@ def _generated(
     ws: Workspace, task: str, model: Any, tokenizer: Any, label: str
 ) -> list[dict[str, Any]]:
     """What the model says to each prompt."""
-    from neft_core import evaluation
     from neft_core.encoding import load_encoded
 
-    params = ws.params()
     arrays, _ = load_encoded(ws.path("prepared", task, "test.safetensors"))
     starts = zip(arrays["offsets"], arrays["prompts"], strict=False)
     prompts = [arrays["tokens"][start : start + length].tolist() for start, length in starts]
-    with autocast(params):
-        texts = evaluation.generate(
-            model,
-            tokenizer,
-            prompts,
-            batch_size=params.evaluation.batch_size,
-            max_new_tokens=params.evaluation.max_new_tokens,
-            context=base_card(ws)[0].context,
-            label=label,
-        )
-    if params.tasks[task].format.task != "instruction":
-        texts = [evaluation.first_line(text) for text in texts]
+    context = base_card(ws)[0].context
+    texts = answering.generated(
+        ws.params(), task, model, tokenizer, prompts, context=context, label=label
+    )
     return [{"hypothesis": text} for text in texts]
 
 
@@ -114,20 +104,11 @@ def _chosen(
     ws: Workspace, task: str, model: Any, tokenizer: Any, label: str
 ) -> list[dict[str, Any]]:
     """The label that the model finds likeliest for each row; of equal ones the first."""
-    from neft_core import evaluation
     from neft_core.encoding import load_encoded
     from neft_core.rows import LABELS
 
-    params = ws.params()
     arrays, _ = load_encoded(ws.path("prepared", task, "labels.safetensors"))
-    with autocast(params):
-        found = evaluation.log_likelihoods(
-            model,
-            arrays,
-            pad=tokenizer.pad_token_id,
-            batch_size=params.evaluation.batch_size,
-            label=label,
-        ).reshape(-1, len(LABELS))
+    found = answering.likelihoods(ws.params(), model, tokenizer, arrays, label)
     return [
         {
             "hypothesis": LABELS[of_row.argmax()],
