@@ -181,6 +181,9 @@ def absolute(node: Any, folder: Path) -> None:
                 node[key] = os.path.normpath(folder / value)
             else:
                 absolute(value, folder)
+    elif isinstance(node, list):
+        for value in node:
+            absolute(value, folder)
 
 
 def _changed(path: Path, settings: Sequence[str]) -> tuple[str, list[str]]:

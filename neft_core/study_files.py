@@ -144,7 +144,7 @@ def expand(file: Path, root: Path, settings: Sequence[str] = ()) -> Expansion:
     head = check_section(StudyFile, said, file.name)
     if data.get("study") is None:
         raise NeftError(f"{file.name}: study: missing; it is required of a study")
-    for section in ("runs", "transfers"):
+    for section in ("runs", "transfers", "forgetting"):
         if not isinstance(data.setdefault(section, {}), dict):
             raise NeftError(f"{file.name}: {section}: got no mapping; give {section} by name")
     _fill_grid(data, head, said.get("methods", {}), file.name)
@@ -194,7 +194,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _fill_grid(
     data: dict[str, Any], head: StudyFile, methods: Mapping[str, Any], where: str
 ) -> None:
-    """Write the grid's runs, and where they are tested beside their own task."""
+    """Write the grid's runs, where else they are tested, and what they forgot is measured on."""
     runs, transfers, tasks = data["runs"], data["transfers"], _mapping(data, "tasks")
     made: dict[str, str] = dict.fromkeys(runs, "runs")
     for place, cell in enumerate(head.grid):
@@ -224,6 +224,8 @@ def _fill_grid(
                     for other in cell.tested:
                         if other != task:
                             transfers[f"{name}-on-{other}"] = {"run": name, "task": other}
+                    if cell.forgetting is not None:
+                        data["forgetting"][name] = {"run": name, **cell.forgetting.model_dump()}
 
 
 def _mapping(data: Mapping[str, Any], section: str) -> Mapping[str, Any]:

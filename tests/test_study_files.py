@@ -80,6 +80,14 @@ def test_a_grid_stands_for_runs_of_the_catalogue(folder):
     assert "&" not in yaml_text(data), "DVC reads it too"
 
 
+def test_a_grid_names_the_text_on_which_its_runs_are_measured(folder):
+    grid = "neft-9], forgetting: {path: texts/short.txt, rows: 20}}"
+    found = params(put(folder, STUDY.replace("neft-9]}", grid)))
+    asked = {name: (entry.run, entry.path, entry.rows) for name, entry in found.forgetting.items()}
+    path = str(folder / "texts" / "short.txt")
+    assert asked == {name: (name, path, 20) for name in ("full-en-fr", "neft-9-en-fr")}
+
+
 def test_the_same_run_has_the_same_section_in_every_study(folder):
     """So that DVC finds in its cache what another study made."""
     more = put(folder, STUDY.replace("[full, neft-9]", "[early, neft-9, full]"), "b.yaml")

@@ -19,16 +19,21 @@ class Utilisation(Section):
     paper does."""
 
 
-class Forgetting(Section):
-    """Loss on text of the pre-training kind, of the base and of every seed of a run."""
+class Texts(Section):
+    """Text of the pre-training kind."""
 
-    run: str
-    """A key of `runs`."""
     path: str = Field(min_length=1)
     """A UTF-8 file with one text a line, or JSON lines (.jsonl) with `text`; `data/none`: what the
     generated corpus would have given next for the pre-training of a built model."""
     rows: int = Field(default=1000, ge=1)
     """Texts at most."""
+
+
+class Forgetting(Texts):
+    """Loss on text of the pre-training kind, of the base and of every seed of a run."""
+
+    run: str
+    """A key of `runs`."""
 
 
 class Speed(Section):

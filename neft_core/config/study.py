@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from neft_core.config.measures import Texts
 from neft_core.config.runs import Method
 from neft_core.config.section import Section, known, refuse
 from neft_core.config.shown import (
@@ -236,6 +237,8 @@ class Grid(Section):
     """Passes over the training rows; null: the method's own."""
     tested: list[str] = Field(default_factory=list)
     """Keys of `tasks` that every run is tested on beside its own."""
+    forgetting: Texts | None = None
+    """Text on which every run's forgetting is measured; null: it isn't."""
 
 
 class StudyFile(Section):
