@@ -43,7 +43,7 @@ def check(ws: Workspace, stages: Iterable[tuple[str, str]], *, before: bool = Fa
         raise
     lines: list[str] = []
     for stage, item in stages:
-        if stage == "warmup" and not params.tasks[params.warmed(item)[0]].trains:
+        if stage == "warmup" and not params.warms(item):
             continue
         try:
             lines += refusals(planner, stage, item)

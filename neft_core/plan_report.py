@@ -86,7 +86,10 @@ def _method(
 
 def _warmups(planner: Planner, rates: Rates | None, room: int | None) -> Iterator[dict[str, Any]]:
     """The chosen way to warm up and the others, for the task that needs most."""
-    trainings = {task: planner.training("warmup", task) for task in planner.params.tasks}
+    warmed = [task for task in planner.params.tasks if planner.params.warms(task)]
+    if not warmed:
+        return
+    trainings = {task: planner.training("warmup", task) for task in warmed}
     task = max(trainings, key=lambda name: planner.need(trainings[name]).peak)
     training = trainings[task]
     for chosen, other in [(True, training), *((False, t) for _, t in other_warmups(training))]:
@@ -134,14 +137,14 @@ def _stages(planner: Planner, rates: Rates | None) -> Iterator[dict[str, Any]]:
     params, subject = planner.params, planner.subject
     if isinstance(params.model, config.BuiltModel):
         yield _trained(planner, rates, "base", "")
-    trained = [name for name, task in params.tasks.items() if task.trains]
-    for name in (*trained, *params.warmups):
+    warmed = [task for task in params.tasks if params.warms(task)]
+    for name in (*warmed, *params.warmups):
         yield _trained(planner, rates, "warmup", name)
     groups = candidates(subject.shapes, subject.model_type, params.scoring.candidates)
     largest = max(group.count * group.length for group in groups)
     scored = sum(group.count * group.length for group in groups)
     neurons = sum(group.count for group in groups)
-    for task in trained:
+    for task in warmed:
         # Two values are read in fp32 at most, and compared in float64.
         seconds = _seconds(rates, Work(moved=80 * scored))
         yield _stage("score", task, {"peak": 32 * largest}, seconds, kept=8 * neurons)
@@ -149,7 +152,7 @@ def _stages(planner: Planner, rates: Rates | None) -> Iterator[dict[str, Any]]:
         yield _trained(planner, rates, "train", run)
     for task in params.tasks:
         parts, seconds = _generated(planner, rates, task, None)
-        yield _stage("baseline", task, parts, seconds and (1 + (task in trained)) * seconds)
+        yield _stage("baseline", task, parts, seconds and (1 + (task in warmed)) * seconds)
     tested = [("evaluate", run, run, entry.task) for run, entry in params.runs.items()]
     tested += [("transfer", name, on.run, on.task) for name, on in params.transfers.items()]
     for stage, item, run, task in tested:
@@ -236,17 +239,17 @@ def text(found: dict[str, Any]) -> str:
         lines.append(f"free: {size(free)} of GPU memory" if free else "free: no GPU here")
     lines.append(f"free: {size(here['memory'])} of memory, {size(here['disk'])} of disk")
     tasks = len(found["rows"])
+    warmups = _table(
+        {"warm-up" + f" {entry['task']}" * (tasks > 1): _way(entry), **_columns(entry)}
+        for entry in found["warmups"]
+    )
     lines += [
         "",
         *_table(
             {"method": _named(entry), "runs": ", ".join(entry["runs"]) or "-", **_columns(entry)}
             for entry in found["methods"]
         ),
-        "",
-        *_table(
-            {"warm-up" + f" {entry['task']}" * (tasks > 1): _way(entry), **_columns(entry)}
-            for entry in found["warmups"]
-        ),
+        *(["", *warmups] if found["warmups"] else []),
         "(..): not in params; a warm-up's name: its modules, states and update",
         "",
         *_table(_stage_row(stage, longest) for stage in found["stages"]),

@@ -17,11 +17,11 @@ def describe(preview: Preview) -> str:
     lines = [f"model: {_model(params.model)}"]
     for name, task in params.tasks.items():
         lines.append(f"task {name}: {task.format.task} from {_source(task.source)}")
-    step = params.warmup.batch_size * params.warmup.accumulation
-    lines.append(
-        f"warm-up: {params.warmup.steps} steps of {step} rows at lr {params.warmup.lr:g}; "
-        f"layout {params.scoring.candidates}"
-    )
+    warmup, steps = params.warmup, "none"
+    if warmup is not None:
+        rows = warmup.batch_size * warmup.accumulation
+        steps = f"{warmup.steps} steps of {rows} rows at lr {warmup.lr:g}"
+    lines.append(f"warm-up: {steps}; layout {params.scoring.candidates}")
     for name, more in params.warmups.items():
         _, section = params.warmed(name)
         lines.append(f"warm-up {name} of {more.task}: {section.steps} steps, seed {section.seed}")

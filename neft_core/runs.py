@@ -24,17 +24,19 @@ from neft_core.workspace import Workspace
 def warmup(ws: Workspace, name: str) -> None:
     """K steps of fine-tuning; the candidates of every layout stay in fp32.
 
-    A task that is only tested on gets an empty folder.
+    A task that is only tested on gets an empty folder, as every one where params have no warm-up.
     """
-    task, section = ws.params().warmed(name)
-    if not ws.params().tasks[task].trains:
+    params = ws.params()
+    if not params.warms(name):
         with replacing(ws.path("warmup", name)) as folder:
             folder.mkdir()
             write_json(folder / "provenance.json", {"steps": 0})
         if ranks.main():
             write_json(ws.path("cost", f"warmup-{name}.json"), {})
-        print(f"warmup {name}: nothing to train on; the task is only tested on")
+        why = "warmup is null" if params.warmup is None else "the task is only tested on"
+        print(f"warmup {name}: none; {why}")
         return
+    task, section = params.warmed(name)
     state = ws.state("checkpoints", f"warmup-{name}")
     _, cost = warm_up(ws, task, section, ws.path("warmup", name), state)
     if ranks.main():

@@ -29,11 +29,11 @@ def score(ws: Workspace, name: str) -> None:
     tuned = ws.path("warmup", name)
     origin = read_json(tuned / "provenance.json")
     if not origin["steps"]:
-        # Of a task that is only tested on, from which nobody selects.
+        # Without a warm-up nobody selects from the task's own scores.
         NeuronScores({}, {}, 0, {"base": card.hash}).save(ws.path("scores", f"{name}.safetensors"))
         write_json(ws.path("scores", f"{name}.json"), {"neurons": 0})
         write_json(ws.path("cost", f"score-{name}.json"), {})
-        print(f"score {name}: no neurons; the task is only tested on")
+        print(f"score {name}: no neurons without a warm-up")
         return
     _check_origin(tuned, origin, card)
     task, section = params.warmed(name)

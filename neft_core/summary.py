@@ -83,7 +83,8 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[Row]:
         baseline = read_json(ws.path("baseline", task, "metrics.json"))
         base_text = _texts(ws.path("baseline", task, "base.jsonl"))
     rows = []
-    for name, method in (("base", "-"), ("tuned", f"warm-up, {params.warmup.steps} steps")):
+    warmed = f"warm-up, {params.warmup.steps} steps" if params.warmup else ""
+    for name, method in (("base", "-"), ("tuned", warmed)):
         if name in baseline:
             rows.append({"name": name, "method": method, **_mean([baseline[name]], names)})
     # Runs of one task are compared with each other, wherever they are tested.

@@ -15,7 +15,7 @@ def baseline(ws: Workspace, task: str) -> None:
     params = ws.params()
     card, tokenizer = base_card(ws)
     models: dict[str, Path | None] = {"base": None}
-    if params.tasks[task].trains:
+    if params.warms(task):
         models["tuned"] = ws.path("warmup", task)
     metrics = {}
     with replacing(ws.path("baseline", task)) as folder:

@@ -220,6 +220,9 @@ SUMMARISE = (
 )
 NLI = "      task: nli\n      language: French\n      max_tokens: 160\n"
 MORE = "evaluation: {batch_size: 4"
+WARMUP = "warmup: {steps: 6, lr: 1e-3, batch_size: 8, seed: 1}\n"
+NEFT = "method: {name: neft, policy: lowest, percent: 9}"
+TUNED = "study:\n  title: a\n  parts:\n    - {show: table, tasks: [en-fr], rows: {Tuned: tuned}}\n"
 
 
 @pytest.mark.parametrize(
@@ -250,6 +253,15 @@ MORE = "evaluation: {batch_size: 4"
         ([("train: train.jsonl, ", "")],
          "tasks.en-fr.source.splits.train: missing; give it, or splits.test alone for a task that "
          "is only tested on"),
+        ([(WARMUP, "warmup: null\n")],
+         "runs.neft.method.scores: got 'en-fr', which needs a warm-up, and warmup is null; "
+         "another, or give warmup"),
+        ([(WARMUP, "warmup: null\nwarmups: {a: {task: en-fr}}\n")],
+         "warmups.a: given with warmup: null, of which it has its other keys; give warmup"),
+        ([(WARMUP, "warmup: null\n"), (NEFT, "method: {name: in_out}"),
+          (MORE, TUNED + MORE)],
+         "study.parts.0.rows.Tuned: got 'tuned', which needs a warm-up, and warmup is null; "
+         "another, or give warmup"),
         ([(MORE, "transfers: {a: {run: nefd, task: en-fr}}\n" + MORE)],
          "transfers.a.run: got 'nefd'; did you mean 'neft'?"),
         ([(MORE, "transfers: {a: {run: neft, task: hi-zh}}\n" + MORE)],

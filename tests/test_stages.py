@@ -15,7 +15,11 @@ from operating import environment
 from safetensors.torch import load_file, save_file
 from test_methods import tiny_gpt2
 
-from neft_core import models, runs
+from neft_core import models, plan_report, runs
+from neft_core.files import read_json
+from neft_core.overrides import preview
+from neft_core.planner import Planner
+from neft_core.preview import describe
 from neft_core.workspace import Workspace
 
 METHODS = {
@@ -128,10 +132,35 @@ def test_base_and_run_side_by_side(finished, neft, capsys):
     assert "reference" not in out
 
 
+def test_without_a_warmup_runs_select_from_other_scores(copied, capsys):
+    text = copied.params_file.read_text()
+    entries = """\
+runs:
+  full: {task: en-fr, method: {name: full}}
+  gradient: {task: en-fr, method: {name: neft, policy: gradient, percent: 9, scores: first}}
+  any: {task: en-fr, method: {name: neft, policy: random, percent: 9, scores: first}}
+scores: {first: {criterion: gradient, task: en-fr, rows: 8}}
+"""
+    text = text[: text.index("runs:")] + entries + text[text.index("evaluation:") :]
+    copied.params_file.write_text(text)
+    edit(copied, ("warmup: {steps: 6, lr: 1e-3, batch_size: 8, seed: 1}", "warmup: null"))
+    steps = "warmup score scores assign select train baseline evaluate summary report"
+    run_stages(copied, *steps.split())
+    assert "warmup en-fr: none; warmup is null" in capsys.readouterr().out
+    assert [p.name for p in copied.path("warmup", "en-fr").iterdir()] == ["provenance.json"]
+    assert set(read_json(copied.path("baseline", "en-fr", "metrics.json"))) == {"base"}
+    with copied.path("summary", "summary.csv").open() as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["base", "full", "gradient", "any"]
+    assert rows["gradient"]["parameters"] == rows["any"]["parameters"] != "0"
+    plan = plan_report.text(plan_report.report(Planner(copied.params(), copied.root, copied), None))
+    assert "warmup" not in plan
+    assert "\nwarm-up" not in plan
+    assert "warm-up: none; layout mlp" in describe(preview(copied.params_file, [])).splitlines()
+
+
 def test_a_dry_run_says_what_would_run(copied, neft, capsys):
     from neft_core.graph import Graph
-    from neft_core.overrides import preview
-    from neft_core.preview import describe
 
     edit(copied, ("seeds: [1, 2]", "seeds: [1, 2]\n    lr: 2e-3"))
     lines = describe(preview(copied.params_file, [])).splitlines()

@@ -41,8 +41,9 @@ class Params(Section):
     jobs: int = Field(default=1, ge=1)
     """Stages that are made at once, each with `compute.threads`; on a GPU one at a time. No result
     depends on it but what stages cost."""
-    warmup: Warmup
-    """The limited-step full fine-tune."""
+    warmup: Warmup | None
+    """The limited-step full fine-tune of every task; null: none is made, for runs that need no
+    scores, or those of `scores` alone."""
     warmups: dict[str, MoreWarmup] = Field(default_factory=dict)
     """More warm-ups than each task's own, by name: other steps, seeds, rates."""
     scoring: Scoring = Scoring()
@@ -117,6 +118,11 @@ class Params(Section):
         for name, activation in self.activations.items():
             where = f"activations.{name}.warmup"
             known(where, activation.warmup, [*self.tasks, *self.warmups])
+        if self.warmup is None and self.warmups:
+            raise refuse(
+                f"warmups.{next(iter(self.warmups))}: given with warmup: null, of which it has its "
+                "other keys; give warmup"
+            )
         makers = {"tasks": "similarity", "warmups": "similarity", "activations": "activation"}
         criteria: dict[str, str] = {}
         for section in ("tasks", "warmups", "scores", "activations"):
@@ -152,8 +158,13 @@ class Params(Section):
                 return f"{families.get(section, section)}@{scores}"
         raise KeyError(scores)
 
+    def warms(self, name: str) -> bool:
+        """Whether there is such a warm-up: a task's own, or one of `warmups`."""
+        return self.warmup is not None and (name in self.warmups or self.tasks[name].trains)
+
     def warmed(self, name: str) -> tuple[str, Warmup]:
-        """Task and section of a warm-up: a task's own, or one of `warmups`."""
+        """Task and section of a warm-up that is made: a task's own, or one of `warmups`."""
+        assert self.warmup is not None
         if name in self.tasks:
             return name, self.warmup
         more = self.warmups[name]
@@ -167,16 +178,26 @@ class Params(Section):
             for section in ("runs", "warmups", "scores", "activations")
             for name, entry in getattr(self, section).items()
         ]
-        named += [(f"activations.{name}.warmup", a.warmup) for name, a in self.activations.items()]
+        warmed = [(f"activations.{name}.warmup", a.warmup) for name, a in self.activations.items()]
         for name, run in self.runs.items():
             for where, part in run.selections(f"runs.{name}.method"):
-                named += [(f"{where}.scores", scores) for scores in part.read(run.task)]
-        for where, task in named:
+                warmed += [(f"{where}.scores", scores) for scores in part.read(run.task)]
+        for where, task in named + warmed:
             if task in self.tasks and not self.tasks[task].trains:
                 raise refuse(
                     f"{where}: got '{task}', which has no rows to train on; another, or give it "
                     "some"
                 )
+        for where, task in warmed:
+            self.check_warmed(where, task)
+
+    def check_warmed(self, where: str, name: str) -> None:
+        """Refuse a task's own scores, or `tuned`, where no warm-up makes them."""
+        if self.warmup is None and (name in self.tasks or name == "tuned"):
+            raise refuse(
+                f"{where}: got '{name}', which needs a warm-up, and warmup is null; another, or "
+                "give warmup"
+            )
 
     def _transfers_go_elsewhere(self) -> None:
         pairs: dict[tuple[str, str], str] = {}
@@ -227,6 +248,8 @@ class Params(Section):
     def _warmup_fits(self) -> None:
         """What the warm-up trains is scored; an update in the backward has no loss to unscale."""
         warmup = self.warmup
+        if warmup is None:
+            return
         if warmup.layout not in (None, self.scoring.layout):
             raise refuse(
                 f"warmup.layout: got '{warmup.layout}'; the same as scoring.layout, "
@@ -246,7 +269,7 @@ class Params(Section):
     def _autocast_where_types_differ(self) -> None:
         """What trains is float32; amid frozen layers of another type it needs autocast."""
         if self.compute.mixed_precision == "no" and self.compute.dtype in ("bfloat16", "float16"):
-            if self.warmup.modules == "candidates":
+            if self.warmup is not None and self.warmup.modules == "candidates":
                 raise refuse(
                     f"compute.mixed_precision: got 'no' with dtype {self.compute.dtype} and "
                     "warmup.modules candidates; set dtype: float32, or mixed_precision: auto"

@@ -125,6 +125,7 @@ class OverlapSection(Shown):
                             f"{where}.rows.{label}: got '{name}', which has no rows to train on, "
                             "so no scores; another"
                         )
+                    params.check_warmed(f"{where}.rows.{label}", name)
 
 
 class TradeOffSection(OnTask):
@@ -151,6 +152,8 @@ class TradeOffSection(OnTask):
         super().check(where, params)
         for task in self.tested or []:
             known(f"{where}.tested", task, list(params.tasks))
+        for label, name in self.levels.items():
+            params.check_warmed(f"{where}.levels.{label}", name)
 
 
 class RankChangeSection(OnTask):

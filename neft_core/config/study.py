@@ -74,6 +74,7 @@ class TableSection(Shown):
         for label, asked in self.rows.items():
             for method in [asked] if isinstance(asked, str) else asked:
                 on = [self.trained or task for task in self.tasks]
+                params.check_warmed(f"{where}.rows.{label}", method)
                 if asked in BEFORE or any(candidates(method, t, params.runs) for t in on):
                     continue
                 names = {
