@@ -7,9 +7,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from neft_core import ranks
 from neft_core.errors import NeftError
@@ -143,3 +144,32 @@ def load_tensors(path: Path, remedy: str) -> "tuple[dict[str, Tensor], dict[str,
     except SafetensorError as fault:
         reason = str(fault).splitlines()[0]
         raise NeftError(f"{path}: not a whole safetensors file ({reason}); {remedy}") from None
+
+
+FRESH = 1e8
+"""Nanoseconds in which a file may change again and have the same time and size."""
+
+P = TypeVar("P", str, Path)
+T = TypeVar("T")
+
+
+def once(read: Callable[[P], T]) -> Callable[[P], T]:
+    """A reader that reads a file again only after it changed. What it gives is not to be changed.
+
+    Args:
+        read: what is read at a path, from the file alone.
+    """
+    known: dict[P, tuple[tuple[int, int, int], T]] = {}
+
+    def reader(path: P) -> T:
+        found = os.stat(path)
+        stamp = found.st_ino, found.st_size, found.st_mtime_ns
+        if path in known and known[path][0] == stamp:
+            return known[path][1]
+        value = read(path)
+        known.pop(path, None)
+        if time.time_ns() - found.st_mtime_ns > FRESH:
+            known[path] = stamp, value
+        return value
+
+    return reader

@@ -18,6 +18,7 @@ from typing import Any
 
 from neft_core.config import read_yaml
 from neft_core.errors import NeftError
+from neft_core.files import once
 from neft_core.lockfile import digest, entry_key, locked
 from neft_core.workspace import Workspace, follow_git
 
@@ -92,27 +93,25 @@ class Graph:
             for name, stage in self._stages.items()
         }
         self._after = {name: set(names) for name, names in above.items()}
+        params = workspace.params()
         stages: list[Stage] = []
         while above:
             name = next(name for name, names in above.items() if names.isdisjoint(above))
             family, _, item = name.partition("@")
             after = upstream = above.pop(name)
             if family == "select" and item:
-                upstream = self._scorers(item)
+                # Of all scores that `assign` has seen, those that the run selects from.
+                upstream = {params.scorer(name) for name in params.scored(item)}
             both = tuple(sorted(upstream)), tuple(sorted(after))
             stages.append(Stage(name, family, item or None, *both))
         self.stages = tuple(stages)
-
-    def _scorers(self, run: str) -> set[str]:
-        """The stages that make a run's scores: of all that `assign` has seen, those concern it."""
-        params = self.workspace.params()
-        return {params.scorer(name) for name in params.scored(run)}
 
     def _open(self) -> None:
         from dvc.repo import Repo
 
         # Bars that flash up for a moment, between the lines of a run.
         logging.getLogger("dvc.progress").setLevel(logging.CRITICAL)
+        _parse_once()
         root = self.workspace.root
         if not (root / ".dvc").is_dir():
             raise NeftError(f"{root}: no DVC repository; run 'neft init {root}'")
@@ -326,6 +325,19 @@ def _differences(item: Any) -> Iterator[str]:
         else:
             # In a fresh clone nobody deleted it.
             yield f"{item.def_path}: {'missing' if how == 'deleted' else how}"
+
+
+def _parse_once() -> None:
+    """Let DVC parse a params file once for all stages, in place of once for each of their looks."""
+    from dvc.utils.serialize import LOADERS, load_yaml
+
+    parse = once(load_yaml)
+
+    def load(path: str, fs: Any, **options: Any) -> Any:
+        plain = fs.protocol == "local" and not options
+        return parse(path) if plain else load_yaml(path, fs=fs, **options)
+
+    LOADERS.setdefault(".yaml", load)
 
 
 def _damaged(oid: str, path_of: Callable[[str], str]) -> list[Path]:

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from neft_core.config import read_yaml
+from neft_core.files import once
 from neft_core.workspace import Workspace
 
 
@@ -14,8 +16,11 @@ def locked(workspace: Workspace) -> dict[str, dict[str, Any]]:
     Deps and outs are mappings from path to hash, params from name to value.
     """
     path = workspace.root / "dvc.lock"
-    if not path.exists():
-        return {}
+    return _read(path) if path.exists() else {}
+
+
+@once
+def _read(path: Path) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "cmd": entry["cmd"],
