@@ -93,7 +93,7 @@ class Graph:
             for name, stage in self._stages.items()
         }
         self._after = {name: set(names) for name, names in above.items()}
-        params = workspace.params()
+        params = None
         stages: list[Stage] = []
         while above:
             name = next(name for name, names in above.items() if names.isdisjoint(above))
@@ -101,6 +101,7 @@ class Graph:
             after = upstream = above.pop(name)
             if family == "select" and item:
                 # Of all scores that `assign` has seen, those that the run selects from.
+                params = params or workspace.params()
                 upstream = {params.scorer(name) for name in params.scored(item)}
             both = tuple(sorted(upstream)), tuple(sorted(after))
             stages.append(Stage(name, family, item or None, *both))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neft_core.errors import NeftError
-from neft_core.files import load_tensors, read_json, replacing, save_tensors, write_json
+from neft_core.files import load_tensors, once, read_json, replacing, save_tensors, write_json
 
 
 def names(folder):
@@ -138,3 +138,28 @@ def test_a_limit_on_sizes_of_files_is_told_and_leaves_nothing(tmp_path, write):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert names(tmp_path) == []
+
+
+def test_a_file_is_read_again_after_it_changed_alone(tmp_path):
+    path, seen = tmp_path / "a.txt", []
+
+    def read(place):
+        seen.append(place)
+        return place.read_text()
+
+    reader = once(read)
+    path.write_text("one")
+    assert (reader(path), reader(path), len(seen)) == ("one", "one", 2), "too new to be sure of"
+    os.utime(path, (1, 1))
+    assert (reader(path), reader(path), len(seen)) == ("one", "one", 3)
+    path.write_text("two")
+    assert reader(path) == "two"
+    os.utime(path, (1, 1))
+    assert reader(path) == "two"
+    with replacing(path) as temporary:
+        temporary.write_text("six")
+        os.utime(temporary, (1, 1))
+    assert reader(path) == "six", "another file of the same size and time"
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        reader(path)

@@ -127,6 +127,29 @@ def test_freshness(ws: Workspace) -> None:
     assert (ws.root / "work/part/a/copy").read_text() == "some rows\n"
 
 
+def test_files_are_parsed_once_for_many_looks(
+    made: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a hundred runs else most of a core goes into it while they train."""
+    from dvc.utils.serialize import _yaml
+
+    parse, parsed = _yaml.parse_yaml, []
+    for name in ("params.yaml", "dvc.lock"):
+        os.utime(made.root / name, (1, 1))
+    graph = Graph(made)
+    monkeypatch.setattr(
+        _yaml, "parse_yaml", lambda text, path: parsed.append(path) or parse(text, path)
+    )
+    origin = graph.origin()
+    for _ in range(5):
+        assert not graph.changes("last")
+        assert graph.origin() == origin
+    assert len(parsed) <= 1
+    (made.root / "params.yaml").write_text("size: 4\nnested: {lr: 1e-3, other: 7}\n")
+    assert graph.changes("last").inputs == ("params.yaml: size: modified",)
+    assert graph.origin() != origin
+
+
 def test_a_key_is_the_same_before_and_after(ws: Workspace) -> None:
     make(ws, "part@a", "part@b")
     graph = Graph(ws)
