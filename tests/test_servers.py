@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from operating import (
     until,
 )  # fmt: skip
 from ruamel.yaml import YAML
+from test_registry import answer, commit
 
 from neft_core import servers
 from neft_core.errors import NeftError
@@ -223,13 +225,41 @@ def look(api: str, tracking: str, run: str) -> None:
         place = f"{trained['run_id']}/artifacts/samples/en-fr.json?{TRAINING}"
         page = window.go(f"{tracking}/#/experiments/1/runs/{place}", "seed-2 2")
         assert {"source", "reference", "base", "output"} <= set(page.split())
+        trainings = [r["info"] for r in found if " seed " in r["info"]["run_name"]]
+        ids = json.dumps([run["run_id"] for run in trainings]).replace(" ", "")
+        page = f'{tracking}/#/compare-runs?runs={ids}&experiments=["1"]'
+        page = window.go(page, f"Comparing {len(trainings)} Runs")
+        assert {run["run_name"] for run in trainings} <= set(page.splitlines())
+        assert "run.method.name" in page
+
+
+def promote(api: str, tracking: str, ws: Workspace) -> None:
+    """A better run than the base becomes champion, a worse one doesn't; also on MLflow's pages."""
+    for run, name in (("full", "Champion"), ("lora", "Refused")):
+        asked = {"run": run, "workspace": str(ws.root), "name": "tiny", "max_forgetting": "none"}
+        state = ended(api, start_run(api, "neft-promotion/promote", **asked))
+        assert (state["type"], state["name"]) == ("COMPLETED", name), state["message"]
+    assert state["message"].startswith("version 2 stays challenger: BLEU is ")
+    assert state["message"].endswith("BLEU is -100.00 to the champion's")
+    found = ask(f"{tracking}/api/2.0/mlflow", "/registered-models/get?name=tiny")
+    aliases = {one["alias"]: one["version"] for one in found["registered_model"]["aliases"]}
+    assert aliases == {"champion": "1", "challenger": "2"}
+    command = browser.find()
+    if command is not None:
+        with browser.browser(command) as window:
+            page = window.go(f"{tracking}/#/models/tiny", "@ champion")
+            assert page.index("@ challenger") < page.index("Version 1") < page.index("@ champion")
 
 
 @pytest.mark.integration
-def test_servers_and_deployments(tmp_path):
+def test_servers_and_deployments(finished, tmp_path):
     """Up, a power cut, deploy, a run that fails, one that is cancelled while another waits for the
-    GPU that it had, one at work, down."""
+    GPU that it had, promotions, one at work, down."""
     ws = make(tmp_path / "ws", "cuda")
+    trained = Workspace(shutil.copytree(finished.root, tmp_path / "trained"))
+    answer(trained, "full", 8)
+    answer(trained, "lora", 0)
+    commit(trained)
     env = environment(tmp_path)
     ports = ["--prefect-port", str(free_port()), "--mlflow-port", str(free_port())]
     try:
@@ -292,6 +322,7 @@ def test_servers_and_deployments(tmp_path):
         assert (state["type"], state["message"][:10]) == ("COMPLETED", "15 stages ")
         assert state["message"].endswith(": 15 ran")
         look(api, tracking, waiting)
+        promote(api, tracking, trained)
         until(lambda: not [line for line in belonging(tmp_path) if "fabricated.py" in line])
 
         # With a run at work.
