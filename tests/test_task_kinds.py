@@ -1,14 +1,23 @@
-"""Summarisation, nli, a task that is only tested on, and transfers, through every stage."""
+"""Summarisation, nli, a task that is only tested on, and transfers, through every stage.
 
+Here too: every policy, with scores of the same task and of another, to the end.
+"""
+
+import csv
 import json
+import math
 import random
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_PARAMS, edit, run_stages, tiny_pairs
+from test_probing import ridge_by_hand
+from test_scoring import chosen, highest, mask_of, scores_of
 
-from neft_core import answering, loading, samples
+from neft_core import answering, loading, runs, samples
 from neft_core.encoding import load_encoded
 from neft_core.errors import NeftError
 from neft_core.masks import NeuronScores
@@ -314,6 +323,153 @@ def prepared_texts(ws, task: str) -> list[tuple[int, ...]]:
     arrays, _ = load_encoded(ws.path("prepared", task, "train.safetensors"))
     cuts = zip(arrays["offsets"], arrays["offsets"][1:], strict=False)
     return [tuple(arrays["tokens"][start:end].tolist()) for start, end in cuts]
+
+
+def test_a_hundred_rows_are_trained_on(ws, tmp_path):
+    """As in the paper's smallest sets: drawn, held to their length, and all of them seen."""
+    small = Workspace(shutil.copytree(ws.root, tmp_path / "small"))
+    edit(
+        small,
+        ("max_input: 24\n", "max_input: 24\n      long_inputs: drop\n"),
+        ("columns: {source: text, target: summary}\n      dev: 6\n",
+         "columns: {source: text, target: summary}\n      train: 100\n      dev: 6\n"),
+        ("runs:\n", "runs:\n  sum-neft: {task: sum, method: {name: neft, percent: 9}}\n"),
+    )  # fmt: skip
+    data = small.root / "data/sum/train.jsonl"
+    text = data.read_text("utf-8")
+    data.write_text(text + text.replace('"text": "', '"text": "z ').replace("我", "你"), "utf-8")
+    for stage in ("corpus", "prepare", "warmup", "score"):
+        STAGES[stage](small, "sum")
+    stats = json.loads(small.path("prepared", "sum", "stats.json").read_text())["train"]
+    assert (stats["kept"], len(set(prepared_texts(small, "sum")))) == (100, 100)
+    assert min(stats["dropped"], stats["over_limit"]) > 0
+    for run in ("sum-full", "sum-neft"):
+        for stage in ("select", "train", "evaluate"):
+            STAGES[stage](small, run)
+        folder = small.path("train", run, "seed-1")
+        with (folder / "train.csv").open(newline="") as handle:
+            steps = [(int(row["step"]), float(row["epoch"])) for row in csv.DictReader(handle)]
+        assert steps == [(n, pytest.approx(min(n / 12.5, 1), abs=0.04)) for n in range(1, 14)]
+        with (folder / "dev.csv").open(newline="") as handle:
+            losses = [float(row["loss"]) for row in csv.DictReader(handle)]
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics["best_dev_loss"] == min(losses)
+        assert len(losses) > 3, "a choice between several"
+        scores = json.loads(small.path("evaluation", run, "metrics.json").read_text())["seeds"]["1"]
+        assert {"rouge1", "rouge2", "rougeL"} <= scores.keys()
+
+
+SCORES = """\
+warmups:
+  early: {task: en-fr, steps: 1}
+scores:
+  grad: {criterion: gradient, task: en-fr, rows: 12}
+  probed: {criterion: probe, task: nli-en}
+activations:
+  act: {task: en-fr, warmup: early, rows: 4}
+"""
+POLICIES = {
+    "union": "en-fr, policy: union, percent: 4, scores: [en-fr, sum]",
+    "magnitude": "en-fr, policy: magnitude, percent: 6",
+    "gradient": "en-fr, policy: gradient, percent: 6, scores: grad",
+    "activation": "en-fr, policy: activation, percent: 6, scores: act",
+    "random": "en-fr, policy: random, percent: 6, seed: 3",
+    "trans": "en-fr, percent: 6, scores: sum",
+    "trans-nli": "nli-en, percent: 6, scores: en-fr",
+    "early": "en-fr, percent: 6, scores: early",
+    "probe": "nli-en, policy: probe, percent: 6, scores: probed",
+}
+
+
+@pytest.fixture(scope="module")
+def selected(ws, tmp_path_factory):
+    """The workspace with a run of each policy, trained and evaluated."""
+    other = Workspace(shutil.copytree(ws.root, tmp_path_factory.mktemp("selected") / "ws"))
+    entries = ""
+    for name, words in POLICIES.items():
+        task, _, method = words.partition(", ")
+        entries += f"  {name}: {{task: {task}, method: {{name: neft, {method}}}}}\n"
+    edit(other, ("runs:\n", f"{SCORES}runs:\n{entries}"))
+    run_stages(other, "warmups", "similarity", "scores", "activations", "assign")
+    for stage in ("select", "train", "evaluate"):
+        for name in POLICIES:
+            STAGES[stage](other, name)
+    return other
+
+
+def test_every_policy_selects_by_its_scores(selected):
+    own, other, early = (scores_of(selected, name) for name in ("en-fr", "sum", "early"))
+
+    def most(scores, percent: float, values=None):
+        count = int(percent * scores.total_parameters / 100 / 16)
+        return highest(scores.sensitivity if values is None else values, count)
+
+    expected = {
+        "union": most(own, 4) | most(other, 4),
+        "magnitude": most(own, 6, own.magnitude),
+        "trans": most(other, 6),
+        "trans-nli": most(own, 6),
+        "early": most(early, 6),
+    }
+    for run, scores in (("gradient", "grad"), ("activation", "act"), ("probe", "probed")):
+        expected[run] = most(scores_of(selected, scores), 6)
+    found = {name: chosen(mask_of(selected, name)) for name in POLICIES}
+    drawn = found.pop("random")
+    assert found == expected
+    assert len(drawn) == len(most(own, 6))
+    # Nine ways to select, and only what is the same by its definition is the same.
+    sets = [frozenset(mask) for mask in (*found.values(), drawn)]
+    assert len(set(sets)) == len(sets)
+
+
+@pytest.mark.parametrize("run", POLICIES)
+def test_every_policy_trains_its_neurons_and_nothing_else(selected, run):
+    mask = chosen(mask_of(selected, run))
+    before = loading.load_base(selected)
+    after = runs.load_trained(selected, run, 1)[0].merge_and_unload()
+    moved = set()
+    for name, weight in after.named_parameters():
+        different = weight != before.get_parameter(name)
+        module, _, _ = name.rpartition(".")
+        if "up_proj" in name or "down_proj" in name:
+            neurons = different.any(1 if "up_proj" in name else 0)  # rows, or columns
+            moved |= {(module, place) for place in neurons.nonzero().flatten().tolist()}
+        else:
+            assert not different.any(), name
+    assert moved == mask
+    scores = json.loads(selected.path("evaluation", run, "metrics.json").read_text())["seeds"]["1"]
+    task = selected.params().runs[run].task
+    needed = {"accuracy"} if task == "nli-en" else {"bleu", "chrf"}
+    assert all(math.isfinite(scores[metric]) for metric in needed)
+    assert len(seed_rows(selected, run)) == len(references(selected, task))
+
+
+def test_a_probe_of_nli_tells_its_labels_apart(selected):
+    """By ridge regression on the states of the corpus's own texts, one at a time."""
+    model, (_, tokenizer) = loading.load_base(selected), loading.base_card(selected)
+    rows = read_rows(selected.path("corpus", "nli-en", "train.jsonl"))
+    seen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _module, _given, out: seen.append(out))
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for row in rows:
+        text = f"Premise: {row['premise']}\nHypothesis: {row['hypothesis']}\nLabel:"
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            model(torch.tensor([begin + ids]))
+    scores = scores_of(selected, "probed").sensitivity
+    for layer in (0, 1):
+        states = torch.cat([state.mean(1) for state in seen[layer::2]]).double().numpy()
+        space = ridge_by_hand(states, [row["label"] for row in rows], 1.0)
+        assert len(space) == len(LABELS)
+        space /= np.linalg.norm(space, axis=1, keepdims=True)
+        for name, axis in (("up_proj", 0), ("down_proj", 1)):
+            module = f"model.layers.{layer}.mlp.{name}"
+            weight = model.get_parameter(f"{module}.weight").detach().double().numpy()
+            neurons = weight.T if axis else weight
+            cosines = neurons @ space.T / np.linalg.norm(neurons, axis=1, keepdims=True)
+            wanted = torch.tensor(np.abs(cosines).max(1))
+            torch.testing.assert_close(scores[module], wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
