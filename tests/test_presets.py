@@ -224,8 +224,9 @@ def test_flores_and_lego_mt_by_the_commands_of_the_readme(template):
             text = "".join(f"{line} {mark}\n" for line in lines)
             (files / split / f"{code}.{split}").write_text(text, "utf-8")
     for short, code in (("en", "eng"), ("zh", "zho_simpl"), ("mi", "mri"), ("bs", "bos")):
-        text = "".join(f"{line} {number}\n" for number in range(2) for line in LINES[code])
-        (ws.root / f"train.{short}").write_text(text, "utf-8")
+        # Between two articles of News Commentary is a line without text.
+        articles = ["".join(f"{line} {number}\n" for line in LINES[code]) for number in range(2)]
+        (ws.root / f"train.{short}").write_text("\n".join(articles), "utf-8")
     readme = (EXAMPLES / "flores-qwen3-0.6b/README.md").read_text("utf-8")
     commands = re.search(r"```bash\n(mkdir .*?)```", readme, re.DOTALL)[1]
     names = {"English": "eng", "Chinese": "zho_simpl", "French": "fra", "Hindi": "hin",
