@@ -283,7 +283,7 @@ def test_labels_are_those_of_what_the_sentences_say(inferred, rule):
         if row["rule"] == rule:
             assert judged(row["premise"], row["hypothesis"]) == row["label"], row
             checked[row["label"]] += 1
-    assert min(checked[label] for label in inferences.LABELS) > 80
+    assert min(checked[label] for label in inferences.LABELS) > 50
 
 
 def test_languages_of_inferences_are_parallel():

@@ -375,7 +375,6 @@ POLICIES = {
     "activation": "en-fr, policy: activation, percent: 6, scores: act",
     "random": "en-fr, policy: random, percent: 6, seed: 3",
     "trans": "en-fr, percent: 6, scores: sum",
-    "trans-nli": "nli-en, percent: 6, scores: en-fr",
     "early": "en-fr, percent: 6, scores: early",
     "probe": "nli-en, policy: probe, percent: 6, scores: probed",
 }
@@ -408,7 +407,6 @@ def test_every_policy_selects_by_its_scores(selected):
         "union": most(own, 4) | most(other, 4),
         "magnitude": most(own, 6, own.magnitude),
         "trans": most(other, 6),
-        "trans-nli": most(own, 6),
         "early": most(early, 6),
     }
     for run, scores in (("gradient", "grad"), ("activation", "act"), ("probe", "probed")):
@@ -417,7 +415,7 @@ def test_every_policy_selects_by_its_scores(selected):
     drawn = found.pop("random")
     assert found == expected
     assert len(drawn) == len(most(own, 6))
-    # Nine ways to select, and only what is the same by its definition is the same.
+    # Eight ways to select, and only what is the same by its definition is the same.
     sets = [frozenset(mask) for mask in (*found.values(), drawn)]
     assert len(set(sets)) == len(sets)
 
