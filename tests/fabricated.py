@@ -132,7 +132,8 @@ def stage(name: str, item: str) -> None:
         _put(work / f"scores/{item}.json", "{}")
         _put(work / f"cost/score-{item}.json", "{}")
     elif name == "assign":
-        runs = re.findall(r"^  (\w+): {task", Path("params.yaml").read_text(), re.MULTILINE)
+        section = re.search(r"(?ms)^runs:\n(.*?)^\S", Path("params.yaml").read_text())
+        runs = re.findall(r"(?m)^  (\w+):", section[1])
         scores = {path.stem: path.read_text() for path in work.glob("scores/*.safetensors")}
         _put(work / "assigned.json", json.dumps(dict.fromkeys(runs) | {"neft": scores}))
     elif name == "select":
@@ -156,7 +157,7 @@ def stage(name: str, item: str) -> None:
     elif name == "report":
         _put(Path("reports/report.html"), "<p>21.5</p>")
         _put(Path("reports/figures/png/bleu.png"), "drawn")
-        Path("reports/study").mkdir(parents=True, exist_ok=True)
+        _put(Path("reports/study/study.md"), "# T\n")
     elif name == "baseline":
         _put(work / f"baseline/{item}/base.jsonl", _answers("base"))
     else:

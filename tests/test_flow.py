@@ -7,7 +7,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,10 +67,18 @@ except NeftError as fault:
 """
 
 
-def start(ws: Workspace, env: dict[str, str], study: bool = False) -> subprocess.Popen[str]:
+WAYS = {
+    "flow": ("-m", "flows.pipeline"),
+    "study": ("-c", STUDY),
+    "neft study": ("-m", "neft_core.cli", "study", "s"),
+}
+"""The flow in a workspace, as that of a study, and of a study in the workspace's folder of them."""
+
+
+def start(ws: Workspace, env: dict[str, str], way: str = "flow") -> subprocess.Popen[str]:
     """The flow in a process group of its own, as a shell starts it."""
     return subprocess.Popen(
-        [sys.executable, *(("-c", STUDY) if study else ("-m", "flows.pipeline"))],
+        [env.get("FAKE_PYTHON", sys.executable), *WAYS[way]],
         cwd=ws.root,
         env=env,
         stdout=subprocess.PIPE,
@@ -78,9 +88,9 @@ def start(ws: Workspace, env: dict[str, str], study: bool = False) -> subprocess
     )
 
 
-def run(ws: Workspace, env: dict[str, str], status: int = 0, study: bool = False) -> list[str]:
+def run(ws: Workspace, env: dict[str, str], status: int = 0, way: str = "flow") -> list[str]:
     """Run the flow to its end: its lines without the time of day."""
-    with start(ws, env, study) as process:
+    with start(ws, env, way) as process:
         told = process.communicate(timeout=300)[0]
     assert process.returncode == status, told
     return [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in told.splitlines()]
@@ -126,8 +136,11 @@ def left_over(env: dict[str, str]) -> Iterator[str]:
             continue
 
 
-AT_ONCE = pytest.mark.parametrize("jobs", [1, 3])
-"""Stages that are made at once."""
+SECTION = """\
+study:
+  title: T
+  parts: [{show: table, tasks: [en-fr], rows: {FT: full, NeFT: neft}}]
+"""
 
 
 def set_jobs(ws: Workspace, jobs: int) -> None:
@@ -228,10 +241,9 @@ def test_scores_that_were_made_before_a_failure_reach_the_runs_after_it(
 def test_a_study_shows_what_is_left_and_tells_the_time_left(
     ws: Workspace, env: dict[str, str], prefect_home: Path
 ) -> None:
-    part = "{show: table, tasks: [en-fr], rows: {FT: full, NeFT: neft}}"
-    ws.params_file.write_text(f"{ws.params_file.read_text()}study: {{title: T, parts: [{part}]}}\n")
+    ws.params_file.write_text(ws.params_file.read_text() + SECTION)
     env = {**env, "FAKE_FAIL": "train full"}
-    told = run(ws, env, status=2, study=True)
+    told = run(ws, env, status=2, way="study")
     assert told[-1] == "neft: data/x.jsonl: line 7: no target; add one"
     assert "skipped, as they need what failed: evaluate@full" in told
     assert states(prefect_home) == {"Ran": STAGES - 2, "Failed": 1, "Skipped": 1}
@@ -242,7 +254,7 @@ def test_a_study_shows_what_is_left_and_tells_the_time_left(
     # Of the last three families none was seen yet.
     starts = [line for line in told if line.startswith("evaluate@neft: starts")]
     assert re.search(r"; 3 stages to go, roughly \d+ s left$", starts[0]), starts
-    told = run(ws, env, status=2, study=True)
+    told = run(ws, env, status=2, way="study")
     assert states(prefect_home) == {"Cached": STAGES - 2, "Failed": 1, "Skipped": 1}
     # All kinds of stages were seen in the first run, but for the one that failed.
     assert any(
@@ -251,20 +263,39 @@ def test_a_study_shows_what_is_left_and_tells_the_time_left(
     # As a new expansion of the study writes it.
     ws.params_file.write_text(re.sub(r"(?s)  failed:\n.*", "", ws.params_file.read_text()))
     del env["FAKE_FAIL"]
-    run(ws, env, study=True)
+    run(ws, env, way="study")
     assert states(prefect_home) == {"Ran": 4, "Cached": STAGES - 4}
     assert ws.params().study.failed == {}
 
 
-@AT_ONCE
+def as_a_study(ws: Workspace, env: dict[str, str], folder: Path) -> Workspace:
+    """Give the workspace a study of its params, whose stages are fabricated too: where it runs."""
+    (ws.root / "studies").mkdir()
+    (ws.root / "studies/s.yaml").write_text(ws.params_file.read_text() + SECTION)
+    # A study has the package's own dvc.yaml, whose `neft` is the one beside the interpreter.
+    venv.create(folder / "venv", symlinks=True)
+    env["FAKE_PYTHON"] = str(folder / "venv/bin/python")
+    (packages,) = (folder / "venv").glob("lib/*/site-packages")
+    known = sysconfig.get_path("purelib")
+    (packages / "known.pth").write_text(f"import site; site.addsitedir({known!r})\n")
+    neft = folder / "venv/bin/neft"
+    neft.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} {fabricated.__file__} "$@"\n')
+    neft.chmod(0o755)
+    return Workspace(ws.root / ".neft/workspaces/s")
+
+
+@pytest.mark.parametrize(("jobs", "way"), [(1, "flow"), (3, "neft study")])
 def test_interrupted_runs_leave_no_process_and_end_as_an_undisturbed_one(
-    jobs: int, ws: Workspace, env: dict[str, str], prefect_home: Path
+    jobs: int, way: str, ws: Workspace, env: dict[str, str], prefect_home: Path, tmp_path: Path
 ) -> None:
     set_jobs(ws, jobs)
+    host, ws = ws, ws if way == "flow" else as_a_study(ws, env, tmp_path)
+    finished: set[str] = set()
     for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[: 3 if jobs == 1 else 1]:
-        process = start(ws, {**env, "FAKE_DELAY": "1"})
+        process = start(host, {**env, "FAKE_DELAY": "1"}, way)
         assert process.stdout is not None
         for line in process.stdout:
+            finished |= set(re.findall(r"(\S+): ran in ", line))
             if "train@full: starts" in line:
                 break
         rows = ws.state("live/train/full/seed-1/train.csv")
@@ -290,13 +321,19 @@ def test_interrupted_runs_leave_no_process_and_end_as_an_undisturbed_one(
             assert time.monotonic() - began < 20, left
             time.sleep(0.1)
 
-    told = run(ws, env)
+    (ws.root / "ran.log").unlink()
+    told = run(host, env, way=way)
     assert "Traceback" not in " ".join(told)
+    made = (ws.root / "ran.log").read_text().splitlines()
+    again = {line.strip().replace(" ", "@") for line in made}
+    assert {"base", "prepare@en-fr", "warmup@en-fr"} <= finished
+    assert "train@full" in again
+    assert not finished & again, "what was finished isn't made again"
     found = states(prefect_home)
     assert found["Ran"] + found["Cached"] == STAGES
     assert found["Cached"] >= 6
     names = ("full seed 1", "neft seed 1", "neft seed 2")
-    assert trainings(ws) == dict.fromkeys(names, ("FINISHED", 4))
+    assert trainings(host) == dict.fromkeys(names, ("FINISHED", 4))
 
 
 def test_two_starts_at_once_on_a_fresh_home(
