@@ -132,7 +132,7 @@ def stage(name: str, item: str) -> None:
         _put(work / f"scores/{item}.json", "{}")
         _put(work / f"cost/score-{item}.json", "{}")
     elif name == "assign":
-        section = re.search(r"(?ms)^runs:\n(.*?)^\S", Path("params.yaml").read_text())
+        section = re.search(r"(?ms)^runs:\n(.*?)(?:^\S|\Z)", Path("params.yaml").read_text())
         runs = re.findall(r"(?m)^  (\w+):", section[1])
         scores = {path.stem: path.read_text() for path in work.glob("scores/*.safetensors")}
         _put(work / "assigned.json", json.dumps(dict.fromkeys(runs) | {"neft": scores}))
