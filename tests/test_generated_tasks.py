@@ -193,10 +193,11 @@ CONTRARY = (
     "young old", "new old", "rich poor", "happy sad", "big small", "heavy light", "clean dirty",
     "fast slow", "interesting boring", "on under", "behind before",
 )  # fmt: skip
-CONTRARY_TO = {pair: set() for pairs in CONTRARY for pair in pairs.split()}
-for one, other in (pair.split() for pair in CONTRARY):
-    CONTRARY_TO[one].add(other)
-    CONTRARY_TO[other].add(one)
+CONTRARY_TO = {
+    word: {other for pair in CONTRARY if word in pair.split() for other in pair.split()} - {word}
+    for words in CONTRARY
+    for word in words.split()
+}
 NAMED = {"clothing": "garment", "furniture": "piece of furniture"}
 """Classes of nouns by other names than the lexicon's."""
 

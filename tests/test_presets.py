@@ -136,9 +136,9 @@ def test_xnli_by_language(template):
     ws = template("xnli-qwen3-0.6b")
     labels = ["entailment", "neutral", "contradiction"]
     texts = {
-        "en": ("And he said, “Mama, I'm home .”", "He {} his mother ."),
-        "fr": ("Et il a dit : maman, je suis là .", "Il a {} sa mère ."),
-        "de": ("Und er sagte: „Mama, ich bin da.“", "Er hat seine Mutter {} ."),
+        "en": ("Well , “it's late”, she told him .", "She {} him ."),
+        "fr": ("Bon , « il est tard », lui dit-elle .", "Elle l'a {} ."),
+        "de": ("„Es ist spät“, sagte sie ihm.", "Sie hat ihn {} ."),
         "all": ("all", "all {}"),
     }
     rows = {
@@ -205,12 +205,12 @@ def test_crosssum_by_its_archives(template):
 
 
 LINES = {
-    "eng": ['"We now have mice," he said.', "It's 10 °C.", "“Quoted” and done."],
-    "fra": ["« Nous avons des souris. »", "Il fait 10 °C.", "Fini."],
+    "eng": ['"Mice like it," he said.', "It's 10 °C.", "“Quoted” and done."],
+    "fra": ["« Les souris aiment ça. »", "Il fait 10 °C.", "Fini."],
     "hin": ["उन्होंने कहा।", "10 डिग्री है।", "समाप्त।"],
-    "zho_simpl": ["他说：“我们有老鼠。”", "现在10摄氏度。", "完成。"],
+    "zho_simpl": ["他说：“老鼠喜欢它。”", "现在10摄氏度。", "完成。"],
     "mri": ["Ka mea ia.", "10 °C tēnei.", "Kua mutu."],
-    "bos": ["„Imamo miševe“, rekao je.", "10 °C je.", "Gotovo."],
+    "bos": ["„Miševi to vole“, rekao je.", "10 °C je.", "Gotovo."],
 }  # fmt: skip
 
 
