@@ -115,8 +115,8 @@ def wins(found: Findings, part: WinsSection, gallery: Gallery) -> list[Table | H
              for task in part.trained for level in levels for name in level)  # fmt: skip
     said = "; ".join(" and ".join(_size(found, name, part.trained) for name in of) for of in levels)
     told = [
-        "Counted is which has the higher mean over seeds, however little. Compared are, with the "
-        f"parameters that they train: {said}. A difference links to the higher one.",
+        "Counted is which has the higher mean over seeds, however little; to its run a difference "
+        f"links. Compared are, with the parameters that they train: {said}.",
         *notes(found, given),
         *part.notes,
     ]

@@ -116,17 +116,24 @@ def changed(studied, tmp_path):
     return Workspace(shutil.copytree(studied.root, tmp_path / "changed"))
 
 
-def shown(ws) -> dict[str, list[dict[str, str]]]:
+def made(ws) -> dict[str, Table]:
+    pieces = study_parts.made(Findings.read(ws), Gallery())
+    return {piece.name: piece for piece in pieces if isinstance(piece, Table)}
+
+
+def shown(tables: dict[str, Table]) -> dict[str, list[dict[str, str]]]:
     """Every table's CSV, by name."""
-    found = Findings.read(ws)
-    pieces = study_parts.made(found, Gallery())
-    tables = {piece.name: piece for piece in pieces if isinstance(piece, Table)}
     return {name: list(csv.DictReader(io.StringIO(t.csv()))) for name, t in tables.items()}
 
 
 @pytest.fixture(scope="module")
-def tables(studied):
-    return shown(studied)
+def cells(studied):
+    return made(studied)
+
+
+@pytest.fixture(scope="module")
+def tables(cells):
+    return shown(cells)
 
 
 def lowest(ws, name: str, percent: float) -> set[tuple[str, int]]:
@@ -269,7 +276,7 @@ def test_break_even_from_recorded_costs(changed):
     speeds = {"base": [100.0, 200.0], "adapter": [50.0, 100.0], "merged": [110.0, 200.0]}
     path = cost / "speed.low-6.json"
     write_json(path, read_json(path) | {"tokens_per_second": speeds})
-    found = shown(changed)
+    found = shown(made(changed))
     full, low, lora, none, mixed = found["cost"]
     assert float(low["ms a step"]) == pytest.approx(3)
     assert float(low["ms a step sd"]) == pytest.approx(statistics.stdev([2.5, 3.5]))
@@ -322,13 +329,11 @@ RUN_OF = {"more": "low-6-en-fr", "seeds": "low-3-en-fr", "low 3": "low-3-en-fr",
           "low 6": "low-6-en-fr", "another seed": "low-3-en-fr", "full": "full"}  # fmt: skip
 
 
-def test_cells_about_a_run_lead_to_it_and_the_best_is_bold(studied):
+def test_cells_about_a_run_lead_to_it_and_the_best_is_bold(cells):
     """Columns that link, each to the run of its row; and of scores the one that none exceeds."""
-    pieces = study_parts.made(Findings.read(studied), Gallery())
-    tables = {piece.name: piece for piece in pieces if isinstance(piece, Table)}
     linked = {
         "trade-off": ["BLEU, en-fr"],
-        "rank-change": list(tables["rank-change"].heads[1:]),
+        "rank-change": list(cells["rank-change"].heads[1:]),
         "added": ["BLEU", "Δ to the start"],
         "average-change": ["Avg(ΔRank)", "% of candidates"],
         "types": ["strongly affected", "suppressed", "indirectly affected"],
@@ -338,10 +343,10 @@ def test_cells_about_a_run_lead_to_it_and_the_best_is_bold(studied):
         "forgetting": ["chrF", "gain", "loss after", "forgotten"],
         "sensitivity": ["BLEU", "dev loss"],
     }
-    assert {name for name in tables if not name.endswith("-differences")} == {*linked, "overlap"}
+    assert {name for name in cells if not name.endswith("-differences")} == {*linked, "overlap"}
     best = {}
     for name, heads in linked.items():
-        table = tables[name]
+        table = cells[name]
         columns = [list(column) for column in zip(*table.rows, strict=True)]
         links = [head for head, column in zip(table.heads, columns, strict=True)
                  if any(cell.run for cell in column)]  # fmt: skip
@@ -419,7 +424,7 @@ def test_what_failed_says_why(changed):
         writer = csv.DictWriter(handle, kept[0])
         writer.writeheader()
         writer.writerows(kept)
-    found = shown(changed)
+    found = shown(made(changed))
     told = {name: [row for row in found[name] if "low-6-en-fr" in row.values()
                    or {"low 6", "more"} & set(row.values())]
             for name in ("trade-off", "added", "rank-change", "average-change", "types", "cost",
