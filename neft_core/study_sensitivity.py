@@ -60,9 +60,10 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
             if reference:
                 cells += _common(found, run, reference)
             rows.append(cells)
-            groups.append(f"{said}{f', K {steps}' if steps != '–' else ''}")
+            said += f", K {steps}" if steps != "–" else ""
+            groups.append(said.removeprefix("threshold "))
             values.append(value)
-            compared.append((groups[-1], [row]))
+            compared.append((said, [row]))
     notes = [SPREAD]
     if any(cell.text == "0" for row in rows for cell in row[3:4]):
         notes.append("Where nothing is selected nothing is trained: the base's own results.")
