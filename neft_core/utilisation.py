@@ -27,7 +27,7 @@ EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 1.0)
 STRONG = 100_000 / 704_512
 """A neuron is strongly affected when its rank moves by more than this share of the candidates."""
 
-_PIECE = 1 << 22
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
