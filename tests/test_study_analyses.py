@@ -356,6 +356,8 @@ def test_cells_about_a_run_lead_to_it_and_the_best_is_bold(cells):
             texts = {cell.text for cell in row}
             named = {RUN_OF.get(text, text) for text in texts}
             assert run is None or run in named or name == "sensitivity", (name, run, texts)
+            about = [cell for cell, head in zip(row, table.heads, strict=True) if head in heads]
+            assert "base" in named or all(cell.run for cell in about if cell.value is not None)
         for head, column in zip(table.heads, columns, strict=True):
             bold = {cell.run for cell in column if cell.best}
             best |= {(name, head): bold} if bold else {}
