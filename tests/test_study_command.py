@@ -66,9 +66,6 @@ TABLE = "- {show: table, tasks: {en-fr: En→Fr}, rows: {Base: base, FT-full: fu
          "a.yaml: study.parts: two would write files named 'table-2'; give"),
         (TABLE, TABLE + "\n    - {show: rates, task: en-fr, name: table-differences}",
          "a.yaml: study.parts: two would write files named 'table-differences'; give"),
-        (TABLE, "- {show: cost, task: en-fr, rows: {A: full}}\n"
-         "    - {show: rates, task: en-fr, name: cost-speed}",
-         "a.yaml: study.parts: two would write files named 'cost-speed'; give"),
     ],
 )  # fmt: skip
 def test_what_a_file_can_not_say(ws, neft, old, new, told):

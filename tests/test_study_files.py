@@ -275,6 +275,9 @@ def test_settings_go_into_the_file_or_into_what_came_of_it(folder):
          "    - {show: table", "a.yaml: study.parts.0.series.A: got 'ful'; did you mean 'full'?"),
         ("show: table", "show: wins, trained: [en-fr, en-fr], series: {A: [full], B: [full]}}\n"
          "    - {show: table", "a.yaml: study.parts.0.trained: got en-fr, en-fr; each task once"),
+        ("show: table", "show: cost, task: en-fr, rows: {A: full}}\n"
+         "    - {show: rates, task: en-fr, name: cost-speed}\n    - {show: table",
+         "a.yaml: study.parts: two would write files named 'cost-speed'; give each its own name"),
         ("show: table", "show: tabel",
          "a.yaml: study.parts.0.show: got 'tabel'; allowed are "),
         ("title: A table", "titel: A table",
