@@ -133,7 +133,8 @@ def _highest(neurons: Tensor, units: Tensor) -> Tensor:
     # Units are centred and of size 1: only the neuron's own centred size is left to divide by.
     sides = torch.cat([units.view(n * layers, length), torch.ones(1, length)])
     products = w @ sides.T
-    squares = torch.linalg.vector_norm(w, dim=1).square()  # without a temporary of w's size
+    # The norm, unlike a sum of squares, takes no temporary of w's size.
+    squares: Tensor = torch.linalg.vector_norm(w, dim=1).square()
     mean = products[:, -1] / length
     centred = squares - length * mean.square()
     # Where the mean is most of the neuron, this difference is mostly rounding.
