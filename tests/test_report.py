@@ -129,7 +129,7 @@ def test_a_studys_cells_lead_to_each_runs_place(tiny):
     made = Reader((tiny.root / REPORTS / "mlflow.html").read_text(encoding="utf-8"))
     places = {a["id"] for _, a in made.tags if "id" in a}
     targets = {link.removeprefix("mlflow.html#") for link in links if link.startswith("mlflow")}
-    assert targets == {"full", "neft"}
+    assert targets == {"full", "lora", "neft"}, "lora's by its difference to full in the summary"
     assert places == {"full", "lora", "neft"}
     assert "neft (neft, lowest 9 %, en-fr): not in MLflow" in made.text
     text = rendered(tiny).text
