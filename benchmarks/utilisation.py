@@ -1,13 +1,25 @@
 """Neuron utilisation at full size against merely touching every weight: time and memory.
 
 `python -m benchmarks.utilisation` from the repository's root: the candidates of Llama-2-7b (704,512
-neurons of 4,096 weights) against 32 layer means. Random weights are made layer by layer, untimed;
-`sum` adds up every value, `utilisation` is what `neft analyse utilisation` computes.
+neurons of 4,096 weights) against 32 layer means. A checkpoint of random weights is written (6 GB in
+bfloat16, 12 in float32), a shard for each layer, and deleted afterwards. Rivals, each in a process
+of its own:
+
+- `sum`: every weight is read through safetensors and added up, by torch
+- `utilisation`: what `neft analyse utilisation` computes
+
+Memory is what a process's resident memory grows by while it works, files mapped into it included,
+beside the size of one matrix as it is stored.
 """
 
 import argparse
+import contextlib
+import json
 import os
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,74 +28,126 @@ from benchmarks import harness
 RIVALS = ("sum", "utilisation")
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of both over all layers, by precision, and the most memory in use."""
+@dataclass(frozen=True)
+class Spec:
+    """What a rival's process has to know."""
+
+    rival: str
+    directory: str
+    hidden: int
+    threads: int
+
+
+@contextlib.contextmanager
+def checkpoint(options: argparse.Namespace, dtype: str) -> Iterator[str]:
+    """The directory of a checkpoint of the candidates alone; all layers have the same values."""
+    import torch
+    from safetensors.torch import save_file
+
+    h, i = options.hidden, options.intermediate
+    draw = torch.Generator().manual_seed(0)
+    drawn = {
+        f"{role}_proj": torch.randn(shape, generator=draw).mul_(0.02).to(getattr(torch, dtype))
+        for role, shape in (("up", (i, h)), ("down", (h, i)))
+    }
+    files: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="neft-utilisation-", dir=options.folder) as root:
+        for layer in range(options.layers):
+            weights = {
+                f"model.layers.{layer}.mlp.{role}.weight": weight for role, weight in drawn.items()
+            }
+            save_file(weights, Path(root) / f"layer-{layer}.safetensors")
+            files |= dict.fromkeys(weights, f"layer-{layer}.safetensors")
+        (Path(root) / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        index = json.dumps({"weight_map": files})
+        (Path(root) / "model.safetensors.index.json").write_text(index)
+        yield root
+
+
+def build(spec: Spec) -> Callable[[str], dict[str, float]]:
+    """A rival: each command runs it once and tells seconds and memory."""
     import torch
 
+    from neft_core import checkpoints
     from neft_core.utilisation import utilisation
 
-    torch.set_num_threads(options.threads)
-    h, i = options.hidden, options.intermediate
-    states = torch.randn(1, 32, h)
-    found: dict[str, Any] = {}
-    for name in options.dtype:
+    torch.set_num_threads(spec.threads)
+    states = torch.randn(1, 32, spec.hidden, generator=torch.Generator().manual_seed(1))
+
+    def add_up() -> None:
+        for path in sorted(Path(spec.directory).glob("*.safetensors")):
+            with checkpoints.opened(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    float(file.get_tensor(name).sum())
+
+    def answer(_command: str) -> dict[str, float]:
         harness.reset_peak()
         before = harness.peak_resident()
-        seconds = {f"{rival} {kind}": 0.0 for rival in RIVALS for kind in ("wall", "cpu")}
-        neurons = 0
-        for layer in range(options.layers):
-            torch.manual_seed(layer)
-            weights = {
-                f"model.layers.{layer}.mlp.{role}_proj.weight": torch.randn(shape).to(
-                    getattr(torch, name)
-                )
-                for role, shape in (("up", (i, h)), ("down", (h, i)))
-            }
-            neurons += 2 * i
-            for rival in RIVALS:
-                with harness.Clock() as clock:
-                    if rival == "sum":
-                        for weight in weights.values():
-                            float(weight.sum())
-                    else:
-                        utilisation(weights, states, config={"model_type": "llama"})
-                seconds[f"{rival} wall"] += clock.wall
-                seconds[f"{rival} cpu"] += clock.cpu
-        found[name] = {
-            **seconds,
-            "neurons": neurons,
-            "bytes": 2 * options.layers * i * h * getattr(torch, name).itemsize,
-            "grown": harness.peak_resident() - before,
+        with harness.Clock() as clock:
+            if spec.rival == "sum":
+                add_up()
+            else:
+                utilisation(spec.directory, states)
+        grown = harness.peak_resident() - before
+        return {"wall": clock.wall, "cpu": clock.cpu, "grown": grown}
+
+    return answer
+
+
+def compare(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """Each rival's seconds and memory for one precision; the first, untimed, fills the cache."""
+    import torch
+
+    matrix = options.hidden * options.intermediate * getattr(torch, dtype).itemsize
+    with checkpoint(options, dtype) as directory:
+        specs = {rival: Spec(rival, directory, options.hidden, options.threads) for rival in RIVALS}
+        with harness.workers(build, specs) as rivals:
+            first = harness.repeat(rivals, "run", 1)
+            answers = harness.repeat(rivals, "run", options.repeats)
+    found: dict[str, Any] = {
+        rival: {
+            **{clock: harness.spread([run[clock] for run in runs]) for clock in ("wall", "cpu")},
+            "grown": max(run["grown"] for run in [*first[rival], *runs]),
         }
-    return found
+        for rival, runs in answers.items()
+    }
+    return found | {
+        "neurons": 2 * options.layers * options.intermediate,
+        "bytes": 2 * options.layers * matrix,
+        "matrix": matrix,
+    }
 
 
-def report(found: dict[str, Any]) -> str:
+def table(found: dict[str, Any]) -> str:
     """One row for each precision."""
     return harness.table(
         [
             {
-                "weights": name,
+                "weights": dtype,
                 "neurons": f"{entry['neurons']:,}",
                 "GB": f"{entry['bytes'] / 1e9:.1f}",
                 **{
-                    f"{rival} {kind}, s": f"{entry[f'{rival} {kind}']:.1f}"
+                    f"{rival} {clock}, s": f"{entry[rival][clock]['median']:.1f}"
                     for rival in RIVALS
-                    for kind in ("wall", "cpu")
+                    for clock in ("wall", "cpu")
                 },
-                "ratio, wall / CPU": " / ".join(
-                    f"{entry[f'utilisation {kind}'] / entry[f'sum {kind}']:.1f}"
-                    for kind in ("wall", "cpu")
-                ),
-                "MB resident": f"{entry['grown'] / 1e6:,.0f}",
+                "one matrix, MB": f"{entry['matrix'] / 1e6:,.0f}",
+                **{f"{rival}, MB more": f"{entry[rival]['grown'] / 1e6:,.0f}" for rival in RIVALS},
             }
-            for name, entry in found.items()
+            for dtype, entry in found.items()
         ]
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, print the table, write the files."""
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """All precisions of a command: the record and the table."""
+    found = {dtype: compare(options, dtype) for dtype in options.dtype}
+    settings = {key: str(value) for key, value in vars(options).items() if key != "out"}
+    return {"command": settings, "machine": harness.machine(), "found": found}, table(found)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.utilisation",
         description=__doc__,
@@ -94,18 +158,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--intermediate", type=int, default=11008)
     add("--layers", type=int, default=32)
     add("--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
+    add("--repeats", type=int, default=3)
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add("--folder", type=Path, default=None, help="where the checkpoint is written for a while")
     add("--out", type=Path, default=None, help="writes OUT.json and OUT.md")
-    options = parser.parse_args(argv)
-    found = measure(options)
-    text = report(found)
-    print(text)
-    if options.out is not None:
-        settings = {key: str(value) for key, value in vars(options).items() if key != "out"}
-        record = {"command": settings, "machine": harness.machine(), "found": found}
-        harness.write(options.out, record, text)
-    return 0
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.main(arguments, run))

@@ -40,6 +40,8 @@ class Style(NamedTuple):
 def styles(families: Mapping[str, str], order: Sequence[str] = ()) -> dict[str, Style]:
     """A look for every name: a colour and a marker for a family, a dash for each in it.
 
+    Where colours don't suffice, families of one colour differ in their dash.
+
     Args:
         families: the family of each name, such as the method of a run.
         order: families that come first, so that they keep their colours in every figure.
@@ -49,7 +51,7 @@ def styles(families: Mapping[str, str], order: Sequence[str] = ()) -> dict[str, 
     found = {}
     for name, family in families.items():
         place = order.index(family)
-        dash = DASHES[seen[family] % len(DASHES)]
+        dash = DASHES[(seen[family] + place // len(PALETTE)) % len(DASHES)]
         found[name] = Style(PALETTE[place % len(PALETTE)], dash, MARKERS[place % len(MARKERS)])
         seen[family] += 1
     return found

@@ -164,10 +164,12 @@ class Gallery:
         self.svgs[name], self.pngs[name] = drawing.svg(figure), drawing.png(figure)
         said = text(f"{title}. {caption}".strip())
         return fill(
-            '<figure id="figure-{name}"><div class="scroll">{svg}</div><figcaption><b>{title}.</b> '
-            '{caption} <span class="files"><a href="figures/{name}.svg">SVG</a> '
-            '<a href="figures/png/{name}.png">PNG</a></span></figcaption></figure>',
+            '<figure id="figure-{name}"{wide}><div class="scroll">{svg}</div>'
+            '<figcaption><b>{title}.</b> {caption} <span class="files">'
+            '<a href="figures/{name}.svg">SVG</a> <a href="figures/png/{name}.png">PNG</a></span>'
+            "</figcaption></figure>",
             name=name,
+            wide=Html(' class="wide"' if figure.get_figwidth() > drawing.WIDTH else ""),
             svg=Html(drawing.inline(self.svgs[name], name, said)),
             title=title,
             caption=caption,

@@ -8,10 +8,12 @@ from typing import Any
 from neft_core import figures
 from neft_core.config.shown import CostSection, ForgettingSection
 from neft_core.files import read_json
-from neft_core.findings import Findings, mean, number
+from neft_core.findings import Findings, Row, mean, number
 from neft_core.page import Gallery, Html
 from neft_core.study_runs import (
+    SPREAD,
     absent,
+    differences,
     failure,
     first_metric,
     heading,
@@ -48,9 +50,9 @@ def cost(found: Findings, part: CostSection, gallery: Gallery) -> list[Table | H
         before = sum(entry["seconds"] for entry in stages)
         saved = _difference(dear, step) if dear is not None and run != full else None
         parameters = number(row["parameters"]) or 0.0
-        cells = [Cell(label), Cell(run), Cell(f"{parameters:,.0f}", int(parameters)), spread(step)]
-        cells.append(spread(saved, "+.2f"))
-        cells.append(_memory(costs[run]))
+        cells = [Cell(label), Cell(run), Cell(f"{parameters:,.0f}", int(parameters))]
+        cells += [spread(step, run=run), spread(saved, "+.2f", run=run)]
+        cells.append(_memory(costs[run], run))
         cells.append(Cell(f"{before:.1f}", round(before, 3)) if stages else Cell("none"))
         cells.append(_memory(stages))
         rows.append([*cells, _break_even(before, saved)])
@@ -110,9 +112,9 @@ def _break_even(before: float, saved: figures.Value | None) -> Cell:
     return Cell(f"{even:,.0f}", round(even, 3))
 
 
-def _memory(entries: Sequence[Mapping[str, float]]) -> Cell:
+def _memory(entries: Sequence[Mapping[str, float]], run: str | None = None) -> Cell:
     peak = max((entry.get("peak_bytes", 0) for entry in entries), default=0) / 1e9
-    return Cell(f"{peak:.2f}", round(peak, 6)) if peak else Cell("–")
+    return Cell(f"{peak:.2f}", round(peak, 6), run=run) if peak else Cell("–")
 
 
 def _speeds(found: Findings, part: CostSection) -> Table | None:
@@ -133,13 +135,14 @@ def _speeds(found: Findings, part: CostSection) -> Table | None:
                 f"{data['device']}; ± one standard deviation over {len(speeds['base'])} "
                 "measurements, taken in turns; ratios are medians of these turns."
             )
-            forms = ("base", "adapter", "merged")
-            rows.append([Cell(label), Cell(run), *(spread(mean(speeds[f]), ",.0f") for f in forms)])
-            for form in forms[1:]:
+            forms = ("adapter", "merged")
+            rows.append([Cell(label), Cell(run), spread(mean(speeds["base"]), ",.0f")])
+            rows[-1] += [spread(mean(speeds[form]), ",.0f", run=run) for form in forms]
+            for form in forms:
                 ratio = statistics.median(
                     a / b for a, b in zip(speeds[form], speeds["base"], strict=True)
                 )
-                rows[-1].append(Cell(f"{ratio:.2f}", round(ratio, 4)))
+                rows[-1].append(Cell(f"{ratio:.2f}", round(ratio, 4), run=run))
     title = "Speed of generation"
     return Table(f"{found.named(part)}-speed", title, heads, rows, [said]) if rows else None
 
@@ -151,6 +154,7 @@ def forgetting(found: Findings, part: ForgettingSection, gallery: Gallery) -> li
              "forgotten"]  # fmt: skip
     base = score(row_of(found, part.task, "base"), metric)
     rows: list[list[Cell]] = []
+    compared: list[tuple[str, list[Row | None]]] = []
     points: dict[str, list[figures.Place]] = {}
     texts = 0
     for label, name in part.rows.items():
@@ -167,16 +171,20 @@ def forgetting(found: Findings, part: ForgettingSection, gallery: Gallery) -> li
         gain, change = value[0] - base[0], (after[0] - before, after[1])
         percent = number(row["percent"]) or 0.0
         cells = [Cell(label), Cell(run), Cell(f"{percent:.2f}", percent), spread(value, run=run)]
-        cells += [Cell(f"{gain:+.2f}", round(gain, 6)), Cell(f"{before:.3f}", before)]
-        rows.append([*cells, spread(after, ".3f"), spread(change, "+.3f")])
+        cells += [Cell(f"{gain:+.2f}", round(gain, 6), run=run), Cell(f"{before:.3f}", before)]
+        rows.append([*cells, spread(after, ".3f", run=run), spread(change, "+.3f", run=run)])
+        compared.append((label, [row]))
         points[label] = [(gain, *change)]
     notes = [
         f"Gain: {heading(metric)} over the base's. Loss: nats per token on {texts:,} texts of the "
-        "pre-training kind; forgotten is what it rose by. ± one standard deviation over seeds.",
+        f"pre-training kind; forgotten is what it rose by. {SPREAD}",
         *part.notes,
     ]
     title = part.title or "What was gained, and what was forgotten"
-    pieces: list[Table | Html] = [table(named, title, heads, rows, notes)]
+    pieces: list[Table | Html] = [
+        table(named, title, heads, rows, notes, [3]),
+        *differences(found, named, title, [part.task], compared),
+    ]
     if points:
         figure = figures.lines(
             points,

@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 
 from neft_core import figures
-from neft_core.config.shown import AddedSection, TradeOffSection, candidates
+from neft_core.config.shown import BEFORE, AddedSection, TradeOffSection, candidates
 from neft_core.config.study import WinsSection
-from neft_core.findings import Findings, number
+from neft_core.findings import Findings, Row, number
 from neft_core.page import Gallery, Html
 from neft_core.study_candidates import Place, notes
 from neft_core.study_runs import (
     FAILED,
+    SPREAD,
     absent,
+    differences,
     failure,
     first_metric,
     heading,
@@ -33,6 +35,7 @@ def trade_off(found: Findings, part: TradeOffSection, gallery: Gallery) -> list[
     heads += [f"{heading(metrics[task])}, {task}" for task in tasks]
     lines: dict[str, dict[str, list[figures.Place]]] = {task: {} for task in tasks}
     rows: list[list[Cell]] = []
+    compared: list[tuple[str, list[Row | None]]] = []
     for label, names in part.series.items():
         for name in names:
             run = run_of(found, name, part.task)
@@ -50,6 +53,7 @@ def trade_off(found: Findings, part: TradeOffSection, gallery: Gallery) -> list[
                 if value is not None and trained:
                     lines[task].setdefault(label, []).append((trained, *value))
             rows.append(cells)
+            compared.append((run, list(of_task.values())))
     levels: dict[str, dict[str, float]] = {task: {} for task in tasks}
     for label, name in part.levels.items():
         run = run_of(found, name, part.task)
@@ -59,13 +63,16 @@ def trade_off(found: Findings, part: TradeOffSection, gallery: Gallery) -> list[
         for key, form in (("parameters", ",.0f"), ("percent", ".2f")):
             amount = number(own.get(key)) if own else None
             cells.append(Cell("–") if amount is None else Cell(format(amount, form), amount))
-        rows.append([*cells, *(spread(value) for value in values.values())])
+        link = None if name in BEFORE else run
+        rows.append([*cells, *(spread(value, run=link) for value in values.values())])
         for task, value in values.items():
             if value is not None:
                 levels[task][label] = value[0]
     title = part.title or "Trained parameters against results"
-    said = ["± one standard deviation over seeds.", *part.notes]
-    pieces: list[Table | Html] = [table(named, title, heads, rows, said)]
+    pieces: list[Table | Html] = [
+        table(named, title, heads, rows, [SPREAD, *part.notes], range(4, len(heads))),
+        *differences(found, named, title, tasks, compared),
+    ]
     drawn = [
         gallery.add(
             f"study-{named}" + (f"-{task}" if task != part.task else ""),
@@ -108,8 +115,8 @@ def wins(found: Findings, part: WinsSection, gallery: Gallery) -> list[Table | H
              for task in part.trained for level in levels for name in level)  # fmt: skip
     said = "; ".join(" and ".join(_size(found, name, part.trained) for name in of) for of in levels)
     told = [
-        "Counted is which has the higher mean over seeds, however little. Compared are, with the "
-        f"parameters that they train: {said}.",
+        "Counted is which has the higher mean over seeds, however little; to its run a difference "
+        f"links. Compared are, with the parameters that they train: {said}.",
         *notes(found, given),
         *part.notes,
     ]
@@ -128,7 +135,17 @@ def wins(found: Findings, part: WinsSection, gallery: Gallery) -> list[Table | H
                 )
             )
     title = part.title or f"How often {first} scores higher than {second}"
-    pieces: list[Table | Html] = [table(named, title, heads, rows, told)]
+    tested = list(dict.fromkeys(here for here, _ in pairs))
+    compared = [
+        (run, [row_of(found, here, run) if (here, task) in pairs else None for here in tested])
+        for task in part.trained
+        for level in levels
+        for run in (run_of(found, name, task) for name in level)
+    ]
+    pieces: list[Table | Html] = [
+        table(named, title, heads, rows, told),
+        *differences(found, named, title, tested, compared),
+    ]
     return [*pieces, *([side_by_side(*drawn)] if drawn else [])]
 
 
@@ -143,7 +160,7 @@ def _compared(
         whys = dict.fromkeys(why for run in runs if (why := found.why_failed(run, here)))
         return Cell(FAILED + "; ".join(whys) if whys else "not there")
     difference = round(one[0] - other[0], 6)
-    return Cell(f"{difference:+.2f}", difference)
+    return Cell(f"{difference:+.2f}", difference, run=runs[difference < 0])
 
 
 def _size(found: Findings, name: str, tasks: Sequence[str]) -> str:
@@ -169,6 +186,7 @@ def added(found: Findings, part: AddedSection, gallery: Gallery) -> list[Table |
     base = number(first["percent"]) or 0.0
     rows = [[Cell("nothing"), Cell(start), Cell("0", 0), Cell(f"{base:.2f}", base),
              spread(begun, run=start), Cell("–"), *_reported(part, part.start)]]  # fmt: skip
+    compared: list[tuple[str, list[Row | None]]] = [(start, [first])]
     series: dict[str, list[figures.Place]] = {}
     reported: dict[str, list[figures.Place]] = {}
     for label, names in part.ways.items():
@@ -194,22 +212,26 @@ def added(found: Findings, part: AddedSection, gallery: Gallery) -> list[Table |
                     Cell(f"{more:.2f}", round(more, 6)),
                     Cell(f"{percent:.2f}", percent),
                     spread(value, run=run),
-                    Cell(f"{value[0] - begun[0]:+.2f}", round(value[0] - begun[0], 6)),
+                    Cell(f"{value[0] - begun[0]:+.2f}", round(value[0] - begun[0], 6), run=run),
                     *_reported(part, name),
                 ]
             )
+            compared.append((run, [row]))
         if told:
             first_told = [(0.0, part.paper[part.start], None)] if part.start in part.paper else []
             reported[label] = [*first_told, *told]
-    said = ["± one standard deviation over seeds.", *part.notes]
     figure = gallery.add(
         f"study-{named}",
         figures.added_neurons(series, heading(metric), reported),
         f"Adding neurons to {start}",
         "Bars are one standard deviation over seeds. The form of the paper's Fig. 4.",
     )
-    shown = table(named, part.title or _ADDED, heads, rows, said)
-    return [shown, side_by_side(figure)]
+    title = part.title or _ADDED
+    return [
+        table(named, title, heads, rows, [SPREAD, *part.notes], [4]),
+        *differences(found, named, title, [part.task], compared),
+        side_by_side(figure),
+    ]
 
 
 def _reported(part: AddedSection, name: str) -> list[Cell]:

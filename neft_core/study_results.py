@@ -1,6 +1,6 @@
 """Parts of a study that show results: the table in the paper's form, and learning rates."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from neft_core.config.shown import BEFORE
 from neft_core.config.study import RatesSection, TableSection
@@ -8,13 +8,8 @@ from neft_core.findings import Findings, Row, mean, number
 from neft_core.metrics import OF_TASK, TITLES
 from neft_core.page import Gallery, Html
 from neft_core.study_candidates import Place, best, notes
+from neft_core.study_runs import NOTHING, best_in_bold, differences, failed, failures
 from neft_core.study_tables import Cell, Table
-
-NOTHING = Cell("–")
-"""What was not asked for."""
-
-RIVALS = {"full": "full", "lora": "LoRA"}
-"""What every run is compared with."""
 
 
 def table(found: Findings, part: TableSection, _gallery: Gallery) -> list[Table | Html]:
@@ -53,9 +48,16 @@ def table(found: Findings, part: TableSection, _gallery: Gallery) -> list[Table 
     said += f" Signature: {', '.join(signatures)}." if signatures else ""
     below = [*failures(reasons), said, *notes(found, _places(found, part)), *part.notes]
     return [
-        Table(name, title, heads, _best_in_bold(rows, 3), below),
-        *_differences(found, part, f"{name}-differences", f"{title}: differences"),
-    ]
+        Table(name, title, heads, best_in_bold(rows, range(3, len(heads))), below),
+        *differences(
+            found,
+            name,
+            title,
+            list(part.headings.values()),
+            [(label, [_row(found, part, label, task) for task in part.headings])
+             for label in part.rows],
+        ),
+    ]  # fmt: skip
 
 
 def _places(found: Findings, part: TableSection) -> Iterator[Place]:
@@ -86,19 +88,6 @@ def _row(found: Findings, part: TableSection, label: str, task: str) -> Row | No
     runs = part.runs(label, task, found.params.runs)
     name = best(found, runs, task) if runs else part.rows[label]
     return next((row for row in found.rows(task) if row["name"] == name), None)
-
-
-def failed(
-    reasons: dict[str, int], reason: str, more: Mapping[str, float | int | str] | None = None
-) -> Cell:
-    """A cell whose reason stands below the table, under a number; equal reasons have one."""
-    number = reasons.setdefault(reason, len(reasons) + 1)
-    return Cell(f"failed ({number})", more={"failed": reason} | dict(more or {}))
-
-
-def failures(reasons: Mapping[str, int]) -> list[str]:
-    """The reasons as sentences below a table."""
-    return [f"({number}) {reason}" for reason, number in reasons.items()]
 
 
 def _score(
@@ -132,55 +121,6 @@ def _score(
 
 def _paper(reported: float | None) -> dict[str, float | int | str]:
     return {} if reported is None else {"paper": reported}
-
-
-def _best_in_bold(rows: Sequence[Sequence[Cell]], first: int) -> list[list[Cell]]:
-    """The rows with the highest value of each column of runs in bold."""
-    from dataclasses import replace
-
-    done = [list(row) for row in rows]
-    for column in range(first, len(rows[0])):
-        values = [row[column].value for row in rows if row[column].run]
-        top = max((value for value in values if value is not None), default=None)
-        for row in done:
-            cell = row[column]
-            if cell.run and cell.value is not None and cell.value == top:
-                row[column] = replace(cell, best=True)
-    return done
-
-
-def _differences(found: Findings, part: TableSection, name: str, title: str) -> list[Table]:
-    """Each run against full fine-tuning and LoRA, with the probability of chance."""
-    heads, columns = ["method"], []
-    for task, heading in part.headings.items():
-        for rival, called in RIVALS.items():
-            cells = [_difference(_row(found, part, m, task), rival) for m in part.rows]
-            if any(cell.value is not None for cell in cells):
-                heads.append(f"{heading}: Δ {called}")
-                columns.append(cells)
-    if not columns:
-        return []
-    rows = [
-        [Cell(label), *cells]
-        for label, *cells in zip(part.rows, *columns, strict=True)
-        if any(cell.value is not None for cell in cells)
-    ]
-    samples = found.params.evaluation.bootstrap
-    note = (
-        "Difference of the first metric to full fine-tuning, and to the LoRA that trains about as "
-        "many parameters; of several alike to the one with the lowest dev loss. p: paired "
-        f"bootstrap over the test rows ({samples:,} samples), seed by seed, of which the largest "
-        "counts, and 1 where seeds differ in sign; * p < 0.05, ** p < 0.01."
-    )
-    return [Table(name, title, heads, rows, [note])]
-
-
-def _difference(row: Row | None, rival: str) -> Cell:
-    delta, p = (number((row or {}).get(f"{key}_{rival}")) for key in ("delta", "p"))
-    if delta is None or p is None:
-        return NOTHING
-    mark = "**" if p < 0.01 else "*" if p < 0.05 else ""
-    return Cell(f"{delta:+.2f}{mark} (p {p:.3f})".replace("-", "−"), delta, more={"p": p})
 
 
 def rates(found: Findings, part: RatesSection, _gallery: Gallery) -> list[Table | Html]:

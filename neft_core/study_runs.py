@@ -1,6 +1,7 @@
-"""What the parts of a study read of its runs: results, and why some are missing."""
+"""What the parts of a study read of its runs: results, differences, and why some are missing."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from neft_core.config.shown import candidates
@@ -8,11 +9,19 @@ from neft_core.findings import Findings, Row, number
 from neft_core.metrics import OF_TASK, TITLES
 from neft_core.page import Html, fill, join
 from neft_core.study_candidates import best
-from neft_core.study_results import failed, failures
 from neft_core.study_tables import Cell, Table
 
 FAILED = "failed: "
 """How a cell begins in which something failed, until its reason stands below the table."""
+
+NOTHING = Cell("–")
+"""What was not asked for."""
+
+SPREAD = "± one standard deviation over seeds; bold: the best."
+"""Below tables of scores."""
+
+RIVALS = {"full": "full", "lora": "LoRA"}
+"""What every run is compared with."""
 
 
 def run_of(found: Findings, name: str, task: str) -> str:
@@ -65,14 +74,28 @@ def absent(label: str, why: str, columns: int) -> list[Cell]:
     return [Cell(label), Cell(why), *(Cell("–") for _ in range(columns - 2))]
 
 
+def failed(
+    reasons: dict[str, int], reason: str, more: Mapping[str, float | int | str] | None = None
+) -> Cell:
+    """A cell whose reason stands below the table, under a number; equal reasons have one."""
+    place = reasons.setdefault(reason, len(reasons) + 1)
+    return Cell(f"failed ({place})", more={"failed": reason} | dict(more or {}))
+
+
+def failures(reasons: Mapping[str, int]) -> list[str]:
+    """The reasons as sentences below a table."""
+    return [f"({place}) {reason}" for reason, place in reasons.items()]
+
+
 def table(
     name: str,
     title: str,
     heads: Sequence[str],
     rows: Sequence[Sequence[Cell]],
     notes: Sequence[str] = (),
+    scores: Collection[int] = (),
 ) -> Table:
-    """A table with the reasons for what failed below it."""
+    """A table with the reasons for what failed below it; in columns of scores the best is bold."""
     reasons: dict[str, int] = {}
 
     def told(cell: Cell) -> Cell:
@@ -80,8 +103,71 @@ def table(
             return cell
         return failed(reasons, cell.text.removeprefix(FAILED))
 
-    lines = [list(map(told, row)) for row in rows]
+    lines = best_in_bold([list(map(told, row)) for row in rows], scores)
     return Table(name, title, heads, lines, [*failures(reasons), *notes])
+
+
+def best_in_bold(rows: Sequence[Sequence[Cell]], columns: Collection[int]) -> list[list[Cell]]:
+    """The rows with the highest value of some columns in bold, among runs."""
+    done = [list(row) for row in rows]
+    for column in columns:
+        values = [row[column].value for row in rows if row[column].run]
+        top = max((value for value in values if value is not None), default=None)
+        for row in done:
+            cell = row[column]
+            if cell.run and cell.value is not None and cell.value == top:
+                row[column] = replace(cell, best=True)
+    return done
+
+
+def differences(
+    found: Findings,
+    name: str,
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[Row | None]]],
+) -> list[Table]:
+    """A table of runs against full fine-tuning and LoRA; none where there is neither.
+
+    Args:
+        found: the results.
+        name: of the table beside which it stands.
+        title: its title.
+        headings: of the tasks that the runs are tested on.
+        rows: by label, on each of the tasks, a run's row of the result table. What stands there
+            twice is told once.
+    """
+    heads, columns = ["method"], []
+    rows = [row for place, row in enumerate(rows) if row not in rows[:place]]
+    for place, heading in enumerate(headings):
+        for rival, called in RIVALS.items():
+            cells = [_difference(of_task[place], rival) for _, of_task in rows]
+            if any(cell.value is not None for cell in cells):
+                heads.append(f"{heading}: Δ {called}")
+                columns.append(cells)
+    lines = [
+        [Cell(label), *cells]
+        for (label, _), *cells in zip(rows, *columns, strict=True)
+        if any(cell.value is not None for cell in cells)
+    ]
+    samples = found.params.evaluation.bootstrap
+    note = (
+        "Difference of the first metric to full fine-tuning, and to the LoRA that trains about as "
+        "many parameters; of several alike to the one with the lowest dev loss. p: paired "
+        f"bootstrap over the test rows ({samples:,} samples), seed by seed, of which the largest "
+        "counts, and 1 where seeds differ in sign; * p < 0.05, ** p < 0.01."
+    )
+    shown = Table(f"{name}-differences", f"{title}: differences", heads, lines, [note])
+    return [shown] if lines else []
+
+
+def _difference(row: Row | None, rival: str) -> Cell:
+    delta, p = (number((row or {}).get(f"{key}_{rival}")) for key in ("delta", "p"))
+    if row is None or delta is None or p is None:
+        return NOTHING
+    mark = "**" if p < 0.01 else "*" if p < 0.05 else ""
+    said = f"{delta:+.2f}{mark} (p {p:.3f})".replace("-", "−")
+    return Cell(said, delta, run=row["name"], more={"p": p})
 
 
 def means(found: Findings, run: str, key: str) -> Sequence[float]:

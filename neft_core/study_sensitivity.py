@@ -3,10 +3,12 @@
 from neft_core import figures
 from neft_core.config.shown import SensitivitySection
 from neft_core.errors import NeftError
-from neft_core.findings import Findings, mean, number
+from neft_core.findings import Findings, Row, mean, number
 from neft_core.page import Gallery, Html
 from neft_core.study_runs import (
+    SPREAD,
     absent,
+    differences,
     failure,
     first_metric,
     heading,
@@ -37,6 +39,7 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
     ]
     heads += ["in common with the reference", "by chance"] if reference else []
     rows: list[list[Cell]] = []
+    compared: list[tuple[str, list[Row | None]]] = []
     groups: list[str] = []
     values: list[figures.Value] = []
     for label, names in part.groups.items():
@@ -53,13 +56,15 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
             cells = [Cell(label), Cell(said), Cell(steps), Cell(f"{count:,}", count)]
             cells.append(Cell(f"{percent:.2f}", percent))
             cells.append(spread(value, run=run))
-            cells.append(spread(mean(means(found, run, "best_dev_loss")), ".3f"))
+            cells.append(spread(mean(means(found, run, "best_dev_loss")), ".3f", run=run))
             if reference:
                 cells += _common(found, run, reference)
             rows.append(cells)
-            groups.append(f"{said}{f', K {steps}' if steps != '–' else ''}")
+            said += f", K {steps}" if steps != "–" else ""
+            groups.append(said.removeprefix("threshold "))
             values.append(value)
-    notes = ["± one standard deviation over seeds."]
+            compared.append((said, [row]))
+    notes = [SPREAD]
     if any(cell.text == "0" for row in rows for cell in row[3:4]):
         notes.append("Where nothing is selected nothing is trained: the base's own results.")
     if reference:
@@ -68,16 +73,19 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
             "the share of all candidates that it selects."
         )
     title = part.title or "Sensitivity to criterion, threshold and warm-up"
-    shown = table(named, title, heads, rows, [*notes, *part.notes])
+    pieces: list[Table | Html] = [
+        table(named, title, heads, rows, [*notes, *part.notes], [5]),
+        *differences(found, named, title, [part.task], compared),
+    ]
     if not groups:
-        return [shown]
+        return pieces
     figure = gallery.add(
         f"study-{named}",
         figures.bars(groups, {metric: values}, label=heading(metric), horizontal=True, unit=".1f"),
         f"{heading(metric)} by selection",
         "Bars are one standard deviation over seeds.",
     )
-    return [shown, side_by_side(figure)]
+    return [*pieces, side_by_side(figure)]
 
 
 def _asked(found: Findings, run: str) -> tuple[str, str]:

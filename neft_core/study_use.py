@@ -48,6 +48,11 @@ class Ranks:
     seeds: "list[Tensor]"
     groups: "Mapping[str, Group]"
 
+    @property
+    def link(self) -> str | None:
+        """Where cells about it lead; the base was not trained."""
+        return None if self.run == "base" else self.run
+
 
 def ranks(found: Findings, name: str, task: str) -> Ranks:
     """What `utilisation` measured of a run, or of the base.
@@ -118,7 +123,7 @@ def rank_change(found: Findings, part: RankChangeSection, gallery: Gallery) -> l
         candidates = len(first.seeds[0])
         values = [mean([row[3] for row in bucket]) for bucket in zip(*of_seeds, strict=True)]
         series[label] = values
-        rows.append([Cell(label), *(spread(value, ",.1f") for value in values)])
+        rows.append([Cell(label), *(spread(v, ",.1f", run=second.link) for v in values)])
     title = part.title or "How far neurons move in the order of use, by where they were"
     notes = [
         f"Avg(ΔRank) of {candidates:,} candidates by percentile of the first run's Pearson order, "
@@ -154,13 +159,13 @@ def average_change(
 
     for number, (anchor, values) in enumerate(_against(found, part, measure), start=1):
         bars = {}
-        for label, (value, first) in values.items():
+        for label, (value, of) in values.items():
             if isinstance(value, str):
                 rows.append([Cell(anchor), *absent(label, value, len(heads) - 1)])
                 continue
-            share = 100 * value[0] / len(first.seeds[0])
+            share = 100 * value[0] / len(of.seeds[0])
             bars[label] = value
-            cells = [spread(value, ",.1f"), Cell(f"{share:.2f}", share)]
+            cells = [spread(value, ",.1f", run=of.link), Cell(f"{share:.2f}", share, run=of.link)]
             if part.paper:
                 told = part.paper.get(anchor, {}).get(label)
                 cells.append(Cell("–") if told is None else Cell(f"{told:,.0f}", told))
@@ -207,7 +212,7 @@ def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table |
     for number, (anchor, values) in enumerate(_against(found, part, measure), start=1):
         bars: dict[str, list[Any]] = {}
         shown = []
-        for label, (value, _) in values.items():
+        for label, (value, of) in values.items():
             if isinstance(value, str):
                 rows.append([Cell(anchor), *absent(label, value, 5)])
                 continue
@@ -216,13 +221,14 @@ def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table |
             kinds = list(whole)
             shown.append(label)
             cells = [Cell(f"{every:,.0f}", int(every))]
-            cells += [spread(count, ",.1f") for count in whole.values()]
+            cells += [spread(count, ",.1f", run=of.link) for count in whole.values()]
             rows.append([Cell(anchor), Cell(label), *cells])
             for kind, count in whole.items():
                 bars.setdefault(kind, []).append(count)
                 if number == 1:
                     places = [where.rpartition(".")[2] for where in value]
-                    cells = [spread(counts[kind], ",.1f") for counts in value.values()]
+                    of_layers = (counts[kind] for counts in value.values())
+                    cells = [spread(count, ",.1f", run=of.link) for count in of_layers]
                     layers.append([Cell(label), Cell(kind), *cells])
         if shown:
             drawn.append(
@@ -255,7 +261,7 @@ def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table |
 def _against(
     found: Findings, part: AnchoredSection, measure: Callable[[Ranks, Ranks], Any]
 ) -> list[tuple[str, dict[str, tuple[Any, Ranks]]]]:
-    """For each anchor and label what is measured, or why it isn't; and the anchor's ranks."""
+    """For each anchor and label what is measured, or why it isn't; and the label's own ranks."""
     result = []
     for anchor, others in part.anchors.items():
         values: dict[str, tuple[Any, Any]] = {}
@@ -264,7 +270,7 @@ def _against(
             try:
                 first = ranks(found, part.names[anchor], part.task)
                 second = ranks(found, part.names[label], part.task)
-                values[shown] = measure(first, second), first
+                values[shown] = measure(first, second), second
             except NeftError as fault:
                 values[shown] = str(fault), None
         result.append((anchor, values))

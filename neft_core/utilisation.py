@@ -27,7 +27,7 @@ EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 1.0)
 STRONG = 100_000 / 704_512
 """A neuron is strongly affected when its rank moves by more than this share of the candidates."""
 
-_PIECE = 1 << 22
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ def _highest(neurons: Tensor, units: Tensor) -> Tensor:
     # Units are centred and of size 1: only the neuron's own centred size is left to divide by.
     sides = torch.cat([units.view(n * layers, length), torch.ones(1, length)])
     products = w @ sides.T
-    squares = w.square().sum(1)
+    # The norm, unlike a sum of squares, takes no temporary of w's size.
+    squares: Tensor = torch.linalg.vector_norm(w, dim=1).square()
     mean = products[:, -1] / length
     centred = squares - length * mean.square()
     # Where the mean is most of the neuron, this difference is mostly rounding.

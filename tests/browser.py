@@ -62,10 +62,12 @@ class Browser:
             self.events.append(message)
         return message
 
-    def open(self, path: Path, width: int, height: int = 900, dark: bool = False) -> None:
+    def open(
+        self, path: Path, width: int, height: int = 900, dark: bool = False, media: str = ""
+    ) -> None:
         """Load a file at a width, as somebody who likes dark pages sees it, and wait for it."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
                   deviceScaleFactor=1, mobile=width < 600)  # fmt: skip
         del self.events[:]
@@ -127,8 +129,9 @@ class Browser:
         return {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
 
     def pdf(self) -> bytes:
-        """The page as it is printed."""
-        return base64.b64decode(self.call("Page.printToPDF", preferCSSPageSize=True)["data"])
+        """The page as it is printed, with its structure for those who hear it."""
+        made = self.call("Page.printToPDF", preferCSSPageSize=True, generateTaggedPDF=True)
+        return base64.b64decode(made["data"])
 
     def said(self) -> list[str]:
         """Messages of the console, and what the browser complains of."""

@@ -8,9 +8,21 @@ import matplotlib
 import numpy as np
 import pytest
 
-from neft_core import drawing, figures, neuron_figures
+from neft_core import drawing, figures, neuron_figures, page
 
 SVG = "{http://www.w3.org/2000/svg}"
+VISIONS = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                   [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                     [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+                   [0.004733, 0.691367, 0.303900]],
+}  # fmt: skip
+"""What linear sRGB looks like to an eye. Source: Machado, Oliveira and Fernandes, "A
+Physiologically-based Model for Simulation of Color Vision Deficiency", IEEE TVCG 15 (6), 2009,
+severity 1.0."""
 HOSTILE = "</text><script>a$b_{1}"
 
 
@@ -187,3 +199,82 @@ def test_a_family_has_one_colour_and_a_dash_for_each():
     others = [looks[name] for name in ("l4", "full", "n")]
     assert all(a.colour != b.colour and a.marker != b.marker
                for a, b in itertools.combinations(others, 2))  # fmt: skip
+
+
+def test_families_beyond_the_colours_differ_in_their_dash():
+    looks = figures.styles({str(n): str(n) for n in range(9)})
+    assert looks["7"].colour == looks["0"].colour
+    assert len({(look.colour, look.dash) for look in looks.values()}) == 9
+
+
+def theme(dark: bool) -> dict[str, str]:
+    """The colours of light or dark pages by name."""
+    css = page.CSS.read_text(encoding="utf-8")
+    light, other = re.findall(r":root \{(.*?)\}", css, re.DOTALL)[:2]
+    found = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", light))
+    return found | dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", other)) if dark else found
+
+
+def linear(colour: str) -> np.ndarray:
+    """sRGB without its curve (IEC 61966-2-1)."""
+    c = np.array([int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)])
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE 1976 L*a*b* of linear sRGB, seen by daylight (D65)."""
+    xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
+           [0.0193339, 0.1191920, 0.9503041]] @ rgb / [0.95047, 1, 1.08883]  # fmt: skip
+    x, y, z = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2.2, between 1 and 21."""
+    low, high = sorted(float(linear(c) @ [0.2126, 0.7152, 0.0722]) for c in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_distance_and_contrast_by_hand():
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)
+    assert lab(linear("#ff0000")) == pytest.approx([53.24, 80.09, 67.20], abs=0.02)
+
+
+def test_files_have_the_colours_of_light_pages():
+    light = theme(dark=False)
+    assert tuple(light[f"c{n}"] for n in range(len(drawing.PALETTE))) == drawing.PALETTE
+    assert (light["ink"], light["grid"], light["paper"]) == (
+        drawing.INK, drawing.FAINT, drawing.PAPER,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_eye_tells_the_colours_of_a_figure_apart(dark, vision):
+    """A difference of 2.3 is just seen (Mahy, Van Eycken, Oosterlinck 1994): five times that."""
+    colours = theme(dark)
+    seen = [
+        lab(np.clip(VISIONS[vision] @ linear(colours[f"c{n}"]), 0, 1))
+        for n in range(len(drawing.PALETTE))
+    ]
+    least = min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2))
+    assert least > 5 * 2.3
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_marks_and_texts_stand_out_from_their_ground(dark):
+    """WCAG 2.2: 3 for graphics (1.4.11), 4.5 for text (1.4.3)."""
+    colours = theme(dark)
+    for number in range(len(drawing.PALETTE)):
+        # Bars of wins bear counts in the colour of the ground.
+        least = 4.5 if number < 3 else 3
+        assert contrast(colours[f"c{number}"], colours["paper"]) > least, number
+    for ground, text in itertools.product(("paper", "tint"), ("ink", "soft", "accent")):
+        assert contrast(colours[text], colours[ground]) > 4.5, (text, ground)
+    # The darkest cell of a map or matrix, with its number.
+    share = drawing.shades()(1.0)[3]
+    pairs = zip(*(re.findall(r"\w\w", colours[name]) for name in ("c0", "paper")), strict=True)
+    mixed = (share * int(c, 16) + (1 - share) * int(p, 16) for c, p in pairs)
+    cell = "#" + "".join(f"{round(value):02x}" for value in mixed)
+    assert contrast(colours["ink"], cell) > 4.5

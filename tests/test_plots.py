@@ -10,6 +10,7 @@ import vl_convert
 from conftest import TINY_PARAMS
 from dvc_render import VegaRenderer, render_html
 
+from neft_core import drawing
 from neft_core.plots import CURVES, PAGE, init_plots
 from neft_core.workspace import PIPELINE, init_workspace
 
@@ -135,11 +136,16 @@ def test_a_new_workspace_plots_offline_and_git_stays_clean(tmp_path: Path) -> No
     lines = [",".join(names), *(",".join(row[name] for name in names) for row in rows(""))]
     for name in ("dev.csv", "train.csv"):
         (summary / name).write_text("\n".join(lines) + "\n")
+    figures = folder / "reports" / "figures" / "png"
+    figures.mkdir(parents=True)
+    (figures / "trade-off.png").write_bytes(drawing.png(drawing.canvas()[0]))
     folder = folder.rename(tmp_path / "moved")
     call(sys.executable, "-m", "dvc", "plots", "show")
     html = (folder / "dvc_plots" / "index.html").read_text("utf-8")
     assert "Loss on the dev split" in html
     assert "Loss on the training split" in html
     assert '"field": "run"' in html
+    (shown,) = re.findall(r'<img[^>]* src="([^"]*trade-off.png)"', html)
+    assert (folder / "dvc_plots" / shown).read_bytes()[:4] == b"\x89PNG"
     assert not any("src" in attributes for attributes in scripts(html))
     assert call("git", "status", "--porcelain") == ""

@@ -100,6 +100,10 @@ def told_apart(ws) -> None:
     for place, row in enumerate(rows):
         row |= {"bleu": 11.5 + 3 * place, "chrf": 60.25 - 2 * place}
         row |= {"bleu_std": 0.125 * place, "chrf_std": 0.25 * place}
+        if row["name"] not in ("base", "tuned", "full"):
+            row |= {"delta_full": -1.5 * place, "p_full": 0.004 * place}
+        if row["name"] not in ("base", "tuned", "lora"):
+            row |= {"delta_lora": 0.25 * place, "p_lora": 0.5}
     with path.open("w") as handle:
         writer = csv.DictWriter(handle, rows[0])
         writer.writeheader()
@@ -112,17 +116,24 @@ def changed(studied, tmp_path):
     return Workspace(shutil.copytree(studied.root, tmp_path / "changed"))
 
 
-def shown(ws) -> dict[str, list[dict[str, str]]]:
+def made(ws) -> dict[str, Table]:
+    pieces = study_parts.made(Findings.read(ws), Gallery())
+    return {piece.name: piece for piece in pieces if isinstance(piece, Table)}
+
+
+def shown(tables: dict[str, Table]) -> dict[str, list[dict[str, str]]]:
     """Every table's CSV, by name."""
-    found = Findings.read(ws)
-    pieces = study_parts.made(found, Gallery())
-    tables = {piece.name: piece for piece in pieces if isinstance(piece, Table)}
     return {name: list(csv.DictReader(io.StringIO(t.csv()))) for name, t in tables.items()}
 
 
 @pytest.fixture(scope="module")
-def tables(studied):
-    return shown(studied)
+def cells(studied):
+    return made(studied)
+
+
+@pytest.fixture(scope="module")
+def tables(cells):
+    return shown(cells)
 
 
 def lowest(ws, name: str, percent: float) -> set[tuple[str, int]]:
@@ -265,7 +276,7 @@ def test_break_even_from_recorded_costs(changed):
     speeds = {"base": [100.0, 200.0], "adapter": [50.0, 100.0], "merged": [110.0, 200.0]}
     path = cost / "speed.low-6.json"
     write_json(path, read_json(path) | {"tokens_per_second": speeds})
-    found = shown(changed)
+    found = shown(made(changed))
     full, low, lora, none, mixed = found["cost"]
     assert float(low["ms a step"]) == pytest.approx(3)
     assert float(low["ms a step sd"]) == pytest.approx(statistics.stdev([2.5, 3.5]))
@@ -314,6 +325,71 @@ def test_sensitivity_tells_what_each_selection_got(studied, tables):
             assert float(row["by chance"]) == pytest.approx(100 * len(sets["low-6"]) / 96)
 
 
+RUN_OF = {"more": "low-6-en-fr", "seeds": "low-3-en-fr", "low 3": "low-3-en-fr",
+          "low 6": "low-6-en-fr", "another seed": "low-3-en-fr", "full": "full"}  # fmt: skip
+
+
+def test_cells_about_a_run_lead_to_it_and_the_best_is_bold(cells):
+    """Columns that link, each to the run of its row; and of scores the one that none exceeds."""
+    linked = {
+        "trade-off": ["BLEU, en-fr"],
+        "rank-change": list(cells["rank-change"].heads[1:]),
+        "added": ["BLEU", "Δ to the start"],
+        "average-change": ["Avg(ΔRank)", "% of candidates"],
+        "types": ["strongly affected", "suppressed", "indirectly affected"],
+        "types-layers": ["layer 0", "layer 1"],
+        "cost": ["ms a step", "saved a step (ms)", "peak memory (GB)"],
+        "cost-speed": ["as adapter", "merged", "adapter / base", "merged / base"],
+        "forgetting": ["chrF", "gain", "loss after", "forgotten"],
+        "sensitivity": ["BLEU", "dev loss"],
+    }
+    assert {name for name in cells if not name.endswith("-differences")} == {*linked, "overlap"}
+    best = {}
+    for name, heads in linked.items():
+        table = cells[name]
+        columns = [list(column) for column in zip(*table.rows, strict=True)]
+        links = [head for head, column in zip(table.heads, columns, strict=True)
+                 if any(cell.run for cell in column)]  # fmt: skip
+        assert links == heads, name
+        for row in table.rows:
+            (run,) = {cell.run for cell in row if cell.run} or {None}
+            texts = {cell.text for cell in row}
+            named = {RUN_OF.get(text, text) for text in texts}
+            assert run is None or run in named or name == "sensitivity", (name, run, texts)
+            about = [cell for cell, head in zip(row, table.heads, strict=True) if head in heads]
+            assert "base" in named or all(cell.run for cell in about if cell.value is not None)
+        for head, column in zip(table.heads, columns, strict=True):
+            bold = {cell.run for cell in column if cell.best}
+            best |= {(name, head): bold} if bold else {}
+    assert best == {
+        ("trade-off", "BLEU, en-fr"): {"low-6-en-fr"},
+        ("added", "BLEU"): {"mixed-en-fr"},
+        ("forgetting", "chrF"): {"low-6-en-fr"},
+        ("sensitivity", "BLEU"): {"scaled-en-fr"},
+    }
+
+
+def test_every_score_is_told_against_full_and_lora(studied, tables):
+    runs = {
+        "trade-off": ["low-3-en-fr", "low-6-en-fr", "lora"],
+        "added": ["low-3-en-fr", "low-6-en-fr", "mixed-en-fr"],
+        "forgetting": {"NeFT 6": "low-6-en-fr"},
+        "sensitivity": {"threshold below -1, K 6": "none-en-fr",
+                        "threshold below 0.5 scaled by late, K 12": "scaled-en-fr",
+                        "lowest 3 %, K 6": "low-3-en-fr", "lowest 6 %, K 6": "low-6-en-fr"},
+    }  # fmt: skip
+    for name, of in runs.items():
+        rows = {row["method"]: row for row in tables[f"{name}-differences"]}
+        assert list(rows) == list(of)
+        for label, row in rows.items():
+            result = summary(studied, of[label] if isinstance(of, dict) else label)
+            for rival in ("full", "lora"):
+                delta, p = (result[f"{key}_{rival}"] for key in ("delta", "p"))
+                head = f"en-fr: Δ {rival if rival == 'full' else 'LoRA'}"
+                assert row[head] == (delta or "–")
+                assert row[f"{head} p"] == p
+
+
 def test_figures_lie_beside_the_report(studied):
     drawn = {path.stem for path in (studied.root / "reports/figures").glob("study-*.svg")}
     assert drawn == {
@@ -350,7 +426,7 @@ def test_what_failed_says_why(changed):
         writer = csv.DictWriter(handle, kept[0])
         writer.writeheader()
         writer.writerows(kept)
-    found = shown(changed)
+    found = shown(made(changed))
     told = {name: [row for row in found[name] if "low-6-en-fr" in row.values()
                    or {"low 6", "more"} & set(row.values())]
             for name in ("trade-off", "added", "rank-change", "average-change", "types", "cost",

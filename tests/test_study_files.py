@@ -275,6 +275,9 @@ def test_settings_go_into_the_file_or_into_what_came_of_it(folder):
          "    - {show: table", "a.yaml: study.parts.0.series.A: got 'ful'; did you mean 'full'?"),
         ("show: table", "show: wins, trained: [en-fr, en-fr], series: {A: [full], B: [full]}}\n"
          "    - {show: table", "a.yaml: study.parts.0.trained: got en-fr, en-fr; each task once"),
+        ("show: table", "show: cost, task: en-fr, rows: {A: full}}\n"
+         "    - {show: rates, task: en-fr, name: cost-speed}\n    - {show: table",
+         "a.yaml: study.parts: two would write files named 'cost-speed'; give each its own name"),
         ("show: table", "show: tabel",
          "a.yaml: study.parts.0.show: got 'tabel'; allowed are "),
         ("title: A table", "titel: A table",
@@ -347,6 +350,31 @@ def test_packaged_studies_are_valid(name, tmp_path):
         assert found.jobs == 1, "seconds are told"
     if not name.startswith(("paper/", "tatoeba/")):
         assert all(len(run.seeds) == 3 for run in found.runs.values()) or name == "rates"
+
+
+def test_small_studies_train_about_a_hundred_runs_and_what_they_compare_with_is_among_them(
+    tmp_path,
+):
+    """A training is a run with all its seeds; what several studies ask for is made once."""
+    made = {}
+    for name in (name for name in STUDIES if "/" not in name):
+        found = parse_params(expand(STUDIES[name], tmp_path).data, name)
+        for run, entry in found.runs.items():
+            of = [found.model, found.compute, found.training, found.tasks[entry.task], entry]
+            scores = found.scored(run)
+            of += [found.scoring, *(found.scorer(n) for n in scores)] if scores else []
+            of += [found.warmed(n) for n in scores if n in found.tasks or n in found.warmups]
+            of += [s[n] for s in (found.scores, found.activations) for n in scores if n in s]
+            made.setdefault((run, repr(of)), []).append(name)
+    said = (PACKAGE.parent / "docs" / "studies.md").read_text(encoding="utf-8")
+    assert f"{len(made)} trainings" in said
+    assert len(made) <= 100
+    together = {run: studies for (run, _), studies in made.items()}
+    for run, study in (("full-en-zh", "fig4"), ("full-en-zh", "sensitivity"), *(
+        (f"full-{pair}", "table6") for pair in ("en-zh", "fr-zh", "hi-zh")), *(
+        ("lora-9-en-zh", name) for name in ("fig4", "sensitivity", "table4"))):  # fmt: skip
+        assert {study, "table2"} <= set(together[run])
+    assert all({"fig4", "table6"} <= set(together[f"lora-{rank}-en-zh"]) for rank in (3, 6))
 
 
 def test_wins_that_the_note_on_the_papers_numbers_tells_are_those_of_its_table():

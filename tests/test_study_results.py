@@ -124,6 +124,9 @@ def test_differences_to_full_and_to_the_lora_of_like_size(folder):
     assert found["LoRA_2"][:2] == [said(9, 2), "–"]
     assert "Base" not in found
     assert found["NeFT"][0].startswith("−")
+    told = study_parts.made(Findings.read(Workspace(folder)), Gallery())[1]
+    assert [cell.run for cell in told.rows[-1][1:]] == ["neft-en-fr"] * 2 + ["neft-fr-en"] * 2
+    assert not any(cell.best for row in told.rows for cell in row)
 
 
 def test_runs_of_one_task_tested_on_others(folder):
@@ -339,8 +342,13 @@ def counted(ws):
     summarise(ws)
     gallery = Gallery()
     pieces = study_parts.made(Findings.read(ws), gallery)
-    (table,) = (piece for piece in pieces if isinstance(piece, Table))
+    table, told = (piece for piece in pieces if isinstance(piece, Table))
+    assert told.name == "wins-differences"
     assert table.heads[2:] == ["A higher", "B higher", "equal", "neft − full", "lora-2 − lora-9"]
+    for row in table.rows:  # a difference leads to the run that is higher
+        for cell, pair in zip(row[5:], zip(*WINS["series"].values(), strict=True), strict=True):
+            higher = pair[(cell.value or 0) < 0]
+            assert cell.run == (None if cell.value is None else f"{higher}-{row[1].text}")
     return [[cell.text for cell in row] for row in table.rows], table.notes, gallery.svgs
 
 
@@ -363,6 +371,21 @@ def test_wins_by_hand(folder):
     assert notes[0].endswith(": neft (816) and full (9,088); lora-2 (50) and lora-9 (950).")
     assert list(drawn) == ["study-wins-tested", "study-wins-trained"]
     assert all(">equal<" in svg for svg in drawn.values())
+
+
+def test_wins_are_told_against_full_and_lora_on_each_task(folder):
+    """What was trained on fr-en is not tested on en-fr: nothing is told of it there."""
+    found = shown(made(folder, [WINS]))
+    told = found["wins-differences"]
+    heads = ["en-fr: Δ full", "en-fr: Δ LoRA", "fr-en: Δ full", "fr-en: Δ LoRA"]
+    assert told["heads"] == heads
+    runs = [name for name in told if name not in ("heads", "notes")]
+    order = ("neft", "full", "lora-2", "lora-9")
+    assert runs == [f"{name}-{task}" for task in ("en-fr", "fr-en") for name in order]
+    same = shown(made(folder, [TABLE]))["t-differences"]
+    assert told["neft-en-fr"][:2] == same["NeFT"][:2]
+    assert told["neft-fr-en"] == ["–", "–", *same["NeFT"][2:]]
+    assert "–" not in told["neft-en-fr"], "it was moved"
 
 
 def test_wins_on_what_was_trained_leave_out_what_failed(folder):

@@ -1,10 +1,14 @@
+import ctypes
 import math
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
+from test_similarity import llama_weights, memory, write
 
 from neft_core.errors import NeftError
 from neft_core.groups import Group
@@ -61,6 +65,23 @@ def test_checkpoint_state_dict_and_bf16_agree_with_the_model(tmp_path):
             torch.testing.assert_close(values, want[module], atol=1e-6, rtol=0)
     for module, values in utilisation(half, states, config=config).pearson.items():
         torch.testing.assert_close(values, want[module], atol=0.02, rtol=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_memory_does_not_grow_with_the_number_of_matrices(tmp_path):
+    def extra_at_peak(layers: int) -> int:
+        model = write(tmp_path / "model", llama_weights(layers, hidden=512, inner=1024), shards=2)
+        ctypes.CDLL(None).malloc_trim(0)  # what is freed and kept would hide what is taken
+        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        utilisation(model, states_of(hidden=512), threads=1)
+        return memory("VmHWM") - before
+
+    matrix = 1024 * 512 * 4
+    extra_at_peak(2)  # what a first call loads
+    few, many = extra_at_peak(2), extra_at_peak(24)
+    assert few > matrix / 2, "pages of a file count too"
+    assert many < few + 2 * matrix
 
 
 def test_a_constant_neuron_correlates_with_nothing():

@@ -180,6 +180,12 @@ PartSection = Annotated[
 """Each kind of part has its section here, and its function in `PARTS` of study_parts.py."""
 
 
+SECOND = dict.fromkeys(
+    ("table", "trade_off", "wins", "added", "forgetting", "sensitivity"), "differences"
+) | {"cost": "speed", "types": "layers"}
+"""The parts with a second table, and how the name of its file ends."""
+
+
 class Study(Section):
     """A question, and the tables and figures that answer it."""
 
@@ -198,7 +204,7 @@ class Study(Section):
     @model_validator(mode="after")
     def _names_once(self) -> "Study":
         names = [self.part_name(part) for part in self.parts]
-        names += [f"{self.part_name(p)}-differences" for p in self.parts if p.show == "table"]
+        names += [f"{self.part_name(p)}-{SECOND[p.show]}" for p in self.parts if p.show in SECOND]
         for name in names:
             if names.count(name) > 1:
                 raise refuse(f"parts: two would write files named '{name}'; give each its own name")
