@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from uuid import UUID
 
@@ -15,6 +16,7 @@ from flows.making import Ended, Maker, as_task, cached, on_accelerator, skip
 from neft_core import tracking
 from neft_core.errors import NeftError
 from neft_core.graph import Graph, Stage
+from neft_core.preloaded import preloading
 from neft_core.remaining import Remaining
 from neft_core.repro import StageFailed
 from neft_core.study_files import note_failures
@@ -62,7 +64,7 @@ class Walk:
         self._log.info("%d stages, %d up to date", total, fresh)
         progress = create_progress_artifact(0.0, key="neft-progress", description="Stages so far")
         assert isinstance(progress, UUID)
-        with AtOnce[Stage, State](self._jobs) as work:
+        with self._preloading(total - fresh), AtOnce[Stage, State](self._jobs) as work:
             maker = Maker(self._params, self._tracker, self._force, self._jobs > 1, work.stop)
             while self._waiting or work:
                 stage = None if work.full else self._next(alone=not work)
@@ -76,6 +78,11 @@ class Walk:
         if skipped:
             self._log.warning("skipped, as they need what failed: %s", ", ".join(skipped))
         self._tracker.close(self._graph)
+
+    def _preloading(self, due: int) -> AbstractContextManager[None]:
+        """For several stages; a process that has looked for a GPU can't be forked."""
+        several = due > 1 and not on_accelerator(self._params)
+        return preloading() if several else nullcontext()
 
     def raise_failures(self) -> None:
         """Tell all of them in one exception: a user's mistakes alone, or a defect among them."""

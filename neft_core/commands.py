@@ -127,6 +127,12 @@ def plan(options: argparse.Namespace) -> None:
 
 def stage(options: argparse.Namespace) -> int:
     """Run one stage."""
+    from neft_core import preloaded
+
+    argv = ["stage", options.name, *([options.item] if options.item else [])]
+    status = preloaded.hand_over(argv)
+    if status is not None:
+        return status
     from neft_core import launching, processes, ranks
     from neft_core.stages import STAGES
     from neft_core.workspace import find_workspace, hold

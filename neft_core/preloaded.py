@@ -1,0 +1,170 @@
+"""Stages as forks of one process that has torch and transformers loaded: seconds less for each.
+
+Whoever makes several stages starts that process (`preloading`); its address stands in the
+environment. `neft stage`, which DVC calls, hands its work over (`hand_over`), passes signals on and
+ends as the fork does. Where there is no such process, or none any more, it works itself.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from neft_core import processes
+
+ADDRESS = "NEFT_PRELOADED"
+"""Variable with the path of the process's socket; where it is empty, none is started or asked."""
+
+MODULES = (
+    "torch", "transformers.modeling_utils", "transformers.generation", "transformers.models.auto",
+    "peft", "accelerate", "sacrebleu", "matplotlib.figure", "neft_core.cli", "neft_core.stages",
+    "neft_core.evaluation", "neft_core.fit", "neft_core.tuner", "neft_core.training",
+)  # fmt: skip
+"""What the process imports before it forks; nothing that computes, or there would be threads."""
+
+LONGEST = 1 << 20
+"""Bytes of a request: arguments, directory and environment."""
+
+
+@contextlib.contextmanager
+def preloading() -> Iterator[None]:
+    """Stages that this block starts are forks of one process, which ends with it, or with us."""
+    if ADDRESS in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="neft-") as name, Path(os.devnull).open("wb") as none:
+        folder = Path(name)
+        command = [sys.executable, "-P", "-m", "neft_core.preloaded", str(folder / "socket")]
+        with processes.group(command, cwd=folder, env=os.environ, output=none):
+            os.environ[ADDRESS] = command[-1]
+            try:
+                yield
+            finally:
+                del os.environ[ADDRESS]
+
+
+def hand_over(argv: Sequence[str]) -> int | None:
+    """Let the loaded process run a command with our files, directory and environment.
+
+    Args:
+        argv: what follows `neft`.
+
+    Returns:
+        The command's status, once it has ended; None: nobody took it.
+    """
+    address = os.environ.get(ADDRESS)
+    if not address:
+        return None
+    told = {"argv": [*argv], "cwd": str(Path.cwd()), "env": dict(os.environ)}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
+
+        def pass_on(number: int, _frame: FrameType | None) -> None:
+            with contextlib.suppress(OSError):
+                link.send(bytes([number]))
+
+        before = {}
+        try:
+            link.connect(address)
+            socket.send_fds(link, [json.dumps(told).encode()], [0, 1, 2])
+            if not link.recv(1):
+                return None
+            before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+            answer = link.recv(16)
+        except OSError:
+            return None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    status = int(answer or -signal.SIGKILL)
+    if status < 0:
+        # As the command would have ended: DVC and the shell tell by what.
+        with contextlib.suppress(OSError):  # of SIGKILL there is nothing to set
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return status
+
+
+def serve(address: Path) -> None:
+    """Take requests and fork, until killed. A fork leaves by SystemExit.
+
+    Args:
+        address: where to listen.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(address))
+    listener.listen()
+    for name in MODULES:
+        importlib.import_module(name)
+    gc.freeze()  # so that no collection in a fork writes to what all share
+    ended, ends = os.pipe()
+    for end in (ended, ends):
+        os.set_blocking(end, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(ends)
+    forks: dict[int, socket.socket] = {}
+    while True:
+        ready, _, _ = select.select([listener, ended], [], [])
+        if ended in ready:
+            os.read(ended, 1 << 10)
+        while forks and (over := os.waitpid(-1, os.WNOHANG))[0]:
+            with contextlib.suppress(OSError), forks.pop(over[0]) as link:
+                link.send(str(os.waitstatus_to_exitcode(over[1])).encode())
+        if listener not in ready:
+            continue
+        link, _ = listener.accept()
+        request, files, _, _ = socket.recv_fds(link, LONGEST, 3)
+        if len(files) == 3:
+            child = os.fork()
+            if not child:
+                listener.close()
+                _work(link, request, files)
+            with contextlib.suppress(OSError):
+                link.send(b"f")
+            forks[child] = link
+        for file in files:
+            os.close(file)
+
+
+def _work(link: socket.socket, request: bytes, files: Sequence[int]) -> None:
+    """In a fork: run the command as if it were a process of the one that asks."""
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for own, file in enumerate(files):
+        os.dup2(file, own)
+        os.close(file)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    told = json.loads(request)
+    os.chdir(told["cwd"])
+    os.environ.clear()
+    os.environ.update(told["env"])
+    del os.environ[ADDRESS]  # what it starts in its turn is its own
+    threading.Thread(target=_follow, args=(link,), daemon=True).start()
+    from neft_core import cli
+
+    sys.argv = ["neft", *told["argv"]]
+    sys.exit(cli.main(told["argv"]))
+
+
+def _follow(link: socket.socket) -> None:
+    """Take the signals that are passed on; where nobody is there any more, end with all we have."""
+    with contextlib.suppress(OSError):
+        while told := link.recv(1):
+            os.kill(os.getpid(), told[0])
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))

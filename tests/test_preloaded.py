@@ -1,0 +1,151 @@
+"""Stages that a loaded process forks: as if they were processes of those that ask for them."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import edit
+from operating import until
+
+from neft_core import preloaded
+
+
+@pytest.fixture(scope="module")
+def address():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(preloaded.ADDRESS, raising=False)
+        with preloaded.preloading():
+            yield os.environ[preloaded.ADDRESS]
+        assert preloaded.ADDRESS not in os.environ
+        until(lambda: not working(address=True))
+
+
+def working(address: bool = False, place: Path | None = None) -> list[int]:
+    """The loaded process, or its forks in a directory."""
+    found = []
+    for proc in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (proc / "cmdline").read_bytes().split(b"\0")
+            if b"neft_core.preloaded" in line and os.getpgid(int(proc.name)) != 0:
+                here = (proc / "cwd").readlink()
+                if address or here == place:
+                    found.append(int(proc.name))
+        except OSError:
+            continue
+    return found
+
+
+def start(ws, address: str, *argv: str, **more: str) -> subprocess.Popen[str]:
+    env = {**os.environ, preloaded.ADDRESS: address, **more}
+    return subprocess.Popen(
+        [sys.executable, "-m", "neft_core.cli", "stage", *argv],
+        cwd=ws.root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def long(copied, address):
+    """A training that goes on for long, with its fork at work."""
+    edit(copied, ("epochs: 2,", "epochs: 20000,"))
+    child = start(copied, address, "train", "full")
+    (fork,) = until(lambda: working(place=copied.root))
+    until(lambda: "train full" in child.stdout.readline())
+    yield copied, child, fork
+    child.kill()
+    child.communicate()
+
+
+def test_a_stage_is_made_as_ever(copied, address):
+    mask = copied.path("masks", "neft.safetensors")
+    before = mask.read_bytes()
+    mask.unlink()
+    child = start(copied, address, "select", "neft")
+    said, complained = child.communicate()
+    assert (child.returncode, complained) == (0, "")
+    assert said.startswith("select neft: ")
+    assert mask.read_bytes() == before
+    assert working(place=copied.root) == []
+
+
+def test_a_mistake_is_told_and_has_its_status(copied, address):
+    child = start(copied, address, "train", "nobody")
+    said, complained = child.communicate()
+    assert (child.returncode, said) == (2, "")
+    assert complained == "neft: stage train: got item 'nobody'; it takes one of full, lora, neft\n"
+
+
+def test_it_has_the_variables_of_who_asks(copied, address):
+    child = start(copied, address, "train", "full", NEFT_OWNER_PID="999999999")
+    child.communicate()
+    assert child.returncode == 1, "nobody waits for it, so it leaves"
+
+
+def test_ctrl_c_lets_it_clear_up(long):
+    ws, child, fork = long
+    child.send_signal(signal.SIGTERM)
+    _, complained = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert complained == "neft: interrupted; run the same command again to go on\n"
+    assert not Path(f"/proc/{fork}").exists()
+    assert working(place=ws.root) == []
+
+
+def test_it_ends_with_who_asked(long):
+    ws, child, _ = long
+    child.kill()
+    until(lambda: working(place=ws.root) == [], 10)
+
+
+def test_one_that_is_killed_ends_who_asked_alike(long):
+    _, child, fork = long
+    os.kill(fork, signal.SIGKILL)
+    assert child.wait(30) == -signal.SIGKILL
+
+
+def test_without_the_process_a_stage_works_itself(copied, tmp_path):
+    copied.path("masks", "neft.safetensors").unlink()
+    child = start(copied, str(tmp_path / "nobody"), "select", "neft")
+    assert child.communicate()[1] == ""
+    assert child.returncode == 0
+    assert copied.path("masks", "neft.safetensors").is_file()
+
+
+def test_one_that_ends_before_it_forks_leaves_the_work_to_who_asks(copied, tmp_path):
+    listener = subprocess.Popen(
+        [sys.executable, "-c", LISTENS, str(tmp_path / "s")], stdout=subprocess.PIPE
+    )
+    listener.stdout.readline()
+    copied.path("masks", "neft.safetensors").unlink()
+    child = start(copied, str(tmp_path / "s"), "select", "neft")
+    listener.communicate()
+    assert child.communicate()[1] == ""
+    assert child.returncode == 0
+    assert copied.path("masks", "neft.safetensors").is_file()
+
+
+LISTENS = """
+import socket, sys
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+    listener.bind(sys.argv[1])
+    listener.listen()
+    print(flush=True)
+    listener.accept()
+"""
+
+
+def test_a_gpu_and_a_single_stage_need_none(finished, monkeypatch):
+    """A process that has looked for a GPU can't be forked; one stage alone would win nothing."""
+    from flows.walking import Walk
+    from neft_core.config import parse_params
+
+    monkeypatch.delenv(preloaded.ADDRESS, raising=False)
+    walk = Walk.__new__(Walk)
+    for device, due, begun in (("cpu", 2, True), ("cpu", 1, False), ("cuda", 9, False)):
+        data = finished.params().model_dump()
+        data["compute"]["device"] = device
+        walk._params = parse_params(data, "x")
+        with walk._preloading(due):
+            assert (preloaded.ADDRESS in os.environ) is begun
