@@ -4,14 +4,13 @@ The only module that imports DVC.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from neft_core.config import read_yaml
 from neft_core.errors import NeftError
 from neft_core.files import once
-from neft_core.lockfile import digest, entry_key, locked
+from neft_core.lockfile import damaged, digest, entry_key, locked
 from neft_core.workspace import Workspace, follow_git
 
 
@@ -248,10 +247,10 @@ class Graph:
         for out in self._stages[name].outs:
             if not (out.use_cache and out.hash_info):
                 continue
-            damaged = _damaged(out.hash_info.value, out.cache.oid_to_path)
-            for path in damaged:
+            bad = damaged(out.hash_info.value, out.cache.oid_to_path)
+            for path in bad:
                 path.unlink(missing_ok=True)  # another stage's too
-            if damaged:
+            if bad:
                 with contextlib.suppress(FileNotFoundError):
                     place = Path(out.fs_path)
                     shutil.rmtree(place) if place.is_dir() else place.unlink()
@@ -339,18 +338,3 @@ def _parse_once() -> None:
         return parse(path) if plain else load_yaml(path, fs=fs, **options)
 
     LOADERS.setdefault(".yaml", load)
-
-
-def _damaged(oid: str, path_of: Callable[[str], str]) -> list[Path]:
-    """Objects that are not what their name says: the object itself, and those of a directory."""
-    path = Path(path_of(oid))
-    if not path.exists():
-        return []
-    with path.open("rb") as handle:
-        found = hashlib.file_digest(handle, "md5").hexdigest()
-    if found != oid.removesuffix(".dir"):
-        return [path]
-    if not oid.endswith(".dir"):
-        return []
-    inside = json.loads(path.read_text(encoding="utf-8"))
-    return [bad for file in inside for bad in _damaged(file["md5"], path_of)]

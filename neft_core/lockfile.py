@@ -1,7 +1,8 @@
-"""What dvc.lock says of stages, and the keys that follow from it."""
+"""What DVC's files say: dvc.lock of stages, and the keys that follow; objects of the cache."""
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,18 @@ def entry_key(entry: dict[str, Any]) -> str:
 def digest(value: Any) -> str:
     """SHA-256 of a value of JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def damaged(oid: str, path_of: Callable[[str], str]) -> list[Path]:
+    """Objects that are not what their name says: the object itself, and those of a directory."""
+    path = Path(path_of(oid))
+    if not path.exists():
+        return []
+    with path.open("rb") as handle:
+        found = hashlib.file_digest(handle, "md5").hexdigest()
+    if found != oid.removesuffix(".dir"):
+        return [path]
+    if not oid.endswith(".dir"):
+        return []
+    inside = json.loads(path.read_text(encoding="utf-8"))
+    return [bad for file in inside for bad in damaged(file["md5"], path_of)]
