@@ -27,10 +27,14 @@ ADDRESS = "NEFT_PRELOADED"
 
 MODULES = (
     "torch", "transformers.modeling_utils", "transformers.generation", "transformers.models.auto",
-    "peft", "accelerate", "sacrebleu", "matplotlib.figure", "neft_core.cli", "neft_core.stages",
-    "neft_core.evaluation", "neft_core.fit", "neft_core.tuner", "neft_core.training",
+    "peft", "accelerate", "sacrebleu", "neft_core.cli", "neft_core.stages", "neft_core.evaluation",
+    "neft_core.fit", "neft_core.tuner", "neft_core.training",
 )  # fmt: skip
-"""What the process imports before it forks; nothing that computes, or there would be threads."""
+"""What the process imports before it forks.
+
+Nothing that computes, or there would be threads; and nothing that makes what it removes at exit, as
+matplotlib does with a folder where the home can't be written: every fork would remove it.
+"""
 
 LONGEST = 1 << 20
 """Bytes of a request: arguments, directory and environment."""
@@ -45,7 +49,9 @@ def preloading() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="neft-") as name, Path(os.devnull).open("wb") as none:
         folder = Path(name)
         command = [sys.executable, "-P", "-m", "neft_core.preloaded", str(folder / "socket")]
-        with processes.group(command, cwd=folder, env=os.environ, output=none):
+        # By the owner `neft down` knows it, and its forks, for what the flow itself ends.
+        env = {**os.environ, processes.OWNER: str(os.getpid())}
+        with processes.group(command, cwd=folder, env=env, output=none):
             os.environ[ADDRESS] = command[-1]
             try:
                 yield
@@ -66,22 +72,29 @@ def hand_over(argv: Sequence[str]) -> int | None:
     if not address:
         return None
     told = {"argv": [*argv], "cwd": str(Path.cwd()), "env": dict(os.environ)}
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
+    try:
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError:  # a system without such sockets
+        return None
+    with link:
 
         def pass_on(number: int, _frame: FrameType | None) -> None:
             with contextlib.suppress(OSError):
                 link.send(bytes([number]))
 
-        before = {}
         try:
             link.connect(address)
             socket.send_fds(link, [json.dumps(told).encode()], [0, 1, 2])
             if not link.recv(1):
                 return None
-            before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
-            answer = link.recv(16)
         except OSError:
             return None
+        # From here on it is being made, and never again by us, whatever the link says.
+        before, answer = {}, b""
+        try:
+            before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+            with contextlib.suppress(OSError):
+                answer = link.recv(16)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -117,22 +130,36 @@ def serve(address: Path) -> None:
         if ended in ready:
             os.read(ended, 1 << 10)
         while forks and (over := os.waitpid(-1, os.WNOHANG))[0]:
-            with contextlib.suppress(OSError), forks.pop(over[0]) as link:
-                link.send(str(os.waitstatus_to_exitcode(over[1])).encode())
+            _answer(forks.pop(over[0]), os.waitstatus_to_exitcode(over[1]))
         if listener not in ready:
             continue
         link, _ = listener.accept()
         request, files, _, _ = socket.recv_fds(link, LONGEST, 3)
+        child = -1
         if len(files) == 3:
-            child = os.fork()
-            if not child:
-                listener.close()
-                _work(link, request, files)
+            with contextlib.suppress(OSError):  # no memory, or too many processes
+                child = os.fork()
+        if not child:
+            for other in (listener, *forks.values()):  # who asked for those waits for their end
+                other.close()
+            _work(link, request, files)
+        if child > 0:
             with contextlib.suppress(OSError):
                 link.send(b"f")
             forks[child] = link
+        else:
+            link.close()
         for file in files:
             os.close(file)
+
+
+def _answer(link: socket.socket, status: int) -> None:
+    """Tell how a fork ended; a signal that it took no more would come before that, as an error."""
+    with contextlib.suppress(OSError), link:
+        link.shutdown(socket.SHUT_RD)
+        while link.recv(1):
+            pass
+        link.send(str(status).encode())
 
 
 def _work(link: socket.socket, request: bytes, files: Sequence[int]) -> None:

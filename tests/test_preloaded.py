@@ -1,9 +1,11 @@
 """Stages that a loaded process forks: as if they were processes of those that ask for them."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,52 @@ def test_one_that_is_killed_ends_who_asked_alike(long):
     _, child, fork = long
     os.kill(fork, signal.SIGKILL)
     assert child.wait(30) == -signal.SIGKILL
+
+
+def test_a_signal_that_comes_too_late_starts_nothing_anew(long):
+    """What is left unread when a link closes is an error for the other end, before the answer."""
+    _, child, fork = long
+    stop(fork)
+    child.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    stop(child.pid)
+    os.kill(fork, signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{fork}").exists())
+    child.send_signal(signal.SIGCONT)
+    assert child.wait(30) == -signal.SIGKILL
+
+
+def stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+
+
+def test_a_fork_has_no_link_of_another(long, address):
+    ws, _, fork = long
+    child = start(ws, address, "train", "lora")
+    try:
+        until(lambda: "train lora" in child.stdout.readline())
+        (other,) = set(working(place=ws.root)) - {fork}
+        assert sockets(other) == sockets(fork)
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def sockets(pid: int) -> int:
+    count = 0
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it is at work
+            count += str(file.readlink()).startswith("socket:")
+    return count
+
+
+def test_the_process_belongs_to_the_flow_and_leaves_nothing_to_remove_at_exit(long):
+    """`neft down` spares what has an owner; matplotlib may make a folder that each fork removes."""
+    _, _, fork = long
+    owner = f"NEFT_OWNER_PID={os.getpid()}".encode()
+    assert owner in Path(f"/proc/{fork}/environ").read_bytes().split(b"\0")
+    assert "matplotlib" not in Path(f"/proc/{fork}/maps").read_text()
 
 
 def test_without_the_process_a_stage_works_itself(copied, tmp_path):
