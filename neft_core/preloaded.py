@@ -39,11 +39,15 @@ matplotlib does with a folder where the home can't be written: every fork would 
 LONGEST = 1 << 20
 """Bytes of a request: arguments, directory and environment."""
 
+PATIENCE = 10.0
+"""Seconds in which one that asks must have said for what."""
+
 
 @contextlib.contextmanager
 def preloading() -> Iterator[None]:
     """Stages that this block starts are forks of one process, which ends with it, or with us."""
-    if ADDRESS in os.environ:
+    # Elsewhere than on Linux what these libraries load is not made to be forked.
+    if ADDRESS in os.environ or sys.platform != "linux":
         yield
         return
     with tempfile.TemporaryDirectory(prefix="neft-") as name, Path(os.devnull).open("wb") as none:
@@ -68,7 +72,8 @@ def hand_over(argv: Sequence[str]) -> int | None:
     Returns:
         The command's status, once it has ended; None: nobody took it.
     """
-    address = os.environ.get(ADDRESS)
+    # What the command starts in its turn is its own.
+    address = os.environ.pop(ADDRESS, "")
     if not address:
         return None
     told = {"argv": [*argv], "cwd": str(Path.cwd()), "env": dict(os.environ)}
@@ -129,14 +134,22 @@ def serve(address: Path) -> None:
         ready, _, _ = select.select([listener, ended], [], [])
         if ended in ready:
             os.read(ended, 1 << 10)
-        while forks and (over := os.waitpid(-1, os.WNOHANG))[0]:
-            _answer(forks.pop(over[0]), os.waitstatus_to_exitcode(over[1]))
+        while forks and (over := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+            if over.si_code != os.CLD_EXITED:  # it could not end what it had started
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(over.si_pid, signal.SIGKILL)
+            _, status = os.waitpid(over.si_pid, 0)
+            if over.si_pid in forks:
+                _answer(forks.pop(over.si_pid), os.waitstatus_to_exitcode(status))
         if listener not in ready:
             continue
         link, _ = listener.accept()
-        request, files, _, _ = socket.recv_fds(link, LONGEST, 3)
-        child = -1
-        if len(files) == 3:
+        link.settimeout(PATIENCE)
+        request, files, flags, child = b"", list[int](), 0, -1
+        with contextlib.suppress(OSError):
+            request, files, flags, _ = socket.recv_fds(link, LONGEST, 3)
+        link.settimeout(None)
+        if len(files) == 3 and not flags & socket.MSG_TRUNC:
             with contextlib.suppress(OSError):  # no memory, or too many processes
                 child = os.fork()
         if not child:
@@ -144,8 +157,6 @@ def serve(address: Path) -> None:
                 other.close()
             _work(link, request, files)
         if child > 0:
-            with contextlib.suppress(OSError):
-                link.send(b"f")
             forks[child] = link
         else:
             link.close()
@@ -164,6 +175,7 @@ def _answer(link: socket.socket, status: int) -> None:
 
 def _work(link: socket.socket, request: bytes, files: Sequence[int]) -> None:
     """In a fork: run the command as if it were a process of the one that asks."""
+    link.send(b"f")
     os.setsid()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -177,7 +189,6 @@ def _work(link: socket.socket, request: bytes, files: Sequence[int]) -> None:
     os.chdir(told["cwd"])
     os.environ.clear()
     os.environ.update(told["env"])
-    del os.environ[ADDRESS]  # what it starts in its turn is its own
     threading.Thread(target=_follow, args=(link,), daemon=True).start()
     from neft_core import cli
 
