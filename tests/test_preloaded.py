@@ -14,29 +14,29 @@ from operating import until
 
 from neft_core import preloaded
 
+LONG = ("epochs: 2,", "epochs: 20000,")
+"""A training that goes on until it is ended."""
+
 
 @pytest.fixture(scope="module")
 def address():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(preloaded.ADDRESS, raising=False)
         with preloaded.preloading():
-            yield os.environ[preloaded.ADDRESS]
+            address = os.environ[preloaded.ADDRESS]
+            yield address
         assert preloaded.ADDRESS not in os.environ
-        until(lambda: not working(address=True))
+        until(lambda: not [line for line in working().values() if address.encode() in line])
 
 
-def working(address: bool = False, place: Path | None = None) -> list[int]:
-    """The loaded process, or its forks in a directory."""
-    found = []
+def working(place: Path | None = None) -> dict[int, list[bytes]]:
+    """Command lines of loaded processes and their forks, of all or of those in a directory."""
+    found = {}
     for proc in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):
             line = (proc / "cmdline").read_bytes().split(b"\0")
-            if b"neft_core.preloaded" in line and os.getpgid(int(proc.name)) != 0:
-                here = (proc / "cwd").readlink()
-                if address or here == place:
-                    found.append(int(proc.name))
-        except OSError:
-            continue
+            if b"neft_core.preloaded" in line and place in (None, (proc / "cwd").readlink()):
+                found[int(proc.name)] = line
     return found
 
 
@@ -51,10 +51,10 @@ def start(ws, address: str, *argv: str, **more: str) -> subprocess.Popen[str]:
 @pytest.fixture
 def long(copied, address):
     """A training that goes on for long, with its fork at work."""
-    edit(copied, ("epochs: 2,", "epochs: 20000,"))
+    edit(copied, LONG)
     child = start(copied, address, "train", "full")
-    (fork,) = until(lambda: working(place=copied.root))
-    until(lambda: "train full" in child.stdout.readline())
+    (fork,) = until(lambda: working(copied.root))
+    until(copied.state("locks", "train-full").exists)
     yield copied, child, fork
     child.kill()
     child.communicate()
@@ -69,7 +69,7 @@ def test_a_stage_is_made_as_ever(copied, address):
     assert (child.returncode, complained) == (0, "")
     assert said.startswith("select neft: ")
     assert mask.read_bytes() == before
-    assert working(place=copied.root) == []
+    assert not working(copied.root)
 
 
 def test_a_mistake_is_told_and_has_its_status(copied, address):
@@ -80,6 +80,7 @@ def test_a_mistake_is_told_and_has_its_status(copied, address):
 
 
 def test_it_has_the_variables_of_who_asks(copied, address):
+    edit(copied, LONG)
     child = start(copied, address, "train", "full", NEFT_OWNER_PID="999999999")
     child.communicate()
     assert child.returncode == 1, "nobody waits for it, so it leaves"
@@ -92,13 +93,13 @@ def test_ctrl_c_lets_it_clear_up(long):
     assert child.returncode == 130
     assert complained == "neft: interrupted; run the same command again to go on\n"
     assert not Path(f"/proc/{fork}").exists()
-    assert working(place=ws.root) == []
+    assert not working(ws.root)
 
 
 def test_it_ends_with_who_asked(long):
     ws, child, _ = long
     child.kill()
-    until(lambda: working(place=ws.root) == [], 10)
+    until(lambda: not working(ws.root), 10)
 
 
 def test_one_that_is_killed_ends_who_asked_alike(long):
@@ -129,8 +130,8 @@ def test_a_fork_has_no_link_of_another(long, address):
     ws, _, fork = long
     child = start(ws, address, "train", "lora")
     try:
-        until(lambda: "train lora" in child.stdout.readline())
-        (other,) = set(working(place=ws.root)) - {fork}
+        until(ws.state("locks", "train-lora").exists)
+        (other,) = set(working(ws.root)) - {fork}
         assert sockets(other) == sockets(fork)
     finally:
         child.kill()
