@@ -234,7 +234,7 @@ def look(api: str, tracking: str, run: str) -> None:
 
 
 def promote(api: str, tracking: str, ws: Workspace) -> None:
-    """A better run than the base becomes champion, a worse one doesn't; also on MLflow's pages."""
+    """A better run than the base becomes champion, a worse one doesn't."""
     for run, name in (("full", "Champion"), ("lora", "Refused")):
         asked = {"run": run, "workspace": str(ws.root), "name": "tiny", "max_forgetting": "none"}
         state = ended(api, start_run(api, "neft-promotion/promote", **asked))
@@ -244,11 +244,6 @@ def promote(api: str, tracking: str, ws: Workspace) -> None:
     found = ask(f"{tracking}/api/2.0/mlflow", "/registered-models/get?name=tiny")
     aliases = {one["alias"]: one["version"] for one in found["registered_model"]["aliases"]}
     assert aliases == {"champion": "1", "challenger": "2"}
-    command = browser.find()
-    if command is not None:
-        with browser.browser(command) as window:
-            page = window.go(f"{tracking}/#/models/tiny", "@ champion")
-            assert page.index("@ challenger") < page.index("Version 1") < page.index("@ champion")
 
 
 @pytest.mark.integration
