@@ -144,7 +144,8 @@ def expand(file: Path, root: Path, settings: Sequence[str] = ()) -> Expansion:
     head = check_section(StudyFile, said, file.name)
     if data.get("study") is None:
         raise NeftError(f"{file.name}: study: missing; it is required of a study")
-    for section in ("runs", "transfers", "forgetting"):
+    measured = ["forgetting"] if any(cell.forgetting for cell in head.grid) else []
+    for section in ("runs", "transfers", *measured):
         if not isinstance(data.setdefault(section, {}), dict):
             raise NeftError(f"{file.name}: {section}: got no mapping; give {section} by name")
     _fill_grid(data, head, said.get("methods", {}), file.name)
@@ -225,6 +226,11 @@ def _fill_grid(
                         if other != task:
                             transfers[f"{name}-on-{other}"] = {"run": name, "task": other}
                     if cell.forgetting is not None:
+                        if name in data["forgetting"]:
+                            raise NeftError(
+                                f"{where}: grid.{place}.forgetting: forgetting.{name} stands in "
+                                "the file too; give it once"
+                            )
                         data["forgetting"][name] = {"run": name, **cell.forgetting.model_dump()}
 
 

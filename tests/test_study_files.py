@@ -86,6 +86,11 @@ def test_a_grid_names_the_text_on_which_its_runs_are_measured(folder):
     asked = {name: (entry.run, entry.path, entry.rows) for name, entry in found.forgetting.items()}
     path = str(folder / "texts" / "short.txt")
     assert asked == {name: (name, path, 20) for name in ("full-en-fr", "neft-9-en-fr")}
+    twice = "forgetting: {full-en-fr: {run: full-en-fr, path: b.txt}}\n"
+    with pytest.raises(
+        NeftError, match=r"forgetting\.full-en-fr stands in the file too; give it on"
+    ):
+        expand(put(folder, twice + STUDY.replace("neft-9]}", grid)), folder)
 
 
 def test_the_same_run_has_the_same_section_in_every_study(folder):
