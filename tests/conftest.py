@@ -153,6 +153,16 @@ def finished(tmp_path_factory):
     return ws
 
 
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory):
+    """A finished workspace with tasks of every kind; not to be changed."""
+    from kinds import make
+
+    made = make(tmp_path_factory.mktemp("kinds"))
+    run_stages(made)
+    return made
+
+
 @pytest.fixture
 def copied(finished, tmp_path):
     """The finished tiny workspace in a directory of its own, free to be changed."""

@@ -1,109 +1,27 @@
-"""Summarisation, nli, a task that is only tested on, and transfers, through every stage.
-
-Here too: every policy, with scores of the same task and of another, to the end.
-"""
+"""Summarisation, nli, a task that is only tested on, and transfers, through every stage."""
 
 import csv
 import json
-import math
-import random
 import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import TINY_PARAMS, edit, run_stages, tiny_pairs
-from test_probing import ridge_by_hand
-from test_scoring import chosen, highest, mask_of, scores_of
+from conftest import edit, run_stages
+from kinds import TASKS, make, references, seed_rows
 
-from neft_core import answering, loading, runs, samples
+from neft_core import answering, loading, samples
 from neft_core.encoding import load_encoded
 from neft_core.errors import NeftError
 from neft_core.masks import NeuronScores
 from neft_core.metrics import paired_bootstrap
-from neft_core.rows import LABELS, read_rows, write_rows
+from neft_core.rows import LABELS, read_rows
 from neft_core.stages import STAGES
-from neft_core.workspace import Workspace, init_workspace
-
-TASKS = """\
-  sum:
-    source:
-      kind: local
-      path: data/sum
-      splits: {train: train.jsonl}
-      columns: {source: text, target: summary}
-      dev: 6
-      test: 8
-    format:
-      task: summarisation
-      source_language: English
-      target_language: Chinese
-      max_input: 24
-      max_tokens: 96
-  nli-en:
-    source: {kind: local, path: data/nli, splits: {train: train.csv, test: test.csv}, dev: 6}
-    format: {task: nli, language: English, max_tokens: 160}
-  nli-de:
-    source: {kind: local, path: data/nli, splits: {test: test.csv}}
-    format:
-      task: nli
-      language: German
-      labels: {entailment: entailment, neutral: neutral, contradiction: contradiction}
-      max_tokens: 160
-  other:
-    source: {kind: local, path: data/other, splits: {test: test.jsonl}}
-    format:
-      task: translation
-      source_language: English
-      target_language: French
-      prompt: "English: {source}\\nFrench:"
-      max_tokens: 160
-"""
-RUNS = """\
-runs:
-  full: {task: en-fr, method: {name: full}}
-  neft: {task: en-fr, method: {name: neft, percent: 9}, seeds: [1, 2]}
-  sum-full: {task: sum, method: {name: full}}
-  nli-full: {task: nli-en, method: {name: full}}
-transfers:
-  neft-other: {run: neft, task: other}
-  full-other: {run: full, task: other}
-  nli-full-de: {run: nli-full, task: nli-de}
-"""
+from neft_core.workspace import Workspace
 
 
-def make(folder: Path) -> Workspace:
-    head, tail = TINY_PARAMS.split("compute:")
-    rest = "compute:" + tail[: tail.index("runs:")] + RUNS + tail[tail.index("evaluation:") :]
-    text = (head + TASKS + rest).replace("steps: 6", "steps: 2").replace("epochs: 2", "epochs: 1")
-    ws = init_workspace(folder, text)
-    write_rows(folder / "data/pairs/train.jsonl", tiny_pairs(60, "the cat dog sees eats a red"))
-    write_rows(folder / "data/pairs/pretrain.jsonl", tiny_pairs(40, "one two six ten", seed=1))
-    write_rows(folder / "data/other/test.jsonl", tiny_pairs(10, "owl fox bee ant"))
-    rng = random.Random(1)
-    texts = [" ".join(rng.choices("abcdefgh", k=rng.choice((7, 7, 20)))) for _ in range(100)]
-    summaries = [{"text": text, "summary": f"我{i}"} for i, text in enumerate(texts)]
-    (folder / "data/sum").mkdir()
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in summaries]
-    (folder / "data/sum/train.jsonl").write_text("".join(lines), "utf-8")
-    (folder / "data/nli").mkdir()
-    rows = [f"p {i // 3},h {i},{i % 3}\n" for i in range(60)]
-    (folder / "data/nli/train.csv").write_text("premise,hypothesis,label\n" + "".join(rows))
-    rows = [f"q {i // 3},k {i},{i % 3}\n" for i in range(9)]
-    (folder / "data/nli/test.csv").write_text("premise,hypothesis,label\n" + "".join(rows))
-    return ws
-
-
-@pytest.fixture(scope="module")
-def ws(tmp_path_factory):
-    made = make(tmp_path_factory.mktemp("kinds"))
-    run_stages(made)
-    return made
-
-
-def seed_rows(ws, place: str, seed: int = 1):
-    return read_rows(ws.path("evaluation", place, f"seed-{seed}.jsonl"))
+@pytest.fixture
+def ws(kinds):
+    return kinds
 
 
 def test_long_inputs_are_cut_and_the_rows_stay(ws):
@@ -314,10 +232,6 @@ def test_as_many_rows_as_asked_for_are_left_after_the_drop(tmp_path):
         STAGES["prepare"](ws, "sum-2")
 
 
-def references(ws, task: str):
-    return read_rows(ws.path("prepared", task, "references.jsonl"))
-
-
 def prepared_texts(ws, task: str) -> list[tuple[int, ...]]:
     """Token ids of each training row."""
     arrays, _ = load_encoded(ws.path("prepared", task, "train.safetensors"))
@@ -357,117 +271,6 @@ def test_a_hundred_rows_are_trained_on(ws, tmp_path):
         assert len(losses) > 3, "a choice between several"
         scores = json.loads(small.path("evaluation", run, "metrics.json").read_text())["seeds"]["1"]
         assert {"rouge1", "rouge2", "rougeL"} <= scores.keys()
-
-
-SCORES = """\
-warmups:
-  early: {task: en-fr, steps: 1}
-scores:
-  grad: {criterion: gradient, task: en-fr, rows: 12}
-  probed: {criterion: probe, task: nli-en}
-activations:
-  act: {task: en-fr, warmup: early, rows: 4}
-"""
-POLICIES = {
-    "union": "en-fr, policy: union, percent: 4, scores: [en-fr, sum]",
-    "magnitude": "en-fr, policy: magnitude, percent: 6",
-    "gradient": "en-fr, policy: gradient, percent: 6, scores: grad",
-    "activation": "en-fr, policy: activation, percent: 6, scores: act",
-    "random": "en-fr, policy: random, percent: 6, seed: 3",
-    "trans": "en-fr, percent: 6, scores: sum",
-    "early": "en-fr, percent: 6, scores: early",
-    "probe": "nli-en, policy: probe, percent: 6, scores: probed",
-}
-
-
-@pytest.fixture(scope="module")
-def selected(ws, tmp_path_factory):
-    """The workspace with a run of each policy, trained and evaluated."""
-    other = Workspace(shutil.copytree(ws.root, tmp_path_factory.mktemp("selected") / "ws"))
-    entries = ""
-    for name, words in POLICIES.items():
-        task, _, method = words.partition(", ")
-        entries += f"  {name}: {{task: {task}, method: {{name: neft, {method}}}}}\n"
-    edit(other, ("runs:\n", f"{SCORES}runs:\n{entries}"))
-    run_stages(other, "warmups", "similarity", "scores", "activations", "assign")
-    for stage in ("select", "train", "evaluate"):
-        for name in POLICIES:
-            STAGES[stage](other, name)
-    return other
-
-
-def test_every_policy_selects_by_its_scores(selected):
-    own, other, early = (scores_of(selected, name) for name in ("en-fr", "sum", "early"))
-
-    def most(scores, percent: float, values=None):
-        count = int(percent * scores.total_parameters / 100 / 16)
-        return highest(scores.sensitivity if values is None else values, count)
-
-    expected = {
-        "union": most(own, 4) | most(other, 4),
-        "magnitude": most(own, 6, own.magnitude),
-        "trans": most(other, 6),
-        "early": most(early, 6),
-    }
-    for run, scores in (("gradient", "grad"), ("activation", "act"), ("probe", "probed")):
-        expected[run] = most(scores_of(selected, scores), 6)
-    found = {name: chosen(mask_of(selected, name)) for name in POLICIES}
-    drawn = found.pop("random")
-    assert found == expected
-    assert len(drawn) == len(most(own, 6))
-    # Eight ways to select, and only what is the same by its definition is the same.
-    sets = [frozenset(mask) for mask in (*found.values(), drawn)]
-    assert len(set(sets)) == len(sets)
-
-
-@pytest.mark.parametrize("run", POLICIES)
-def test_every_policy_trains_its_neurons_and_nothing_else(selected, run):
-    mask = chosen(mask_of(selected, run))
-    before = loading.load_base(selected)
-    after = runs.load_trained(selected, run, 1)[0].merge_and_unload()
-    moved = set()
-    for name, weight in after.named_parameters():
-        different = weight != before.get_parameter(name)
-        module, _, _ = name.rpartition(".")
-        if "up_proj" in name or "down_proj" in name:
-            neurons = different.any(1 if "up_proj" in name else 0)  # rows, or columns
-            moved |= {(module, place) for place in neurons.nonzero().flatten().tolist()}
-        else:
-            assert not different.any(), name
-    assert moved == mask
-    scores = json.loads(selected.path("evaluation", run, "metrics.json").read_text())["seeds"]["1"]
-    task = selected.params().runs[run].task
-    needed = {"accuracy"} if task == "nli-en" else {"bleu", "chrf"}
-    assert all(math.isfinite(scores[metric]) for metric in needed)
-    assert len(seed_rows(selected, run)) == len(references(selected, task))
-
-
-def test_a_probe_of_nli_tells_its_labels_apart(selected):
-    """By ridge regression on the states of the corpus's own texts, one at a time."""
-    model, (_, tokenizer) = loading.load_base(selected), loading.base_card(selected)
-    rows = read_rows(selected.path("corpus", "nli-en", "train.jsonl"))
-    seen: list[torch.Tensor] = []
-    for layer in model.model.layers:
-        layer.register_forward_hook(lambda _module, _given, out: seen.append(out))
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    for row in rows:
-        text = f"Premise: {row['premise']}\nHypothesis: {row['hypothesis']}\nLabel:"
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            model(torch.tensor([begin + ids]))
-    scores = scores_of(selected, "probed").sensitivity
-    for layer in (0, 1):
-        states = torch.cat([state.mean(1) for state in seen[layer::2]]).double().numpy()
-        space = ridge_by_hand(states, [row["label"] for row in rows], 1.0)
-        assert len(space) == len(LABELS)
-        space /= np.linalg.norm(space, axis=1, keepdims=True)
-        for name, axis in (("up_proj", 0), ("down_proj", 1)):
-            module = f"model.layers.{layer}.mlp.{name}"
-            weight = model.get_parameter(f"{module}.weight").detach().double().numpy()
-            neurons = weight.T if axis else weight
-            cosines = neurons @ space.T / np.linalg.norm(neurons, axis=1, keepdims=True)
-            wanted = torch.tensor(np.abs(cosines).max(1))
-            torch.testing.assert_close(scores[module], wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
