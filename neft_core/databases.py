@@ -31,7 +31,8 @@ def check(environment: Mapping[str, str]) -> None:
         environment: what the servers will have.
 
     Raises:
-        NeftError: one can't be used, or both are the same; without passwords.
+        NeftError: one can't be used, or can't keep every letter, or both are the same; without
+            passwords.
     """
     seen: dict[Any, str] = {}
     for server, names in VARIABLES.items():
@@ -62,42 +63,51 @@ def _connect(name: str, told: str, *, needs_async: bool) -> tuple[Any, ...]:
         raise NeftError(f"{name}: got {url.drivername}://, which Prefect can't use; {form}")
     where = f"database {url.database} on {url.host}" + (f", port {url.port}" if url.port else "")
     try:
-        if needs_async:
-            _open(url)
-        else:
-            _open_now(url)
+        encoding = _open(url) if needs_async else _open_now(url)
     except ModuleNotFoundError as fault:
         lacking = f"{url.drivername}:// needs the package {fault.name}"
         raise NeftError(f"{name}: {lacking}; install it, or: {form}") from None
     except Exception as fault:  # SQLAlchemy's, the system's, or one of the driver's own
         raise NeftError(f"{name}: {where}: {_reason(fault, url)}; {form}") from None
+    if encoding not in ("UTF8", None):
+        remedy = "make it with ENCODING 'UTF8' TEMPLATE template0"
+        raise NeftError(f"{name}: {where}: its encoding is {encoding}; {remedy}")
     return url.host, url.port, url.database
 
 
-def _open_now(url: Any) -> None:
-    from sqlalchemy import create_engine
+_ASKED = "SHOW server_encoding"
+"""The encoding of a PostgreSQL database; in SQL_ASCII a first letter such as `é` is an error."""
+
+
+def _open_now(url: Any) -> str | None:
+    """Its encoding; None where it isn't PostgreSQL."""
+    from sqlalchemy import create_engine, text
 
     soon = {"connect_timeout": PATIENCE} if url.drivername.endswith(("psycopg2", "psycopg")) else {}
     engine = create_engine(url, connect_args=soon)
     try:
-        engine.connect().close()
+        with engine.connect() as connection:
+            if url.get_backend_name() != "postgresql":
+                return None
+            return str(connection.scalar(text(_ASKED)))
     finally:
         engine.dispose()
 
 
-def _open(url: Any) -> None:
-    """By the driver that Prefect uses, which is asynchronous."""
+def _open(url: Any) -> str:
+    """As `_open_now`, by the driver that Prefect uses, which is asynchronous."""
+    from sqlalchemy import text
     from sqlalchemy.ext.asyncio import create_async_engine
 
-    async def connect() -> None:
+    async def connect() -> str:
         engine = create_async_engine(url, connect_args={"timeout": PATIENCE})
         try:
-            async with engine.connect():
-                pass
+            async with engine.connect() as connection:
+                return str(await connection.scalar(text(_ASKED)))
         finally:
             await engine.dispose()
 
-    asyncio.run(connect())
+    return asyncio.run(connect())
 
 
 def _reason(fault: Exception, url: Any) -> str:

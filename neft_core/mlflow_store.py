@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sqlite3
 import subprocess
 import time
@@ -220,7 +221,9 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
         yield Store(client, experiment, workspace)
     except (MlflowException, SQLAlchemyError, OSError) as fault:
         reason = " ".join(str(fault).partition("[SQL:")[0].split())[:300]
-        if "Max retries exceeded" in reason:
+        if failing := re.search(r"too many (\d+) error responses", reason):
+            reason = f"answers with status {failing[1]}; its log tells why"
+        elif "Max retries exceeded" in reason:
             reason = "does not answer"
         reason = reason.replace(uri, public(uri))
         raise NeftError(f"MLflow at {public(uri)}: {reason}; check MLFLOW_TRACKING_URI") from fault

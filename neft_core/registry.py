@@ -58,7 +58,8 @@ def promote(
         Name and version of the registered model, and the decision.
 
     Raises:
-        NeftError: run or seed is unknown or not up to date, the name can't be one, MLflow refuses.
+        NeftError: run or seed is unknown or not up to date, the name can't be one, MLflow refuses,
+            another promotion came first.
     """
     params = ws.params()
     seed = runs.chosen_seed(params, run, seed)
@@ -78,6 +79,10 @@ def promote(
                 answers = _answers(ws, run, seed, champion)
             decision = promotion.decide(ws, run, seed, answers, gate)
             version = _version(ws, store, name, key, run, seed, merged)
+            now = _by_alias(store, name, CHAMPION)
+            if now and now.version != getattr(champion, "version", None):
+                said = f"version {now.version} became champion meanwhile; promote again"
+                raise NeftError(f"model {name}: {said}")
             _describe(store, name, version, run, seed, decision)
             store.client.set_registered_model_alias(name, CHALLENGER, version)
             if decision.champion and not (champion and str(champion.version) == version):

@@ -78,16 +78,18 @@ class Stack:
 
     def __init__(self, folder: Path, **settings: str) -> None:
         self.folder = folder
-        self.secrets = {
-            name: f"planted-{secrets.token_hex(8)}"
-            for name in ("POSTGRES_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY")
-        }
+        names = re.findall(r"^(\w+)=$", (PROJECT / "docker/.env.example").read_text(), re.M)
+        names += ["HF_TOKEN"]
+        self.secrets = {name: f"planted-{secrets.token_hex(8)}" for name in names}
         self.secrets["PREFECT_AUTH"] = f"team:{secrets.token_hex(12)}"
         self.ports = {name: free_port() for name in ("postgres", "s3", "prefect", "mlflow")}
         self.services = compose({**self.secrets, **settings})
         login = self.secrets["PREFECT_AUTH"]
         self.api = f"http://{login}@127.0.0.1:{self.ports['prefect']}/api"
-        self.tracking = f"http://127.0.0.1:{self.ports['mlflow']}"
+        login = f"admin:{self.secrets['MLFLOW_PASSWORD']}"
+        self.tracking = f"http://{login}@127.0.0.1:{self.ports['mlflow']}"
+        users = (PROJECT / "docker/users.ini").read_text()
+        (folder / "users.ini").write_text(users.replace("/state/", f"{folder}/state/"))
         self.worker_ports: dict[str, int] = {}
         self.children: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -100,6 +102,7 @@ class Stack:
             text = re.sub(rf"^{port}$|(?<=mlflow:){port}$", str(self.ports[name]), text)
             text = re.sub(rf"(?<=mlflow:){port}(?=,)", str(self.ports[name]), text)
         text = re.sub(r"^0\.0\.0\.0$", "127.0.0.1", text)
+        text = re.sub(r"^/etc/neft\b", str(self.folder), text)
         return re.sub(r"^/(state|workspace)\b", str(self.folder) + r"/\1", text)
 
     def environment(self, service: str, name: str | None = None) -> dict[str, str]:
@@ -109,6 +112,11 @@ class Stack:
         home = self.folder / "home" / name
         home.mkdir(parents=True, exist_ok=True)
         found = {key: self.here(str(value)) for key, value in told.items()}
+        if name == "worker-2":  # logs in by the address, which nothing may repeat
+            found["MLFLOW_TRACKING_URI"] = self.tracking
+            del found["MLFLOW_TRACKING_USERNAME"], found["MLFLOW_TRACKING_PASSWORD"]
+        if service == "worker":
+            found["HF_TOKEN"] = self.secrets["HF_TOKEN"]
         return {
             **found,
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.defpath]),
@@ -144,6 +152,15 @@ class Stack:
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def dump(self, database: str) -> str:
+        """All that a database holds, as SQL."""
+        tools = postgresql()
+        assert tools is not None
+        login = ["-h", "127.0.0.1", "-p", str(self.ports["postgres"]), "-U", "neft"]
+        env = {"PGPASSWORD": self.secrets["POSTGRES_PASSWORD"], "PATH": os.defpath}
+        line = [str(tools / "pg_dump"), *login, database]
+        return subprocess.run(line, env=env, check=True, capture_output=True, text=True).stdout
 
     def healthy(self, service: str) -> bool:
         """What a service's health check says."""

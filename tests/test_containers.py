@@ -1,7 +1,10 @@
 """docker/: what can be said of it without Docker, and its services' commands run for real."""
 
+import base64
+import json
 import re
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -20,6 +23,8 @@ FILLED = {
     "S3_ACCESS_KEY": "b",
     "S3_SECRET_KEY": "c",
     "PREFECT_AUTH": "d:e",
+    "MLFLOW_PASSWORD": "f",
+    "MLFLOW_KEY": "g",
 }
 
 
@@ -31,7 +36,8 @@ def dockerfile() -> list[tuple[str, str]]:
 
 def test_images_are_pinned_and_nothing_runs_as_root():
     steps = dockerfile()
-    assert [rest.split()[0] for step, rest in steps if step == "FROM"] == ["python:${PYTHON}"] * 2
+    images = [rest.split()[0] for step, rest in steps if step == "FROM"]
+    assert images == ["python:${PYTHON}", "libraries", "python:${PYTHON}"]
     assert dict(steps)["USER"] == "neft"
     assert dict(steps)["HEALTHCHECK"].endswith('timeout=5)"]')
     (python,) = [rest for step, rest in steps if step == "ARG" and rest.startswith("PYTHON")]
@@ -50,6 +56,11 @@ def test_what_the_dockerfile_copies_is_let_through():
         if not path.startswith(("--from", "/")):
             assert (PROJECT / path).exists()
             assert f"!{path}" in ignored
+    # The package has links to files beside it, which must be there where it is installed from.
+    for link in PROJECT.glob("neft_core/**/*"):
+        if link.is_symlink():
+            target = link.resolve().relative_to(PROJECT)
+            assert {str(target), *map(str, target.parents)} & set(copied), link
 
 
 def test_secrets_have_no_default():
@@ -91,6 +102,17 @@ def test_a_real_parser_takes_the_compose_file(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+KEPT = """
+import boto3, json
+store = boto3.client("s3")
+pages = store.get_paginator("list_objects_v2").paginate(Bucket="neft")
+keys = [found["Key"] for page in pages for found in page["Contents"]]
+body = lambda key: store.get_object(Bucket="neft", Key=key)["Body"].read().decode("latin-1")
+print(json.dumps({key: body(key) for key in keys}))
+"""
+"""Prints every object of the S3 store."""
+
+
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
     if postgresql() is None:
@@ -120,17 +142,18 @@ def test_a_load_with_a_killed_worker_and_a_killed_mlflow(stack: Stack):
     assert (found["workspaces"], found["not up to date"], found["stages left over"]) == (3, [], 0)
 
     # Artifacts went through MLflow's server to the S3 store, and come back the same way.
-    listed = subprocess.run(
-        ["python", "-c", "import boto3; print([o['Key'] for o in boto3.client('s3')"
-         ".list_objects_v2(Bucket='neft')['Contents']])"],
-        env=stack.environment("bucket"), capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    assert "adapter/adapter_model.safetensors" in listed
+    kept = json.loads(stack.run("bucket", sys.executable, "-c", KEPT))
+    assert any(place.endswith("adapter/adapter_model.safetensors") for place in kept)
 
     # Credentials: in what servers tell, what they keep, and what lies in files.
-    told = [ask(stack.api, "/logs/filter", {"limit": 200}), ask(stack.api, "/artifacts/filter", {})]
+    told = [ask(stack.api, "/artifacts/filter", {})]
+    while told[-1]:  # 200 lines at a time
+        told.append(ask(stack.api, "/logs/filter", {"limit": 200, "offset": 200 * len(told) - 200}))
+    assert len(told) > 3
     told += [ask(f"{stack.tracking}/api/2.0/mlflow", "/runs/search", {"experiment_ids": ["1"]})]
-    texts = {str(number): str(answer) for number, answer in enumerate(told)} | {
+    texts = {str(number): str(answer) for number, answer in enumerate(told)} | kept
+    texts |= {name: stack.dump(name) for name in ("prefect", "mlflow")}
+    texts |= {
         str(path): path.read_bytes().decode("utf-8", "replace")
         for path in stack.folder.rglob("*")
         if path.is_file() and path.stat().st_size < 10**7
@@ -163,6 +186,19 @@ def test_what_a_database_refuses_is_told_without_its_password(stack: Stack):
             assert str(fault.value).startswith(f"{name}: database ")
             assert password not in str(fault.value)
             assert "other" not in str(fault.value)
+    import psycopg2
+
+    connection = psycopg2.connect(right[names[1]].replace("+psycopg2", ""))
+    connection.autocommit = True
+    make = (
+        "CREATE DATABASE narrow ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
+    )
+    connection.cursor().execute(make)
+    connection.close()
+    for name in names:
+        narrow = right[name].rpartition("/")[0] + "/narrow"
+        with pytest.raises(NeftError, match=r"narrow on .*: its encoding is SQL_ASCII; make it"):
+            databases.check({name: narrow})
     both = right[names[0]].replace("asyncpg", "psycopg2")
     with pytest.raises(NeftError, match=f"^{names[1]}: is prefect's database too; give each one"):
         databases.check(right | {names[1]: both})
@@ -171,15 +207,30 @@ def test_what_a_database_refuses_is_told_without_its_password(stack: Stack):
 @pytest.mark.integration
 def test_mlflow_answers_only_to_its_own_names(stack: Stack):
     until(lambda: stack.healthy("mlflow"))
-    url = f"{stack.tracking}/api/2.0/mlflow/experiments/search?max_results=1"
-    port = stack.ports["mlflow"]
+    port, password = stack.ports["mlflow"], stack.secrets["MLFLOW_PASSWORD"]
+    url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search?max_results=1"
+    login = f"Basic {base64.b64encode(f'admin:{password}'.encode()).decode()}"
     for host, allowed in ((f"mlflow:{port}", True), ("localhost:9", True), ("evil.org", False)):
-        request = urllib.request.Request(url, headers={"Host": host})
+        request = urllib.request.Request(url, headers={"Host": host, "Authorization": login})
         if allowed:
             assert urllib.request.urlopen(request, timeout=20).status == 200
         else:
             with pytest.raises(urllib.error.HTTPError, match="403"):
                 urllib.request.urlopen(request, timeout=20)
+
+
+@pytest.mark.integration
+def test_servers_ask_for_a_password(stack: Stack):
+    """And tell who asks without one nothing but that they are there."""
+    until(lambda: stack.healthy("mlflow"))
+    apis = {
+        f"http://{{}}127.0.0.1:{stack.ports['prefect']}/api": "/flows/filter",
+        f"http://{{}}127.0.0.1:{stack.ports['mlflow']}/api/2.0/mlflow": "/runs/search",
+    }
+    for api, path in apis.items():
+        for login in ("", "admin:wrong@", "team:wrong@"):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                ask(api.format(login), path, {"experiment_ids": ["1"]})
 
 
 def test_the_images_environment_is_read():

@@ -149,9 +149,14 @@ def test_champions_follow_each_other_and_come_back(ws, neft, monkeypatch):
     answer(ws, "lora", 6)
     answer(ws, "full", 8)
     commit(ws)
-    status, _ = neft(ws, "promote", "lora", "--max-forgetting", "none", "--alpha", "0.2")
-    assert status == 0
+    text = ws.root / "other.txt"
+    text.write_text("one two six ten\nsix ten one\n")
+    allowed = ["--text", str(text), "--max-forgetting", "9", "--alpha", "0.2"]
+    assert neft(ws, "promote", "lora", *allowed)[0] == 0
     assert aliases(ws, name) == {"challenger": "1", "champion": "1"}
+    with open_store(ws) as store:
+        gate = json.loads(store.client.get_model_version(name, "1").tags["neft.gate"])
+    assert gate["forgetting"] == promotion._forgetting(ws, "lora", 1, Gate(text=text)) != 0
     # Worse than the champion: registered, refused, and told why.
     _, version, decision = registry.promote(ws, "neft", 2, name=None, gate=FREELY, merged=False)
     assert (version, decision.champion) == ("2", False)
@@ -179,6 +184,19 @@ def test_champions_follow_each_other_and_come_back(ws, neft, monkeypatch):
         assert len(store.client.search_runs([store.experiment])) == before
     with pytest.raises(NeftError, match="version 1 took over from nobody"):
         registry.rollback(ws, name)
+
+    # Another workspace's promotion comes first: what was compared is no champion any more.
+    decide = promotion.decide
+
+    def overtaken(*asked):
+        with open_store(ws) as store:
+            store.client.set_registered_model_alias(name, "champion", "2")
+        return decide(*asked)
+
+    monkeypatch.setattr(promotion, "decide", overtaken)
+    with pytest.raises(NeftError, match=f"{name}: version 2 became champion meanwhile; promote ag"):
+        registry.promote(ws, "full", None, name=None, gate=easy, merged=False)
+    assert aliases(ws, name)["champion"] == "2"
 
 
 def said_to(request: urllib.request.Request):

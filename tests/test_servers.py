@@ -67,6 +67,35 @@ def test_commands_hold_no_password(state):
     assert "planted" not in str(found[2].env)
 
 
+def test_mlflow_asks_for_a_password_where_it_has_one(state):
+    told = {"MLFLOW_AUTH_ADMIN_PASSWORD": "planted"}
+    _, open_to_all, _ = servers.servers(state, "127.0.0.1", 4200, 5000, {})
+    _, asks, worker = servers.servers(state, "127.0.0.1", 4200, 5000, told)
+    assert asks.command == (*open_to_all.command, "--app-name", "basic-auth")
+    key = "MLFLOW_FLASK_SERVER_SECRET_KEY"
+    assert len(asks.env[key]) == 32
+    assert key not in worker.env
+    _, asks, _ = servers.servers(state, "127.0.0.1", 4200, 5000, {**told, key: "mine"})
+    assert asks.env[key] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("host", "known", "line"),
+    [
+        ("127.0.0.1", (), ""),
+        ("localhost", (), ""),
+        ("0.0.0.0", ("Prefect", "MLflow"), ""),
+        ("0.0.0.0", (), "0.0.0.0 can be reached from other machines, Prefect and MLflow without"),
+        ("10.0.0.1", ("Prefect",), "10.0.0.1 can be reached from other machines, MLflow without"),
+        ("::", ("MLflow",), ":: can be reached from other machines, Prefect without"),
+    ],
+)
+def test_servers_that_others_reach_without_a_password_are_told(host, known, line):
+    told = servers.exposed(host, {servers.PASSWORDS[name]: "planted" for name in known})
+    assert told.startswith(f"CAUTION: {line} a password" if line else "")
+    assert bool(told) is bool(line)
+
+
 def test_a_last_line_is_told_without_passwords(state):
     state.mkdir()
     log = state / "prefect.log"

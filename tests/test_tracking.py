@@ -1,4 +1,5 @@
 import contextvars
+import http.server
 import json
 import logging
 import shutil
@@ -326,6 +327,24 @@ def test_a_transfer_is_shown_in_the_run_that_was_trained(ws: Workspace) -> None:
     place = Path(run.info.artifact_uri.removeprefix("file://").replace("%20", " "))
     assert (place / "hypotheses/other/seed-2.jsonl").exists()
     assert sync(ws, Graph(ws)) == Delivery(f"sqlite:///{ws.root}/mlflow.db")
+
+
+def test_a_server_that_fails_is_not_one_that_is_away(
+    training: tuple[Workspace, dict[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(500)
+
+        def log_message(self, *told: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(NeftError, match="answers with status 500; its log tells why; check ML"):
+            sync(training[0], Graph(training[0]))
+        server.shutdown()
 
 
 def test_a_server_that_is_away_costs_one_line(
