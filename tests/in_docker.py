@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def up(folder: Path, image: str) -> Iterator[Services]:
 
 
 def workspace(services: Services, folder: Path) -> None:
-    """The tests' tiny workspace in the volume, and the deployments on both pools."""
+    """The tests' tiny workspace in the volume, and the usual deployments."""
     services.compose("run", "--rm", "worker", "neft", "init", "/workspace")
     tiny_workspace(folder / "tiny")
     kept = ["params.yaml", "data"]
@@ -105,16 +106,6 @@ def workspace(services: Services, folder: Path) -> None:
     ).stdout
     services.inside("tar", "--no-same-owner", "-x", "-C", "/workspace", data=packed)
     services.inside("neft", "deploy")
-    deployments = YAML(typ="safe").load((PROJECT / "prefect.yaml").read_text())
-    nightly = deployments["deployments"][0]
-    nightly |= {"name": "in-container", "schedules": [], "work_pool": pool(services)}
-    deployments["deployments"] = [nightly]
-    text = json.dumps(deployments).encode()
-    services.inside("sh", "-c", "cat > /tmp/pool.yaml", data=text)
-    secret = "import os; from prefect.blocks.system import Secret; "
-    secret += "Secret(value=os.environ['MLFLOW_TRACKING_PASSWORD']).save('mlflow-password')"
-    services.inside("python", "-c", secret)
-    services.inside("neft", "deploy", "--file", "/tmp/pool.yaml")
 
 
 def pool(services: Services) -> dict[str, Any]:
@@ -122,6 +113,31 @@ def pool(services: Services) -> dict[str, Any]:
     found = (PROJECT / "docs/operations.md").read_text().split("# a container for each run\n")[1]
     text = found.split("```")[0].replace("docker_", f"{services.name}_")
     return YAML(typ="safe").load(text)["work_pool"]
+
+
+def by_schedule(services: Services) -> None:
+    """A deployment whose runs are containers, one a minute."""
+    deployments = YAML(typ="safe").load((PROJECT / "prefect.yaml").read_text())
+    nightly = deployments["deployments"][0]
+    nightly |= {"name": "in-container", "work_pool": pool(services)}
+    nightly["schedules"] = [{"cron": "* * * * *", "timezone": "UTC", "active": True}]
+    deployments["deployments"] = [nightly]
+    text = json.dumps(deployments).encode()
+    services.inside("sh", "-c", "cat > /tmp/pool.yaml", data=text)
+    home = "umask 77; mkdir -p /state/home/.mlflow; cat > /state/home/.mlflow/credentials"
+    login = "[mlflow]\nmlflow_tracking_username = admin\nmlflow_tracking_password = "
+    login += services.secrets["MLFLOW_PASSWORD"]
+    services.inside("sh", "-c", home, data=login.encode())
+    services.inside("neft", "deploy", "--file", "/tmp/pool.yaml")
+
+
+def trainings(services: Services) -> dict[str, int]:
+    """How often MLflow has each finished training."""
+    login = f"admin:{services.secrets['MLFLOW_PASSWORD']}"
+    api = f"http://{login}@127.0.0.1:{services.ports['MLFLOW_PORT']}/api/2.0/mlflow"
+    found = ask(api, "/runs/search", {"experiment_ids": ["1"]})["runs"]
+    told = [run["info"] for run in found if " seed " in run["info"]["run_name"]]
+    return dict(Counter(run["run_name"] for run in told if run["status"] == "FINISHED"))
 
 
 def trial(services: Services, folder: Path) -> dict[str, Any]:
@@ -141,13 +157,24 @@ def trial(services: Services, folder: Path) -> dict[str, Any]:
 
     assert " ran" in run("a process of the worker", "nightly")
     assert services.inside("sh", "-c", "find /workspace ! -user neft").strip() == ""
-    assert " ran" not in run("a container, nothing to do", "in-container")
+    by_schedule(services)
+    found = ask(api, "/deployments/name/neft-pipeline/in-container")["id"]
+    runs = {"deployments": {"id": {"any_": [found]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    first = until(lambda: ask(api, "/flow_runs/filter", runs), 120)[0]
+    state = ended(api, first["id"], 400)
+    seen["a container, by its schedule, nothing to do"] = f"{state['type']}: {state['message']}"
+    assert state["type"] == "COMPLETED", seen
+    assert " ran" not in state["message"]
+    ask(api, f"/deployments/{found}", {"paused": True}, "PATCH")
+    until(lambda: all(r["end_time"] for r in ask(api, "/flow_runs/filter", runs)), 120)
     other = {"runs": ["lora"], "overrides": ["training.epochs=3"]}
+    before = trainings(services)
     assert " ran" in run("a container, other params", "in-container", **other)
+    assert trainings(services) == {**before, "lora seed 1": 2}
     left = ["ps", "-aq", "--filter", "label=io.prefect.flow-run-id"]
     until(lambda: not docker(*left))
 
-    # The worker's container dies in a run, and comes back by itself; the run is made again.
+    # The worker's container is restarted in a run, which is then made again.
     long = {"runs": ["full"], "overrides": ["training.epochs=40"]}
     going = start_run(api, "neft-pipeline/on-demand", **long)
     lines = "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"
@@ -161,16 +188,30 @@ def trial(services: Services, folder: Path) -> dict[str, Any]:
     run("the same again", "on-demand", **long)
 
     promote = "neft promote full --name trial --max-forgetting none || test $? = 3"
-    seen["promoted"] = services.inside("sh", "-c", promote).strip().splitlines()[0]
+    seen["promoted"] = services.inside("sh", "-c", promote).strip().splitlines()[-1]
     load = "import mlflow, pandas; model = mlflow.pyfunc.load_model('models:/trial@challenger'); "
     load += "print(model.predict(pandas.DataFrame({'source': ['the cat sees a fish']})))"
     assert services.inside("python", "-c", load).strip()
 
+    # From outside the containers' network, where the store has no name.
+    fetch = "import sys; from mlflow.artifacts import download_artifacts as get; "
+    fetch += "get('models:/trial/1', dst_path=sys.argv[1])"
+    outside = {
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{services.ports['MLFLOW_PORT']}",
+        "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+        "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_PASSWORD": services.secrets["MLFLOW_PASSWORD"],
+    }
+    line = [sys.executable, "-c", fetch, str(folder / "fetched")]
+    subprocess.run(line, env={**os.environ, **outside}, check=True, capture_output=True)
+    assert list((folder / "fetched").rglob("*.safetensors"))
+
     told = services.compose("logs", "--no-color")
     for path in ("/deployments/filter", "/flow_runs/filter", "/logs/filter", "/artifacts/filter"):
-        told += str(ask(api, path, {"limit": 200}))
+        told += "\n" + str(ask(api, path, {"limit": 200}))
     for name, secret in services.secrets.items():
-        assert secret not in told, name
+        found = [line.replace(secret, "...") for line in told.splitlines() if secret in line]
+        assert not found, (name, found[:5])
     return seen
 
 
@@ -184,7 +225,7 @@ def main() -> None:
         subprocess.run(build, cwd=PROJECT, check=True, stdout=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch, up(Path(scratch), image) as services:
         found = trial(services, Path(scratch))
-    json.dump(found, sys.stdout, indent=1)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -153,14 +153,21 @@ class Stack:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def dump(self, database: str) -> str:
-        """All that a database holds, as SQL."""
+    def _postgresql(self, program: str, *argv: str) -> str:
         tools = postgresql()
         assert tools is not None
         login = ["-h", "127.0.0.1", "-p", str(self.ports["postgres"]), "-U", "neft"]
         env = {"PGPASSWORD": self.secrets["POSTGRES_PASSWORD"], "PATH": os.defpath}
-        line = [str(tools / "pg_dump"), *login, database]
+        line = [str(tools / program), *login, *argv]
         return subprocess.run(line, env=env, check=True, capture_output=True, text=True).stdout
+
+    def dump(self, database: str) -> str:
+        """All that a database holds, as SQL."""
+        return self._postgresql("pg_dump", database)
+
+    def sql(self, statement: str) -> None:
+        """Run a statement as the databases' owner."""
+        self._postgresql("psql", "-d", "prefect", "-c", statement)
 
     def healthy(self, service: str) -> bool:
         """What a service's health check says."""

@@ -9,14 +9,27 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import fabricated
 import load
 import pytest
-from operating import PROJECT, ask, until
+from operating import (
+    PROJECT,
+    ask,
+    belonging,
+    ended,
+    environment,
+    free_port,
+    kill_left,
+    neft,
+    start_run,
+    until,
+)  # fmt: skip
 from ruamel.yaml import YAML
 from stack import COMPOSE, Stack, compose, image_environment, postgresql, running
 
 from neft_core import databases
 from neft_core.errors import NeftError
+from neft_core.workspace import init_dvc
 
 FILLED = {
     "POSTGRES_PASSWORD": "a",
@@ -145,6 +158,11 @@ def test_a_load_with_a_killed_worker_and_a_killed_mlflow(stack: Stack):
     kept = json.loads(stack.run("bucket", sys.executable, "-c", KEPT))
     assert any(place.endswith("adapter/adapter_model.safetensors") for place in kept)
 
+    # And every byte of them: which object is which run's, their paths in the store don't tell.
+    adapters = [text for place, text in kept.items() if place.endswith(".safetensors")]
+    files = list(ws.root.rglob("work/train/*/*/adapter/*.safetensors"))
+    assert {path.read_bytes().decode("latin-1") for path in files} == set(adapters)
+
     # Credentials: in what servers tell, what they keep, and what lies in files.
     told = [ask(stack.api, "/artifacts/filter", {})]
     while told[-1]:  # 200 lines at a time
@@ -202,6 +220,49 @@ def test_what_a_database_refuses_is_told_without_its_password(stack: Stack):
     both = right[names[0]].replace("asyncpg", "psycopg2")
     with pytest.raises(NeftError, match=f"^{names[1]}: is prefect's database too; give each one"):
         databases.check(right | {names[1]: both})
+
+
+@pytest.mark.integration
+def test_up_on_postgresql_with_passwords(stack: Stack, tmp_path):
+    """`neft up` with databases and logins of its own: deployments, a run, its trainings, down."""
+    env = environment(tmp_path) | {
+        "PREFECT_SERVER_API_AUTH_STRING": "me:planted-a",
+        "PREFECT_API_AUTH_STRING": "me:planted-a",
+        "MLFLOW_AUTH_ADMIN_PASSWORD": "planted-b-password",
+        "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_PASSWORD": "planted-b-password",
+    }
+    for service, name in (
+        ("prefect", "PREFECT_SERVER_DATABASE_CONNECTION_URL"),
+        ("mlflow", "MLFLOW_BACKEND_STORE_URI"),
+    ):
+        stack.sql(f"CREATE DATABASE up_{service} ENCODING 'UTF8' TEMPLATE template0")
+        env[name] = stack.environment(service)[name].rpartition("/")[0] + f"/up_{service}"
+    fabricated.make(tmp_path / "ws")
+    init_dvc(tmp_path / "ws")
+    ports = ["--prefect-port", str(free_port()), "--mlflow-port", str(free_port())]
+    try:
+        told = neft(tmp_path / "ws", env, "up", *ports).stdout
+        exported = told.rpartition("export ")[2].split()
+        clients = dict(pair.split("=", 1) for pair in exported)
+        api = clients["PREFECT_API_URL"].replace("://", "://me:planted-a@")
+        tracking = clients["MLFLOW_TRACKING_URI"].replace("://", "://admin:planted-b-password@")
+        paths = ("/flows/filter", "/api/2.0/mlflow/runs/search")
+        for address, path in zip(clients.values(), paths, strict=True):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                ask(address, path, {"experiment_ids": ["1"]})
+        neft(tmp_path / "ws", env, "deploy")
+        state = ended(api, start_run(api, "neft-pipeline/on-demand"))
+        assert state["type"] == "COMPLETED", state["message"]
+        found = ask(f"{tracking}/api/2.0/mlflow", "/runs/search", {"experiment_ids": ["1"]})
+        assert len(found["runs"]) == 4  # three trainings, and the execution
+        neft(tmp_path / "ws", env, "down")
+        assert list(belonging(tmp_path)) == []
+        for path in tmp_path.rglob("*"):
+            if path.is_file():
+                assert b"planted" not in path.read_bytes(), path
+    finally:
+        kill_left(tmp_path)
 
 
 @pytest.mark.integration

@@ -273,6 +273,12 @@ def promote(api: str, tracking: str, ws: Workspace) -> None:
     found = ask(f"{tracking}/api/2.0/mlflow", "/registered-models/get?name=tiny")
     aliases = {one["alias"]: one["version"] for one in found["registered_model"]["aliases"]}
     assert aliases == {"champion": "1", "challenger": "2"}
+    if command := browser.find():
+        with browser.browser(command) as window:
+            page = window.go(f"{tracking}/#/models/tiny", "@\xa0challenger")
+            assert "@\xa0champion" in page
+            page = window.go(f"{tracking}/#/models/tiny/versions/2", "neft.decision")
+            assert "refused: BLEU is " in page
 
 
 @pytest.mark.integration
