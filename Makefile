@@ -50,7 +50,7 @@ lint: install
 
 test: install
 	$(BIN)/python -m pytest -q -m "not integration" -n 2
-	$(BIN)/python -m pytest -q -m integration -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m integration -n 3 --dist loadgroup --no-loadscope-reorder
 
 check: lint test
 

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,19 +205,36 @@ def init_dvc(folder: Path, *, cache: Path | None = None) -> None:
     # In the middle of somebody's git repository `subdir` would tie the two together.
     git = (folder / ".git").exists()
     logging.getLogger("dvc").setLevel(logging.WARNING)  # it says what we say ourselves
+    stored: dict[str, object] = {"dir": str(cache.resolve())} if cache else {}
     try:
         if not own.is_dir():
             Repo.init(str(folder), no_scm=not git).close()
+            if not _reflinks(own):  # DVC's default would hold every checkpoint twice
+                stored["type"] = "hardlink,copy"
         _lines(own / ".gitignore", "/config.local", "/tmp", "/cache")
         _lines(folder / ".dvcignore", TEMPORARY)
         with Config(str(own.resolve())).edit("local") as settings:
             settings["core"] = {"analytics": False, "check_update": False, "no_scm": not git}
             settings["plots"] = {"html_template": PAGE}
-            if cache:
-                settings["cache"] = {"dir": str(cache.resolve())}
+            if stored:
+                settings["cache"] = {**settings.get("cache", {}), **stored}
     except (DvcException, OSError) as fault:
         raise NeftError(f"{folder}: DVC can't be set up here ({fault}); check the path") from None
     init_plots(own)
+
+
+def _reflinks(folder: Path) -> bool:
+    """Whether a file can share its blocks with a copy there."""
+    from dvc_objects.fs.system import reflink
+
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        source = Path(scratch) / "source"
+        source.write_bytes(b"x")
+        try:
+            reflink(str(source), f"{scratch}/copy")
+        except OSError:
+            return False
+    return True
 
 
 def follow_git(folder: Path) -> bool:

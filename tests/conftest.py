@@ -24,6 +24,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 absl_logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Integration tests of a file share its servers, so a process; those of the flow have none."""
+    for item in items:
+        if item.get_closest_marker("integration") and item.path.stem != "test_flow":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def tiny_llama(seed: int = 0, **changes):
     """A Llama of two layers and 64 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,6 +1,7 @@
 """The pipeline as a user runs it: real stages, Prefect, DVC and MLflow on a tiny workspace."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_workspace
+from dvc_objects.fs.system import reflink
 
 from neft_core.files import read_json
 from neft_core.workspace import Workspace
@@ -195,3 +197,18 @@ def test_an_experiment_of_dvc_beside_what_git_has(undisturbed, env):
     told(ws, env, "dvc", "checkout", "-q")
     assert read_json(ws.path("summary", "metrics.json"))["en-fr"] == before
     assert told(ws, env, "dvc", "status") == ["Data and pipelines are up to date."]
+
+
+def test_files_are_there_once_and_the_cache_is_whole(undisturbed, tmp_path):
+    """After runs, changes and an experiment all that the cache names by a hash has that hash."""
+    kept = [p for p in (undisturbed.root / ".dvc/cache/files/md5").rglob("*") if p.is_file()]
+    assert len(kept) > 50
+    for path in kept:
+        digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        assert digest == path.parent.name + path.stem, path
+    try:
+        reflink(str(kept[0]), str(tmp_path / "copy"))
+    except OSError:
+        model = undisturbed.path("base", "model.safetensors")
+        assert model.stat().st_nlink == 2
+        assert model.stat().st_mode & 0o222 == 0
