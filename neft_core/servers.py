@@ -10,7 +10,6 @@ import http.client
 import json
 import os
 import re
-import secrets
 import subprocess
 import sys
 import time
@@ -19,11 +18,10 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from neft_core import databases
+from neft_core import databases, logins
 from neft_core.errors import NeftError
 from neft_core.files import write_json
 from neft_core.pages import check_port
@@ -51,13 +49,6 @@ SECRETS = (
     "MLFLOW_FLASK_SERVER_SECRET_KEY",
 )
 """What the servers alone may know; a worker, and so a stage, doesn't get it."""
-
-
-PASSWORDS = {
-    "Prefect": "PREFECT_SERVER_API_AUTH_STRING",
-    "MLflow": "MLFLOW_AUTH_ADMIN_PASSWORD",
-}
-"""What makes a server ask who is there."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +97,7 @@ def servers(
         "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{state / 'mlflow.db'}",
         "MLFLOW_ARTIFACTS_DESTINATION": str(state / "artifacts"),
     }
-    login: dict[str, str] = {}
-    if environment.get("MLFLOW_AUTH_ADMIN_PASSWORD"):
-        key = "MLFLOW_FLASK_SERVER_SECRET_KEY"  # signs the forms of its pages
-        login[key] = environment.get(key) or secrets.token_hex(16)
+    asks, key = logins.of_mlflow(environment)
     return [
         Server(
             "prefect",
@@ -121,9 +109,9 @@ def servers(
         Server(
             "mlflow",
             (python, "-m", "mlflow", "server", "--host", host, "--port", str(mlflow),
-             "--workers", "1", *(("--app-name", "basic-auth") if login else ())),
+             "--workers", "1", *asks),
             # Without its job runners it is two processes instead of fifteen.
-            {**quiet, **login, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            {**quiet, **key, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
              **{name: environment.get(name) or value for name, value in stores.items()}},
             f"{tracking}/health",
             tracking,
@@ -180,8 +168,7 @@ def up(state: Path, host: str, prefect: int, mlflow: int, say: Callable[[str], N
                 check_port(host, ports[server.name], remedy)
         if missing:
             databases.check(os.environ)
-            if os.environ.get(PASSWORDS["MLflow"]) and not find_spec("flask_wtf"):
-                raise NeftError(f"{PASSWORDS['MLflow']}: needs pip install 'neft[auth]'")
+            logins.check(os.environ)
         started: dict[str, subprocess.Popen[bytes]] = {}
         try:
             for server in missing:
@@ -200,19 +187,8 @@ def up(state: Path, host: str, prefect: int, mlflow: int, say: Callable[[str], N
         say(f"{server.name}: {where}({how}, log {state / server.name}.log)")
     env = clients(state)
     say("for this shell: export " + " ".join(f"{name}={value}" for name, value in env.items()))
-    if warning := exposed(host, os.environ):
+    if warning := logins.exposed(host, os.environ):
         say(warning)
-
-
-def exposed(host: str, environment: Mapping[str, str]) -> str:
-    """A line where servers that ask for no password can be reached from other machines."""
-    open_to = [name for name, password in PASSWORDS.items() if not environment.get(password)]
-    if host in ("127.0.0.1", "localhost", "::1") or not open_to:
-        return ""
-    return (
-        f"CAUTION: {host} can be reached from other machines, {' and '.join(open_to)} without a "
-        "password; docs/operations.md says how to put one in front"
-    )
 
 
 def down(state: Path, say: Callable[[str], None]) -> None:

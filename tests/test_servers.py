@@ -31,7 +31,7 @@ from operating import (
 from ruamel.yaml import YAML
 from test_registry import answer, commit
 
-from neft_core import servers
+from neft_core import logins, servers
 from neft_core.errors import NeftError
 from neft_core.mlflow_store import VIEW
 from neft_core.pages import TRAINING
@@ -91,7 +91,7 @@ def test_mlflow_asks_for_a_password_where_it_has_one(state):
     ],
 )
 def test_servers_that_others_reach_without_a_password_are_told(host, known, line):
-    told = servers.exposed(host, {servers.PASSWORDS[name]: "planted" for name in known})
+    told = logins.exposed(host, {logins.PASSWORDS[name]: "planted" for name in known})
     assert told.startswith(f"CAUTION: {line} a password" if line else "")
     assert bool(told) is bool(line)
 
