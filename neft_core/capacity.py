@@ -1,10 +1,8 @@
 """What this machine has: free memory and disk, and how fast it computes, by a short calibration."""
 
 import contextlib
-import fcntl
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,22 +95,6 @@ def free_disk(folder: Path) -> int:
     """Bytes free where a folder is or will be."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     return shutil.disk_usage(there).free
-
-
-def copies_share_blocks(folder: Path) -> bool:
-    """Whether a copy in this folder takes no room of its own (btrfs, XFS: reflink)."""
-    clone = 0x40049409  # FICLONE
-    try:
-        with (
-            tempfile.NamedTemporaryFile(dir=folder) as source,
-            tempfile.NamedTemporaryFile(dir=folder) as copy,
-        ):
-            source.write(b"x" * 4096)
-            source.flush()
-            fcntl.ioctl(copy.fileno(), clone, source.fileno())
-            return True
-    except OSError:
-        return False
 
 
 def calibrate(device: str, dtype: Any, size: int = 1024) -> Rates:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from neft_core.capacity import copies_share_blocks, free_disk, free_gpu_memory, free_memory
+from neft_core import links
+from neft_core.capacity import free_disk, free_gpu_memory, free_memory
 from neft_core.config import Params
 from neft_core.errors import NeftError
 from neft_core.forecast import Need, Training
@@ -71,7 +72,7 @@ def refusals(planner: Planner, stage: str, item: str) -> Iterator[str]:
                 f"{size(room)} available; {_remedy(planner, stage, training, room, wanted)}"
             )
             break
-    disk = (1 if copies_share_blocks(planner.root) else 2) * planner.kept(stage, item)
+    disk = (1 if links.stored_once(planner.root) else 2) * planner.kept(stage, item)
     room = free_disk(planner.root)
     if (disk + need.checkpoint) * MARGIN > room:
         yield (

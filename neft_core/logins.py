@@ -1,40 +1,77 @@
 """What makes the servers of `neft up` ask who is there."""
 
+import ipaddress
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 
 from neft_core.errors import NeftError
 
 PASSWORDS = {
-    "Prefect": "PREFECT_SERVER_API_AUTH_STRING",
-    "MLflow": "MLFLOW_AUTH_ADMIN_PASSWORD",
+    "prefect": "PREFECT_SERVER_API_AUTH_STRING",
+    "mlflow": "MLFLOW_AUTH_ADMIN_PASSWORD",
 }
 """The variable of each server; without it the server answers to everybody."""
+
+_CLIENTS = {
+    "prefect": ("PREFECT_API_AUTH_STRING",),
+    "mlflow": ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+}
+"""What the worker logs in with."""
+
+_FILE = Path("~/.mlflow/credentials")
+"""Where MLflow's client looks too."""
 
 _KEY = "MLFLOW_FLASK_SERVER_SECRET_KEY"
 
 
 def of_mlflow(environment: Mapping[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
     """What MLflow's server has on its command line and in its environment for its login."""
-    if not environment.get(PASSWORDS["MLflow"]):
+    if not environment.get(PASSWORDS["mlflow"]):
         return (), {}
     # The key signs the forms of its pages.
     return ("--app-name", "basic-auth"), {_KEY: environment.get(_KEY) or secrets.token_hex(16)}
 
 
-def check(environment: Mapping[str, str]) -> None:
-    """Raise a NeftError where MLflow's login lacks its package."""
-    if environment.get(PASSWORDS["MLflow"]) and not find_spec("flask_wtf"):
-        raise NeftError(f"{PASSWORDS['MLflow']}: needs pip install 'neft[auth]'")
+def asking(environment: Mapping[str, str], before: Iterable[str]) -> list[str]:
+    """Names of the servers that ask for a password when they are started now.
+
+    Args:
+        environment: what they will have.
+        before: names of those that asked when they were started last, and not taken down since.
+
+    Raises:
+        NeftError: a password is empty or is missing now, or what the worker logs in with is, or
+            the package for MLflow's login.
+    """
+    found = [name for name, password in PASSWORDS.items() if password in environment]
+    for name in {*found, *before}:
+        password = PASSWORDS[name]
+        if not environment.get(password):
+            state = "empty" if name in found else f"not set, and {name} asked for it before"
+            raise NeftError(f"{password}: {state}; set it, or run 'neft down' to go without")
+        lacking = [client for client in _CLIENTS[name] if not environment.get(client)]
+        if lacking and not (name == "mlflow" and _FILE.expanduser().exists()):
+            raise NeftError(f"{lacking[0]}: not set; the worker needs it to log in to {name}")
+    if "mlflow" in found and not find_spec("flask_wtf"):
+        raise NeftError(f"{PASSWORDS['mlflow']}: needs pip install 'neft[auth]'")
+    return found
 
 
-def exposed(host: str, environment: Mapping[str, str]) -> str:
+def exposed(host: str, asks: Iterable[str]) -> str:
     """A line where servers that ask for no password can be reached from other machines."""
-    open_to = [name for name, password in PASSWORDS.items() if not environment.get(password)]
-    if host in ("127.0.0.1", "localhost", "::1") or not open_to:
+    open_to = [name for name in PASSWORDS if name not in asks]
+    if _loopback(host) or not open_to:
         return ""
     return (
         f"CAUTION: {host} can be reached from other machines, {' and '.join(open_to)} without a "
         "password; docs/operations.md says how to put one in front"
     )
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

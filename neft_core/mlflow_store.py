@@ -176,7 +176,6 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         # By the server: its store may be where only the server is.
         "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
-        "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from neft_core import capacity, config
+from neft_core import capacity, config, links
 from neft_core.capacity import Rates
 from neft_core.errors import NeftError
 from neft_core.forecast import Need, Training
@@ -31,7 +31,7 @@ def report(planner: Planner, rates: Rates | None) -> dict[str, Any]:
         "disk": capacity.free_disk(planner.root),
     }
     room = rooms["gpu_memory"] if planner.gpu else rooms["memory"]
-    shares = capacity.copies_share_blocks(planner.root)
+    shares = links.stored_once(planner.root)
     stages = list(_stages(planner, rates))
     kept = sum(stage["kept"] for stage in stages)
     return {

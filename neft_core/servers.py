@@ -141,6 +141,7 @@ def up(state: Path, host: str, prefect: int, mlflow: int, say: Callable[[str], N
             started now is stopped.
     """
     state.mkdir(parents=True, exist_ok=True)
+    state.chmod(0o700)  # databases, also of who may log in
     with hold(state / "lock", str(state)):
         record = _read(state)
         running = _running(record)
@@ -153,6 +154,7 @@ def up(state: Path, host: str, prefect: int, mlflow: int, say: Callable[[str], N
                 )
         else:
             record = {
+                "asks": record["asks"],
                 "mark": uuid.uuid4().hex,
                 "pids": {},
                 "host": host,
@@ -168,7 +170,9 @@ def up(state: Path, host: str, prefect: int, mlflow: int, say: Callable[[str], N
                 check_port(host, ports[server.name], remedy)
         if missing:
             databases.check(os.environ)
-            logins.check(os.environ)
+            asks = set(logins.asking(os.environ, record["asks"]))
+            started_now = {server.name for server in missing}
+            record["asks"] = sorted((asks & started_now) | (set(record["asks"]) - started_now))
         started: dict[str, subprocess.Popen[bytes]] = {}
         try:
             for server in missing:
@@ -187,7 +191,7 @@ def up(state: Path, host: str, prefect: int, mlflow: int, say: Callable[[str], N
         say(f"{server.name}: {where}({how}, log {state / server.name}.log)")
     env = clients(state)
     say("for this shell: export " + " ".join(f"{name}={value}" for name, value in env.items()))
-    if warning := logins.exposed(host, os.environ):
+    if warning := logins.exposed(host, record["asks"]):
         say(warning)
 
 
@@ -276,9 +280,9 @@ def _last_line(log: Path) -> str:
 def _read(state: Path) -> dict[str, Any]:
     try:
         found = json.loads((state / "servers.json").read_text(encoding="utf-8"))
-        return {"mark": str(found["mark"]), **found}
+        return {"mark": str(found["mark"]), "asks": [], **found}
     except (OSError, ValueError, KeyError, TypeError):
-        return {"mark": "", "pids": {}}
+        return {"mark": "", "pids": {}, "asks": []}
 
 
 def _told(known: Mapping[str, Any]) -> str:

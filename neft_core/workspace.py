@@ -5,12 +5,12 @@ import fcntl
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from neft_core import links
 from neft_core.config import NO_FILE, Params, load_params
 from neft_core.errors import NeftError
 from neft_core.plots import PAGE, init_plots
@@ -209,10 +209,13 @@ def init_dvc(folder: Path, *, cache: Path | None = None) -> None:
     try:
         if not own.is_dir():
             Repo.init(str(folder), no_scm=not git).close()
-            if not _reflinks(own):  # DVC's default would hold every checkpoint twice
-                stored["type"] = "hardlink,copy"
         _lines(own / ".gitignore", "/config.local", "/tmp", "/cache")
         _lines(folder / ".dvcignore", TEMPORARY)
+        if not links.settings(own).get("type"):
+            if host := cache and links.settings(cache.parent).get("type"):
+                stored["type"] = ",".join(host)
+            elif not links.copies_share_blocks(own):  # or every checkpoint would be there twice
+                stored["type"] = links.HARD
         with Config(str(own.resolve())).edit("local") as settings:
             settings["core"] = {"analytics": False, "check_update": False, "no_scm": not git}
             settings["plots"] = {"html_template": PAGE}
@@ -221,20 +224,6 @@ def init_dvc(folder: Path, *, cache: Path | None = None) -> None:
     except (DvcException, OSError) as fault:
         raise NeftError(f"{folder}: DVC can't be set up here ({fault}); check the path") from None
     init_plots(own)
-
-
-def _reflinks(folder: Path) -> bool:
-    """Whether a file can share its blocks with a copy there."""
-    from dvc_objects.fs.system import reflink
-
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        source = Path(scratch) / "source"
-        source.write_bytes(b"x")
-        try:
-            reflink(str(source), f"{scratch}/copy")
-        except OSError:
-            return False
-    return True
 
 
 def follow_git(folder: Path) -> bool:

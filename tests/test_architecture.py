@@ -40,7 +40,7 @@ OWNERS = {
     "rouge_score": {"metrics"},
     "mlflow": {"mlflow_store", "registry", "served", "serving"},
     "psutil": {"machine", "servers"},
-    "dvc": {"graph", "workspace"},
+    "dvc": {"graph", "links", "workspace"},
     "prefect": set(FLOWS),
 }
 """Libraries and the only modules that import them."""

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -160,7 +162,7 @@ def test_a_load_with_a_killed_worker_and_a_killed_mlflow(stack: Stack):
 
     # And every byte of them: which object is which run's, their paths in the store don't tell.
     adapters = [text for place, text in kept.items() if place.endswith(".safetensors")]
-    files = list(ws.root.rglob("work/train/*/*/adapter/*.safetensors"))
+    files = list(ws.root.rglob("work/train/**/*.safetensors"))
     assert {path.read_bytes().decode("latin-1") for path in files} == set(adapters)
 
     # Credentials: in what servers tell, what they keep, and what lies in files.
@@ -251,6 +253,13 @@ def test_up_on_postgresql_with_passwords(stack: Stack, tmp_path):
         for address, path in zip(clients.values(), paths, strict=True):
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 ask(address, path, {"experiment_ids": ["1"]})
+        # Another shell, which has no password, opens nothing.
+        pid = json.loads((tmp_path / "state/servers.json").read_text())["pids"]["mlflow"]
+        os.kill(pid, signal.SIGKILL)
+        other = {name: value for name, value in env.items() if "AUTH_ADMIN" not in name}
+        told = neft(tmp_path / "ws", other, "up", *ports, status=2).stderr
+        assert "MLFLOW_AUTH_ADMIN_PASSWORD: not set, and mlflow asked for it before" in told
+        assert "mlflow: http" in neft(tmp_path / "ws", env, "up", *ports).stdout
         neft(tmp_path / "ws", env, "deploy")
         state = ended(api, start_run(api, "neft-pipeline/on-demand"))
         assert state["type"] == "COMPLETED", state["message"]

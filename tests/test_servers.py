@@ -79,19 +79,61 @@ def test_mlflow_asks_for_a_password_where_it_has_one(state):
     assert asks.env[key] == "mine"
 
 
+LOGIN = {
+    "PREFECT_SERVER_API_AUTH_STRING": "me:planted",
+    "PREFECT_API_AUTH_STRING": "me:planted",
+    "MLFLOW_AUTH_ADMIN_PASSWORD": "planted",
+    "MLFLOW_TRACKING_USERNAME": "admin",
+    "MLFLOW_TRACKING_PASSWORD": "planted",
+}
+
+
 @pytest.mark.parametrize(
-    ("host", "known", "line"),
+    ("without", "before", "line"),
     [
-        ("127.0.0.1", (), ""),
-        ("localhost", (), ""),
-        ("0.0.0.0", ("Prefect", "MLflow"), ""),
-        ("0.0.0.0", (), "0.0.0.0 can be reached from other machines, Prefect and MLflow without"),
-        ("10.0.0.1", ("Prefect",), "10.0.0.1 can be reached from other machines, MLflow without"),
-        ("::", ("MLflow",), ":: can be reached from other machines, Prefect without"),
+        ((), (), None),
+        ((), ("prefect", "mlflow"), None),
+        (("PREFECT_SERVER_API_AUTH_STRING",), (), None),
+        (("PREFECT_SERVER_API_AUTH_STRING",), ("prefect",), "not set, and prefect asked for it be"),
+        (("MLFLOW_AUTH_ADMIN_PASSWORD",), ("mlflow",), "not set, and mlflow asked for it before"),
+        (("PREFECT_API_AUTH_STRING",), (), "not set; the worker needs it to log in to prefect"),
+        (("MLFLOW_TRACKING_PASSWORD",), (), "not set; the worker needs it to log in to mlflow"),
     ],
 )
-def test_servers_that_others_reach_without_a_password_are_told(host, known, line):
-    told = logins.exposed(host, {logins.PASSWORDS[name]: "planted" for name in known})
+def test_a_login_is_whole_and_stays(monkeypatch, tmp_path, without, before, line):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    told = {name: value for name, value in LOGIN.items() if name not in without}
+    if line is None:
+        names = [name for name, password in logins.PASSWORDS.items() if password in told]
+        assert logins.asking(told, before) == names
+    else:
+        with pytest.raises(NeftError, match=f"^{without[0]}: {line}") as fault:
+            logins.asking(told, before)
+        assert "planted" not in str(fault.value)
+    for password in logins.PASSWORDS.values():
+        with pytest.raises(NeftError, match=f"^{password}: empty; set it, or run"):
+            logins.asking({**LOGIN, password: ""}, ())
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow/credentials").touch()
+    told = {name: value for name, value in LOGIN.items() if "TRACKING" not in name}
+    assert logins.asking(told, ()) == ["prefect", "mlflow"]
+
+
+@pytest.mark.parametrize(
+    ("host", "asks", "line"),
+    [
+        ("127.0.0.1", (), ""),
+        ("127.0.0.2", (), ""),
+        ("::1", (), ""),
+        ("localhost", (), ""),
+        ("0.0.0.0", ("prefect", "mlflow"), ""),
+        ("0.0.0.0", (), "0.0.0.0 can be reached from other machines, prefect and mlflow without"),
+        ("10.0.0.1", ("prefect",), "10.0.0.1 can be reached from other machines, mlflow without"),
+        ("::", ("mlflow",), ":: can be reached from other machines, prefect without"),
+    ],
+)
+def test_servers_that_others_reach_without_a_password_are_told(host, asks, line):
+    told = logins.exposed(host, asks)
     assert told.startswith(f"CAUTION: {line} a password" if line else "")
     assert bool(told) is bool(line)
 
