@@ -13,7 +13,7 @@ STAMP := $(VENV)/installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
 export DO_NOT_TRACK := true
 
-.PHONY: install demo test check lint bench up down deploy clean
+.PHONY: install demo test test-slow check lint bench up down deploy clean
 
 install: $(STAMP)
 
@@ -50,7 +50,11 @@ lint: install
 
 test: install
 	$(BIN)/python -m pytest -q -m "not integration" -n 2
-	$(BIN)/python -m pytest -q -m integration -n 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m "integration and not slow" -n 2 --dist loadgroup \
+		--no-loadscope-reorder
+
+test-slow: install
+	$(BIN)/python -m pytest -q -m slow
 
 check: lint test
 

@@ -224,6 +224,7 @@ def test_what_a_database_refuses_is_told_without_its_password(stack: Stack):
         databases.check(right | {names[1]: both})
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_up_on_postgresql_with_passwords(stack: Stack, tmp_path):
     """`neft up` with databases and logins of its own: deployments, a run, its trainings, down."""
@@ -255,7 +256,7 @@ def test_up_on_postgresql_with_passwords(stack: Stack, tmp_path):
                 ask(address, path, {"experiment_ids": ["1"]})
         # Another shell, which has no password, opens nothing.
         pid = json.loads((tmp_path / "state/servers.json").read_text())["pids"]["mlflow"]
-        os.kill(pid, signal.SIGKILL)
+        os.killpg(pid, signal.SIGKILL)
         other = {name: value for name, value in env.items() if "AUTH_ADMIN" not in name}
         told = neft(tmp_path / "ws", other, "up", *ports, status=2).stderr
         assert "MLFLOW_AUTH_ADMIN_PASSWORD: not set, and mlflow asked for it before" in told

@@ -224,6 +224,7 @@ def test_a_failure_stops_only_what_needs_it(
     assert states(prefect_home) == {"Ran": 9, "Cached": STAGES - 9}
 
 
+@pytest.mark.slow
 def test_scores_that_were_made_before_a_failure_reach_the_runs_after_it(
     ws: Workspace, env: dict[str, str]
 ) -> None:
@@ -336,6 +337,7 @@ def test_interrupted_runs_leave_no_process_and_end_as_an_undisturbed_one(
     assert trainings(host) == dict.fromkeys(names, ("FINISHED", 4))
 
 
+@pytest.mark.slow
 def test_two_starts_at_once_on_a_fresh_home(
     ws: Workspace, template: Path, env: dict[str, str], tmp_path: Path
 ) -> None:
