@@ -34,29 +34,36 @@ def of_mlflow(environment: Mapping[str, str]) -> tuple[tuple[str, ...], dict[str
     return ("--app-name", "basic-auth"), {_KEY: environment.get(_KEY) or secrets.token_hex(16)}
 
 
-def asking(environment: Mapping[str, str], before: Iterable[str]) -> list[str]:
-    """Names of the servers that ask for a password when they are started now.
+def asking(
+    environment: Mapping[str, str], before: Iterable[str], starting: Iterable[str]
+) -> list[str]:
+    """Names of the servers that ask for a password, once those that don't run are started.
 
     Args:
-        environment: what they will have.
+        environment: what is started will have.
         before: names of those that asked when they were started last, and not taken down since.
+        starting: names of what is started now, `worker` among them or not; the rest runs.
 
     Raises:
-        NeftError: a password is empty or is missing now, or what the worker logs in with is, or
-            the package for MLflow's login.
+        NeftError: a server that is started has an empty password or none any more, or lacks the
+            package for its login, or a worker that is started has nothing to log in with.
     """
-    found = [name for name, password in PASSWORDS.items() if password in environment]
-    for name in {*found, *before}:
-        password = PASSWORDS[name]
-        if not environment.get(password):
-            state = "empty" if name in found else f"not set, and {name} asked for it before"
+    starting, asks = set(starting), set(before)
+    for name, password in PASSWORDS.items():
+        if name in starting and password in environment:
+            asks.add(name)
+        if name in starting and name in asks and not environment.get(password):
+            state = (
+                "empty" if password in environment else f"not set, and {name} asked for it before"
+            )
             raise NeftError(f"{password}: {state}; set it, or run 'neft down' to go without")
+    if "mlflow" in asks & starting and not find_spec("flask_wtf"):
+        raise NeftError(f"{PASSWORDS['mlflow']}: needs pip install 'neft[auth]'")
+    for name in sorted(asks) if "worker" in starting else ():
         lacking = [client for client in _CLIENTS[name] if not environment.get(client)]
         if lacking and not (name == "mlflow" and _FILE.expanduser().exists()):
             raise NeftError(f"{lacking[0]}: not set; the worker needs it to log in to {name}")
-    if "mlflow" in found and not find_spec("flask_wtf"):
-        raise NeftError(f"{PASSWORDS['mlflow']}: needs pip install 'neft[auth]'")
-    return found
+    return sorted(asks)
 
 
 def exposed(host: str, asks: Iterable[str]) -> str:

@@ -170,9 +170,8 @@ def up(state: Path, host: str, prefect: int, mlflow: int, say: Callable[[str], N
                 check_port(host, ports[server.name], remedy)
         if missing:
             databases.check(os.environ)
-            asks = set(logins.asking(os.environ, record["asks"]))
-            started_now = {server.name for server in missing}
-            record["asks"] = sorted((asks & started_now) | (set(record["asks"]) - started_now))
+            names = (server.name for server in missing)
+            record["asks"] = logins.asking(os.environ, record["asks"], names)
         started: dict[str, subprocess.Popen[bytes]] = {}
         try:
             for server in missing:

@@ -88,35 +88,53 @@ LOGIN = {
 }
 
 
+ALL = ("prefect", "mlflow", "worker")
+
+
 @pytest.mark.parametrize(
-    ("without", "before", "line"),
+    ("without", "before", "starting", "asks"),
     [
-        ((), (), None),
-        ((), ("prefect", "mlflow"), None),
-        (("PREFECT_SERVER_API_AUTH_STRING",), (), None),
-        (("PREFECT_SERVER_API_AUTH_STRING",), ("prefect",), "not set, and prefect asked for it be"),
-        (("MLFLOW_AUTH_ADMIN_PASSWORD",), ("mlflow",), "not set, and mlflow asked for it before"),
-        (("PREFECT_API_AUTH_STRING",), (), "not set; the worker needs it to log in to prefect"),
-        (("MLFLOW_TRACKING_PASSWORD",), (), "not set; the worker needs it to log in to mlflow"),
+        ((), (), ALL, ["mlflow", "prefect"]),
+        ((), ("prefect", "mlflow"), ALL, ["mlflow", "prefect"]),
+        (("PREFECT_SERVER_API_AUTH_STRING",), (), ALL, ["mlflow"]),
+        # What runs needs no password to go on, and gets none.
+        (("MLFLOW_AUTH_ADMIN_PASSWORD",), ("mlflow",), ("worker",), ["mlflow"]),
+        (("MLFLOW_TRACKING_PASSWORD",), ("mlflow",), ("mlflow",), ["mlflow"]),
+        (("MLFLOW_TRACKING_PASSWORD",), (), ("prefect", "worker"), ["prefect"]),
+        ((), ("prefect",), ("worker",), ["prefect"]),
     ],
 )
-def test_a_login_is_whole_and_stays(monkeypatch, tmp_path, without, before, line):
+def test_a_server_asks_that_has_a_password_or_had_one(
+    monkeypatch, tmp_path, without, before, starting, asks
+):
     monkeypatch.setenv("HOME", str(tmp_path))
     told = {name: value for name, value in LOGIN.items() if name not in without}
-    if line is None:
-        names = [name for name, password in logins.PASSWORDS.items() if password in told]
-        assert logins.asking(told, before) == names
-    else:
-        with pytest.raises(NeftError, match=f"^{without[0]}: {line}") as fault:
-            logins.asking(told, before)
-        assert "planted" not in str(fault.value)
+    assert logins.asking(told, before, starting) == asks
+
+
+@pytest.mark.parametrize(
+    ("without", "before", "starting", "line"),
+    [
+        ("PREFECT_SERVER_API_AUTH_STRING", "prefect", ALL, "not set, and prefect asked for it be"),
+        ("MLFLOW_AUTH_ADMIN_PASSWORD", "mlflow", ("mlflow",), "not set, and mlflow asked for it b"),
+        ("PREFECT_API_AUTH_STRING", "", ALL, "not set; the worker needs it to log in to prefect"),
+        ("MLFLOW_TRACKING_PASSWORD", "", ALL, "not set; the worker needs it to log in to mlflow"),
+        ("MLFLOW_TRACKING_USERNAME", "mlflow", ("worker",), "not set; the worker needs it to log"),
+    ],
+)
+def test_a_login_is_whole(monkeypatch, tmp_path, without, before, starting, line):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    told = {name: value for name, value in LOGIN.items() if name != without}
+    with pytest.raises(NeftError, match=f"^{without}: {line}") as fault:
+        logins.asking(told, filter(None, [before]), starting)
+    assert "planted" not in str(fault.value)
     for password in logins.PASSWORDS.values():
         with pytest.raises(NeftError, match=f"^{password}: empty; set it, or run"):
-            logins.asking({**LOGIN, password: ""}, ())
+            logins.asking({**LOGIN, password: ""}, (), ALL)
     (tmp_path / ".mlflow").mkdir()
     (tmp_path / ".mlflow/credentials").touch()
     told = {name: value for name, value in LOGIN.items() if "TRACKING" not in name}
-    assert logins.asking(told, ()) == ["prefect", "mlflow"]
+    assert logins.asking(told, (), ALL) == ["mlflow", "prefect"]
 
 
 @pytest.mark.parametrize(
