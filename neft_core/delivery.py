@@ -163,7 +163,7 @@ def _adapter(store: Store, run_id: str, folder: Path) -> dict[str, str]:
     tags = {"neft.adapter": str(path.relative_to(store.workspace.root))}
     if path.stat().st_size <= LARGEST_ADAPTER:
         for file in files:
-            store.client.log_artifact(run_id, str(file), "adapter")
+            store.send(run_id, file, "adapter")
     else:
         with path.open("rb") as handle:
             tags["neft.adapter.md5"] = hashlib.file_digest(handle, "md5").hexdigest()
@@ -181,7 +181,7 @@ def _score(store: Store, run_id: str, item: Mapping[str, Any], key: str) -> None
         hypotheses = store.workspace.path("evaluation", place, f"seed-{item['seed']}.jsonl")
         if hypotheses.exists():
             folder = "/".join(filter(None, ("hypotheses", place.partition(".")[2])))
-            store.client.log_artifact(run_id, str(hypotheses), folder)
+            store.send(run_id, hypotheses, folder)
         task = place.partition(".")[2] or own
         table = records.samples(store.workspace, place, task, item["seed"])
         if table is not None:
@@ -200,9 +200,9 @@ def _summarise(store: Store, run_id: str, key: str) -> None:
     asked = params.model_dump(mode="json", exclude={"study"})
     asked |= {"study": params.study.title} if params.study else {}
     store.log(run_id, params=records.flat(asked))
-    store.client.log_artifacts(run_id, str(store.workspace.path("summary")), "summary")
+    store.send(run_id, store.workspace.path("summary"), "summary")
     if (reports := store.workspace.root / REPORTS).is_dir():
-        store.client.log_artifacts(run_id, str(reports), REPORTS)
+        store.send(run_id, reports, REPORTS)
     store.client.set_terminated(run_id)
     table = (store.workspace.path("summary") / "summary.md").read_text(encoding="utf-8")
     # As the run's description; MLflow takes 8,000 characters, and the whole is an artifact.

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 BATCH = 1000
 """Metrics that MLflow takes in one call."""
 
+_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+_SOON, _LATE = "10", "600"
+"""Seconds that a server may take to answer, and to pass files on to its store."""
+
 VIEW = "neft"
 """Name under which the runs' page keeps the columns that tell runs apart."""
 
@@ -140,6 +144,14 @@ class Store:
             for m in self.client.get_metric_history(run_id, name)
         }
 
+    def send(self, run_id: str, path: Path, folder: str) -> None:
+        """Files as artifacts: one, or all of a directory."""
+        with patient():
+            if path.is_dir():
+                self.client.log_artifacts(run_id, str(path), folder)
+            else:
+                self.client.log_artifact(run_id, str(path), folder)
+
     def datasets(self, found: Any, task: str, splits: Iterable[records.Split]) -> None:
         """The parts of a task's data as inputs of a run; those that it has are left out."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -177,7 +189,7 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
         # By the server: its store may be where only the server is.
         "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        _TIMEOUT: _SOON,
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }.items():
         os.environ.setdefault(name, value)
@@ -227,8 +239,26 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
             reason = f"answers with status {failing[1]}; its log tells why"
         elif "Max retries exceeded" in reason:
             reason = "does not answer"
+        check = "MLFLOW_TRACKING_URI"
+        status = fault.get_http_status_code() if isinstance(fault, MlflowException) else None
+        if status in (401, 403):
+            check = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            reason = "no such user and password" if status == 401 else reason
         reason = reason.replace(uri, public(uri))
-        raise NeftError(f"MLflow at {public(uri)}: {reason}; check MLFLOW_TRACKING_URI") from fault
+        raise NeftError(f"MLflow at {public(uri)}: {reason}; check {check}") from fault
+
+
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """While files are sent: a server answers only when its store has them all."""
+    if os.environ.get(_TIMEOUT) != _SOON:  # the user's own
+        yield
+        return
+    os.environ[_TIMEOUT] = _LATE
+    try:
+        yield
+    finally:
+        os.environ[_TIMEOUT] = _SOON
 
 
 def _set_aside(database: Path) -> None:

@@ -23,7 +23,7 @@ from neft_core.delivery import seed_key
 from neft_core.errors import NeftError
 from neft_core.graph import Graph
 from neft_core.lockfile import entry_key, locked
-from neft_core.mlflow_store import Store, open_store, public, tracking_uri
+from neft_core.mlflow_store import Store, open_store, patient, public, tracking_uri
 from neft_core.promotion import Decision, Gate, Rows
 from neft_core.tracking import sync
 from neft_core.workspace import Workspace, hold
@@ -78,16 +78,15 @@ def promote(
             if champion is not None and not again:
                 answers = _answers(ws, run, seed, champion)
             decision = promotion.decide(ws, run, seed, answers, gate)
+            _still_champion(store, name, champion)  # before anything is registered
             version = _version(ws, store, name, key, run, seed, merged)
-            now = _by_alias(store, name, CHAMPION)
-            if now and now.version != getattr(champion, "version", None):
-                said = f"version {now.version} became champion meanwhile; promote again"
-                raise NeftError(f"model {name}: {said}")
             _describe(store, name, version, run, seed, decision)
             store.client.set_registered_model_alias(name, CHALLENGER, version)
             if decision.champion and not (champion and str(champion.version) == version):
                 before = str(champion.version) if champion else ""
                 store.client.set_model_version_tag(name, version, TOOK_OVER, before)
+                # MLflow has no way to do both at once.
+                _still_champion(store, name, champion)
                 store.client.set_registered_model_alias(name, CHAMPION, version)
     return name, version, decision
 
@@ -106,8 +105,8 @@ def rollback(ws: Workspace, name: str) -> tuple[str, str]:
         before = champion.tags.get(TOOK_OVER)
         if not before:
             raise NeftError(f"model {name}: version {champion.version} took over from nobody")
-        store.client.set_model_version_tag(name, champion.version, "neft.rolled_back_to", before)
         store.client.set_registered_model_alias(name, CHAMPION, before)
+        store.client.set_model_version_tag(name, champion.version, "neft.rolled_back_to", before)
     return str(champion.version), str(before)
 
 
@@ -145,6 +144,14 @@ def _by_alias(store: Store, name: str, alias: str) -> Any | None:
         if fault.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
+
+
+def _still_champion(store: Store, name: str, champion: Any | None) -> None:
+    """Refuse to go on where another promotion changed what was compared with."""
+    now = _by_alias(store, name, CHAMPION)
+    if getattr(now, "version", None) != getattr(champion, "version", None):
+        said = f"version {now.version} became champion" if now else "lost its champion"
+        raise NeftError(f"model {name}: {said} meanwhile; promote again")
 
 
 def _answers(ws: Workspace, run: str, seed: int, champion: Any) -> Rows:
@@ -201,7 +208,8 @@ def _version(
         folder.mkdir()
         serving.write(ws, run, seed, folder, merged)
         _save(ws, run, folder, target, run_id, logged)
-        store.client.log_model_artifacts(logged.model_id, str(target))
+        with patient():
+            store.client.log_model_artifacts(logged.model_id, str(target))
     store.client.finalize_logged_model(logged.model_id, "READY")
     store.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
     base = records.read_json(ws.path("base", "base.json"))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import edit
+from mlflow import MlflowClient
 from operating import environment, free_port, until
 
 from neft_core import promotion, registry
@@ -188,15 +189,36 @@ def test_champions_follow_each_other_and_come_back(ws, neft, monkeypatch):
     # Another workspace's promotion comes first: what was compared is no champion any more.
     decide = promotion.decide
 
-    def overtaken(*asked):
+    def other(version):
         with open_store(ws) as store:
-            store.client.set_registered_model_alias(name, "champion", "2")
+            store.client.set_registered_model_alias(name, "champion", version)
+
+    def overtaken(*asked):
+        other("2")
         return decide(*asked)
 
     monkeypatch.setattr(promotion, "decide", overtaken)
-    with pytest.raises(NeftError, match=f"{name}: version 2 became champion meanwhile; promote ag"):
-        registry.promote(ws, "full", None, name=None, gate=easy, merged=False)
-    assert aliases(ws, name)["champion"] == "2"
+    line = f"{name}: version [12] became champion meanwhile; promote again"
+    with pytest.raises(NeftError, match=line):
+        registry.promote(ws, "full", None, name=None, gate=easy, merged=True)
+    assert aliases(ws, name) == {"challenger": "3", "champion": "2"}
+    with open_store(ws) as store:
+        assert len(store.client.search_model_versions(f"name = '{name}'")) == 3
+    monkeypatch.setattr(promotion, "decide", decide)
+
+    # Or while the files are sent.
+    send = MlflowClient.log_model_artifacts
+
+    def sent(*asked):
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "600"
+        other("1")
+        return send(*asked)
+
+    monkeypatch.setattr(MlflowClient, "log_model_artifacts", sent)
+    with pytest.raises(NeftError, match=line):
+        registry.promote(ws, "full", None, name=None, gate=easy, merged=True)
+    assert aliases(ws, name) == {"challenger": "4", "champion": "1"}
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
 
 
 def said_to(request: urllib.request.Request):
