@@ -76,7 +76,7 @@ def _connect(name: str, told: str, *, needs_async: bool) -> tuple[Any, ...]:
 
 
 _ASKED = "SHOW server_encoding"
-"""The encoding of a PostgreSQL database; in SQL_ASCII a first letter such as `é` is an error."""
+"""The encoding of a PostgreSQL database; in SQL_ASCII a driver refuses letters such as `é`."""
 
 
 def _open_now(url: Any) -> str | None:

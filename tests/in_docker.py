@@ -1,15 +1,17 @@
 """The image and docker/compose.yaml on a Docker engine, as docs/operations.md says it.
 
 `python tests/in_docker.py` builds the image (or takes `--image`), starts all services with a tiny
-workspace, runs it as a process of the worker and as a container of its own, kills the worker in a
-run, loads the promoted model through MLflow's server, and takes everything down. It prints what it
-saw, and ends with an AssertionError where that isn't what should be.
+workspace, runs it as a process of the worker and as a container of its own, restarts the worker in
+the middle of a run, loads the promoted model through MLflow's server, looks for every password in
+all logs and in what both servers tell, and takes everything down. It prints what it saw, and ends
+with an AssertionError where that isn't what should be.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -30,13 +32,9 @@ class Services:
 
     def __init__(self, folder: Path, image: str) -> None:
         self.name = f"neft-{secrets.token_hex(4)}"
-        self.secrets = {
-            name: secrets.token_hex(12)
-            for name in (
-                "POSTGRES_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY", "MLFLOW_PASSWORD",
-                "MLFLOW_KEY",
-            )
-        }  # fmt: skip
+        example = (PROJECT / "docker/.env.example").read_text()
+        empty = re.findall(r"^(\w+)=$", example, re.M)
+        self.secrets = {name: secrets.token_hex(12) for name in empty}
         self.secrets["PREFECT_AUTH"] = f"team:{secrets.token_hex(12)}"
         self.ports = {name: free_port() for name in ("PREFECT_PORT", "MLFLOW_PORT", "S3_PORT")}
         socket = Path(os.environ.get("DOCKER_HOST", "").removeprefix("unix://"))
@@ -131,12 +129,16 @@ def by_schedule(services: Services) -> None:
     services.inside("neft", "deploy", "--file", "/tmp/pool.yaml")
 
 
-def trainings(services: Services) -> dict[str, int]:
-    """How often MLflow has each finished training."""
+def mlflow_runs(services: Services) -> list[Any]:
+    """All that MLflow tells of its runs."""
     login = f"admin:{services.secrets['MLFLOW_PASSWORD']}"
     api = f"http://{login}@127.0.0.1:{services.ports['MLFLOW_PORT']}/api/2.0/mlflow"
-    found = ask(api, "/runs/search", {"experiment_ids": ["1"]})["runs"]
-    told = [run["info"] for run in found if " seed " in run["info"]["run_name"]]
+    return ask(api, "/runs/search", {"experiment_ids": ["1"]})["runs"]
+
+
+def trainings(services: Services) -> dict[str, int]:
+    """How often MLflow has each finished training."""
+    told = [run["info"] for run in mlflow_runs(services) if " seed " in run["info"]["run_name"]]
     return dict(Counter(run["run_name"] for run in told if run["status"] == "FINISHED"))
 
 
@@ -206,10 +208,13 @@ def trial(services: Services, folder: Path) -> dict[str, Any]:
     subprocess.run(line, env={**os.environ, **outside}, check=True, capture_output=True)
     assert list((folder / "fetched").rglob("*.safetensors"))
 
-    told = services.compose("logs", "--no-color")
+    told = services.compose("logs", "--no-color") + f"\n{mlflow_runs(services)}"
     for path in ("/deployments/filter", "/flow_runs/filter", "/logs/filter", "/artifacts/filter"):
-        told += "\n" + str(ask(api, path, {"limit": 200}))
+        start = 0
+        while page := ask(api, path, {"limit": 200, "offset": start}):
+            told, start = f"{told}\n{page}", start + len(page)
     for name, secret in services.secrets.items():
+        secret = secret.rpartition(":")[2]  # a password without its user too
         found = [line.replace(secret, "...") for line in told.splitlines() if secret in line]
         assert not found, (name, found[:5])
     return seen

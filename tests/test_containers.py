@@ -31,7 +31,8 @@ from stack import COMPOSE, Stack, compose, image_environment, postgresql, runnin
 
 from neft_core import databases
 from neft_core.errors import NeftError
-from neft_core.workspace import init_dvc
+from neft_core.mlflow_store import open_store
+from neft_core.workspace import Workspace, init_dvc
 
 FILLED = {
     "POSTGRES_PASSWORD": "a",
@@ -103,6 +104,15 @@ def test_what_services_need_is_there_and_ports_are_on_loopback():
                 assert services[needed].get("healthcheck", {}).get("test"), needed
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
     assert "MLFLOW_BACKEND_STORE_URI" not in services["worker"]["environment"]
+    # The pool beside them has Prefect's login and the engine's socket, and nothing else.
+    pool = YAML(typ="safe").load((PROJECT / "docker/pool.yaml").read_text())["services"]
+    assert set(pool) == {"pool"}
+    assert set(pool["pool"]["depends_on"]) <= set(services)
+    assert set(pool["pool"]["environment"]) == {"PREFECT_API_URL", "PREFECT_API_AUTH_STRING"}
+    assert [place.rpartition(":")[2] for place in pool["pool"]["volumes"]] == [
+        "/var/run/docker.sock"
+    ]
+    assert "ports" not in pool["pool"]
 
 
 def test_a_real_parser_takes_the_compose_file(tmp_path):
@@ -111,9 +121,17 @@ def test_a_real_parser_takes_the_compose_file(tmp_path):
 
     if not shutil.which("docker-compose"):
         pytest.skip("no docker-compose")
-    (tmp_path / ".env").write_text("\n".join(f"{k}={v}" for k, v in FILLED.items()))
-    line = ["docker-compose", "--env-file", str(tmp_path / ".env"), "-f", str(COMPOSE), "config"]
-    done = subprocess.run([*line, "-q"], capture_output=True, text=True)
+    env, pool = tmp_path / ".env", COMPOSE.with_name("pool.yaml")
+    env.write_text("\n".join(f"{k}={v}" for k, v in FILLED.items()))
+    line = ["docker-compose", "--env-file", env, "-f", COMPOSE]
+    done = subprocess.run([*line, "config", "-q"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    both = [*line, "-f", pool, "config", "-q"]
+    done = subprocess.run(both, capture_output=True, text=True)
+    assert "set it in docker/.env" in done.stderr  # DOCKER_GROUP
+    with env.open("a") as file:
+        file.write("\nDOCKER_GROUP=99\n")
+    done = subprocess.run(both, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -206,15 +224,8 @@ def test_what_a_database_refuses_is_told_without_its_password(stack: Stack):
             assert str(fault.value).startswith(f"{name}: database ")
             assert password not in str(fault.value)
             assert "other" not in str(fault.value)
-    import psycopg2
-
-    connection = psycopg2.connect(right[names[1]].replace("+psycopg2", ""))
-    connection.autocommit = True
-    make = (
-        "CREATE DATABASE narrow ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
-    )
-    connection.cursor().execute(make)
-    connection.close()
+    how = "ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
+    stack.sql(f"CREATE DATABASE narrow {how}")
     for name in names:
         narrow = right[name].rpartition("/")[0] + "/narrow"
         with pytest.raises(NeftError, match=r"narrow on .*: its encoding is SQL_ASCII; make it"):
@@ -291,7 +302,7 @@ def test_mlflow_answers_only_to_its_own_names(stack: Stack):
 
 
 @pytest.mark.integration
-def test_servers_ask_for_a_password(stack: Stack):
+def test_servers_ask_for_a_password(stack: Stack, tmp_path, monkeypatch):
     """And tell who asks without one nothing but that they are there."""
     until(lambda: stack.healthy("mlflow"))
     apis = {
@@ -302,6 +313,13 @@ def test_servers_ask_for_a_password(stack: Stack):
         for login in ("", "admin:wrong@", "team:wrong@"):
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 ask(api.format(login), path, {"experiment_ids": ["1"]})
+    host = stack.tracking.rpartition("@")[2]
+    line = f"MLflow at http://{host}: no such user and password; check MLFLOW_TRACKING_USERNAME and"
+    fabricated.make(tmp_path)
+    for login in ("", "admin:wrong@"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{login}{host}")
+        with pytest.raises(NeftError, match=f"^{re.escape(line)}"), open_store(Workspace(tmp_path)):
+            raise AssertionError
 
 
 def test_the_images_environment_is_read():
