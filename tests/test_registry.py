@@ -281,3 +281,10 @@ def test_a_registered_model_answers_as_the_evaluation_did(ws, merged, tmp_path, 
             assert said == {"predictions": [row["hypothesis"] for row in rows]}
         finally:
             os.killpg(server.pid, signal.SIGTERM)
+    if not merged:  # and in batches
+        asked.to_csv(tmp_path / "in.csv", index=False)
+        batch = ["-t", "csv", "-i", str(tmp_path / "in.csv"), "-o", str(tmp_path / "out.json")]
+        line = [*serve[:4], "predict", *serve[5:], "--env-manager", "local", *batch]
+        subprocess.run(line, env=env, check=True, capture_output=True)
+        said = json.loads((tmp_path / "out.json").read_text())
+        assert said == {"predictions": [row["hypothesis"] for row in rows]}
