@@ -15,9 +15,9 @@ from neft_core.experts_apart import Shapes
 from neft_core.groups import COLUMNS, ROWS, Group, Part, Source, joined
 from neft_core.patterns import Patterns, matched
 
-LAYOUTS = ("mlp", "mlp+gate", "all", "rows")
-"""`mlp`: rows of up, columns of down; `mlp+gate`: rows of gate too; `all`: rows of query, key and
-value and columns of attention's output too; `rows`: the rows of all these weights."""
+LAYOUTS = ("mlp", "mlp+gate", "attention", "all", "rows")
+"""`mlp`: rows of up, columns of down; `mlp+gate`: rows of gate too; `attention`: rows of query, key
+and value, columns of the output; `all`: both of these; `rows`: the rows of all these weights."""
 
 
 @dataclass(frozen=True)
@@ -255,16 +255,15 @@ def _layers(shapes: Shapes, known: Family, model_type: str, where: str) -> list[
 
 def _chosen(shapes: Shapes, layer: str, known: Family, layout: str, where: str) -> Iterator[Group]:
     """The candidates of one layer."""
-    blocks = [
+    mlps = [
         [mlp["up"], mlp["down"]] if layout == "mlp" else list(mlp.values())
         for mlp in known.mlps
         if any(part.parameter(layer) in shapes for part in mlp.values())
     ]
-    for block in blocks:
+    for block in mlps:
         _check_mlp(shapes, [_group(shapes, layer, part, where) for part in block], where)
-    if layout in ("all", "rows"):
-        blocks.insert(0, list(known.attention))
-    for block in blocks:
+    attention = [list(known.attention)] if layout in ("attention", "all", "rows") else []
+    for block in attention + (mlps if layout != "attention" else []):
         parts = [replace(part, axis=ROWS) for part in block] if layout == "rows" else block
         yield from joined([_group(shapes, layer, part, where) for part in parts])
 

@@ -121,7 +121,7 @@ def probe_scores(
         if group.length != states.shape[2]:
             raise NeftError(
                 f"probe: {group.module} has neurons of {group.length} weights, the hidden size is "
-                f"{states.shape[2]}; use layout mlp, mlp+gate or all"
+                f"{states.shape[2]}; use layout mlp, mlp+gate, attention or all"
             )
         cuts = sources(group, here.shapes, kind)
         with here.opened({source.parameter for source in cuts}) as stored:

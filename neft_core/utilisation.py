@@ -107,7 +107,7 @@ def utilisation(
             if group.length != units.shape[2]:
                 raise NeftError(
                     f"utilisation: {group.module} has neurons of {group.length} weights, the "
-                    f"hidden size is {units.shape[2]}; use layout mlp, mlp+gate or all"
+                    f"hidden size is {units.shape[2]}; use layout mlp, mlp+gate, attention or all"
                 )
             cuts = sources(group, here.shapes, kind)
             step = max(1, piece // group.length)

@@ -43,7 +43,7 @@ def refused(tmp_path: Path, *changes: tuple[str, str], text: str = TINY_PARAMS) 
         ("name: full", "name: ful", "runs.full.method.name: got 'ful'; allowed are full, in_out, "
          "embed, lora, neft"),
         ("layout: mlp", "layout: mpl", "scoring.layout: got 'mpl'; allowed are mlp, "
-         "mlp+gate, all, rows, patterns"),
+         "mlp+gate, attention, all, rows, patterns"),
         ("task: en-fr", "task: en-ff", "runs.full.task: got 'en-ff'; did you mean 'en-fr'?"),
         ("task: en-fr", "task: zzz", "runs.full.task: got 'zzz'; known: en-fr"),
         ("  full:", "  full.1:", "runs: got the name 'full.1'; names are lower-case letters, "

@@ -44,7 +44,7 @@ def test_scores_and_masks_of_every_layout(model_type, tmp_path):
     (base, tuned), places = pair(model_type, tmp_path)
     before, after = (dict(model.named_parameters()) for model in (base, tuned))
     total = sum(parameter.numel() for parameter in base.parameters())
-    for layout in ("mlp", "all", "rows"):
+    for layout in ("mlp", "attention", "all", "rows"):
         scores = score_neurons(*places, layout)
         assert scores.total_parameters == total
         for module, group in scores.groups.items():

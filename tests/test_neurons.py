@@ -13,17 +13,18 @@ from neft_core.neurons import candidates, count_parameters, is_tied, sources
 from neft_core.patterns import Patterns, scorable
 
 TYPES = sorted(neurons.FAMILIES)
-LLAMA, PLAIN, MIXTURE = (48, 72, 216, 176), (48, None, 112, 104), (144, 216, 360, 304)
+LLAMA, PLAIN = (48, 72, 144, 216, 176), (48, None, 64, 112, 104)
+MIXTURE = (144, 216, 144, 360, 304)
 COUNTS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text",
                      "phi3"), LLAMA),
     **dict.fromkeys(("gpt2", "gpt_neox", "opt"), PLAIN),
-    "bloom": (128, None, 192, 144),
+    "bloom": (128, None, 64, 192, 144),
     "mixtral": MIXTURE,
     "gpt_oss": MIXTURE,
-    "olmoe": (144, 216, 264, 240),
-    "qwen3_moe": (120, 180, 324, 264),
-    "qwen2_moe": (240, 360, 504, 416),
+    "olmoe": (144, 216, 48, 264, 240),
+    "qwen3_moe": (120, 180, 144, 324, 264),
+    "qwen2_moe": (240, 360, 144, 504, 416),
 }  # fmt: skip
 """Candidates of the layouts by hand: of a Llama's layer 12 up, 12 down, 12 gate, 24 + 12 + 12 of
 query, key and value, 24 output columns; as rows 8 of down and 8 of output."""
@@ -82,6 +83,18 @@ def test_a_neuron_is_one_feature_of_the_real_layer(model_type):
                 assert changed(before, layer(x)) == [neuron]
             else:
                 torch.testing.assert_close(before - layer(x), x[:, [neuron]] * was)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_all_is_attention_and_the_mlp(model_type):
+    shapes = shapes_of(tiny_model(model_type))
+    gated = any("gate" in mlp for mlp in neurons.FAMILIES[model_type].mlps)
+    attention = candidates(shapes, model_type, "attention")
+    assert all("att" in neurons.role_of(group.module) for group in attention)
+    both = attention + candidates(shapes, model_type, "mlp+gate" if gated else "mlp")
+    every = candidates(shapes, model_type, "all")
+    assert len(both) == len(every)
+    assert all(group in both for group in every)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma"])
@@ -281,7 +294,7 @@ def without(shapes, *names):
     ("shapes", "model_type", "layout", "text"),
     [
         (llama(1), "mamba", "mlp", "model_type: got 'mamba'; known: bloom, gemma,"),
-        (llama(1), "llama", "heads", "layout: got 'heads'; known: mlp, mlp+gate, all, rows"),
+        (llama(1), "llama", "heads", "layout: got 'heads'; known: mlp, mlp+gate, attention, all, "),
         (
             GPT2,
             "gpt2",

@@ -79,10 +79,10 @@ class ActivationScores(Section):
 class Scoring(Section):
     """Which neurons are candidates."""
 
-    layout: Literal["mlp", "mlp+gate", "all", "rows", "patterns"] = "mlp"
-    """`mlp`: rows of up, columns of down (the paper's); `mlp+gate`: rows of gate too; `all`: rows
-    of attention's query, key and value and columns of its output too; `rows`: rows of all these
-    weights; `patterns`: what `rows` and `columns` name."""
+    layout: Literal["mlp", "mlp+gate", "attention", "all", "rows", "patterns"] = "mlp"
+    """`mlp`: rows of up, columns of down (the paper's); `mlp+gate`: rows of gate too; `attention`:
+    rows of query, key and value, columns of the output; `all`: both of these; `rows`: rows of all
+    these weights; `patterns`: what `rows` and `columns` name."""
     rows: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Of `patterns`: modules whose rows are candidates. A name, or its end after a dot, with `*`,
     `?` and `[...]` as in file names: `mlp.up_proj`, `layers.[0-3].*.q_proj`."""

@@ -70,7 +70,7 @@ class Warmup(Optimisation):
     modules: Literal["all", "candidates", "lora"] = "all"
     """What trains: `all` parameters, the `candidates` of the layout alone, or `lora` on every
     linear module, merged in fp32 afterwards."""
-    layout: Literal["mlp", "mlp+gate", "all", "rows"] | None = None
+    layout: Literal["mlp", "mlp+gate", "attention", "all", "rows"] | None = None
     """With `candidates`: whose weights train; the same as `scoring.layout`."""
     rank: int | None = Field(default=None, ge=1)
     """With `lora`: rank of the factors; the scale is 2."""
