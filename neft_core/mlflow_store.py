@@ -28,9 +28,16 @@ if TYPE_CHECKING:
 BATCH = 1000
 """Metrics that MLflow takes in one call."""
 
+SOON = 10
+"""Seconds that a server may take to answer."""
+
+LATE = 600
+"""Seconds that it may take to pass a model on, which may be whole, to or from its store."""
+
+_RATE = 10**6
+"""Bytes a second at which it passes files on at least."""
+
 _TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-_SOON, _LATE = "10", "600"
-"""Seconds that a server may take to answer, and to pass files on to its store."""
 
 VIEW = "neft"
 """Name under which the runs' page keeps the columns that tell runs apart."""
@@ -146,7 +153,8 @@ class Store:
 
     def send(self, run_id: str, path: Path, folder: str) -> None:
         """Files as artifacts: one, or all of a directory."""
-        with patient():
+        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+        with patient(SOON + sum(file.stat().st_size for file in files) // _RATE):
             if path.is_dir():
                 self.client.log_artifacts(run_id, str(path), folder)
             else:
@@ -189,7 +197,7 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
         # By the server: its store may be where only the server is.
         "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        _TIMEOUT: _SOON,
+        _TIMEOUT: str(SOON),
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }.items():
         os.environ.setdefault(name, value)
@@ -240,25 +248,31 @@ def open_store(workspace: Workspace) -> Iterator[Store]:
         elif "Max retries exceeded" in reason:
             reason = "does not answer"
         check = "MLFLOW_TRACKING_URI"
-        status = fault.get_http_status_code() if isinstance(fault, MlflowException) else None
-        if status in (401, 403):
+        status = (
+            fault.get_http_status_code()
+            if isinstance(fault, MlflowException)
+            else getattr(getattr(fault, "response", None), "status_code", None)
+        )
+        if status == 401:
+            reason = "refuses the login, or was given none"
             check = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            reason = "no such user and password" if status == 401 else reason
+        elif status == 403:
+            check = "what its user may do, and MLFLOW_SERVER_ALLOWED_HOSTS of the server"
         reason = reason.replace(uri, public(uri))
         raise NeftError(f"MLflow at {public(uri)}: {reason}; check {check}") from fault
 
 
 @contextlib.contextmanager
-def patient() -> Iterator[None]:
-    """While files are sent: a server answers only when its store has them all."""
-    if os.environ.get(_TIMEOUT) != _SOON:  # the user's own
+def patient(seconds: int) -> Iterator[None]:
+    """While files are sent or fetched: a server answers only when it or its store has them."""
+    if os.environ.get(_TIMEOUT) != str(SOON):  # the user's own
         yield
         return
-    os.environ[_TIMEOUT] = _LATE
+    os.environ[_TIMEOUT] = str(seconds)
     try:
         yield
     finally:
-        os.environ[_TIMEOUT] = _SOON
+        os.environ[_TIMEOUT] = str(SOON)
 
 
 def _set_aside(database: Path) -> None:

@@ -23,7 +23,7 @@ from neft_core.delivery import seed_key
 from neft_core.errors import NeftError
 from neft_core.graph import Graph
 from neft_core.lockfile import entry_key, locked
-from neft_core.mlflow_store import Store, open_store, patient, public, tracking_uri
+from neft_core.mlflow_store import LATE, Store, open_store, patient, public, tracking_uri
 from neft_core.promotion import Decision, Gate, Rows
 from neft_core.tracking import sync
 from neft_core.workspace import Workspace, hold
@@ -80,13 +80,12 @@ def promote(
             decision = promotion.decide(ws, run, seed, answers, gate)
             _still_champion(store, name, champion)  # before anything is registered
             version = _version(ws, store, name, key, run, seed, merged)
+            _still_champion(store, name, champion)  # sending a model may take long
             _describe(store, name, version, run, seed, decision)
             store.client.set_registered_model_alias(name, CHALLENGER, version)
             if decision.champion and not (champion and str(champion.version) == version):
                 before = str(champion.version) if champion else ""
                 store.client.set_model_version_tag(name, version, TOOK_OVER, before)
-                # MLflow has no way to do both at once.
-                _still_champion(store, name, champion)
                 store.client.set_registered_model_alias(name, CHAMPION, version)
     return name, version, decision
 
@@ -182,7 +181,9 @@ def _answers(ws: Workspace, run: str, seed: int, champion: Any) -> Rows:
 
     print(f"champion of {task}: other test rows than now; it answers the present ones", flush=True)
     table = pandas.DataFrame([{name: row[name] for name in columns} for row in asked])
-    said = mlflow.pyfunc.load_model(source).predict(table)
+    with patient(LATE):
+        model = mlflow.pyfunc.load_model(source)
+    said = model.predict(table)
     return [row | {"hypothesis": text} for row, text in zip(mine, said, strict=True)]
 
 
@@ -208,7 +209,7 @@ def _version(
         folder.mkdir()
         serving.write(ws, run, seed, folder, merged)
         _save(ws, run, folder, target, run_id, logged)
-        with patient():
+        with patient(LATE):
             store.client.log_model_artifacts(logged.model_id, str(target))
     store.client.finalize_logged_model(logged.model_id, "READY")
     store.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])

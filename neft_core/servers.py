@@ -140,8 +140,8 @@ def up(state: Path, host: str, prefect: int, mlflow: int, say: Callable[[str], N
         NeftError: a port is taken, a database can't be used, or a server doesn't start; what was
             started now is stopped.
     """
-    state.mkdir(parents=True, exist_ok=True)
-    state.chmod(0o700)  # databases, also of who may log in
+    if not state.exists():  # has databases, also of who may log in
+        state.mkdir(parents=True, mode=0o700)
     with hold(state / "lock", str(state)):
         record = _read(state)
         running = _running(record)

@@ -198,7 +198,8 @@ def test_a_load_with_a_killed_worker_and_a_killed_mlflow(stack: Stack):
     }
     assert len(texts) > 100
     for name, secret in stack.secrets.items():
-        assert not [place for place, text in texts.items() if secret in text], name
+        word = secret.rpartition(":")[2]  # a password without its user too
+        assert not [place for place, text in texts.items() if word in text], name
     for pid in stack.processes():
         line = Path(f"/proc/{pid}/cmdline").read_text()
         assert not [name for name, secret in stack.secrets.items() if secret in line]
@@ -314,7 +315,7 @@ def test_servers_ask_for_a_password(stack: Stack, tmp_path, monkeypatch):
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 ask(api.format(login), path, {"experiment_ids": ["1"]})
     host = stack.tracking.rpartition("@")[2]
-    line = f"MLflow at http://{host}: no such user and password; check MLFLOW_TRACKING_USERNAME and"
+    line = f"MLflow at http://{host}: refuses the login, or was given none; check MLFLOW_TRACKING_U"
     fabricated.make(tmp_path)
     for login in ("", "admin:wrong@"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{login}{host}")

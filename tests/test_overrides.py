@@ -188,7 +188,9 @@ def test_a_wrong_file_makes_no_workspace(ws, tmp_path):
 
 def test_a_choice_has_a_workspace_of_its_own_that_shares_the_cache(ws):
     (ws.root / "dvc.yaml").write_text((ws.root / "dvc.yaml").read_text() + "# ours\n")
-    before = {path: path.read_bytes() for path in (ws.params_file, ws.root / "dvc.yaml")}
+    (ws.root / "dvc.lock").write_text("schema: '2.0'\n")
+    files = (ws.params_file, ws.root / "dvc.yaml", ws.root / "dvc.lock")
+    before = {path: path.read_bytes() for path in files}
     one = overrides.variant(ws, ["neft"], ["runs.neft.lr=2e-3"])
     other = overrides.variant(ws, ["neft"], ["runs.neft.lr=3e-3"])
     assert overrides.variant(ws, ["neft"], ["runs.neft.lr=2e-3"]) == one != other

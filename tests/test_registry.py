@@ -198,8 +198,8 @@ def test_champions_follow_each_other_and_come_back(ws, neft, monkeypatch):
         return decide(*asked)
 
     monkeypatch.setattr(promotion, "decide", overtaken)
-    line = f"{name}: version [12] became champion meanwhile; promote again"
-    with pytest.raises(NeftError, match=line):
+    line = f"{name}: version {{}} became champion meanwhile; promote again"
+    with pytest.raises(NeftError, match=line.format(2)):
         registry.promote(ws, "full", None, name=None, gate=easy, merged=True)
     assert aliases(ws, name) == {"challenger": "3", "champion": "2"}
     with open_store(ws) as store:
@@ -215,10 +215,21 @@ def test_champions_follow_each_other_and_come_back(ws, neft, monkeypatch):
         return send(*asked)
 
     monkeypatch.setattr(MlflowClient, "log_model_artifacts", sent)
-    with pytest.raises(NeftError, match=line):
+    with pytest.raises(NeftError, match=line.format(1)):
         registry.promote(ws, "full", None, name=None, gate=easy, merged=True)
-    assert aliases(ws, name) == {"challenger": "4", "champion": "1"}
+    assert aliases(ws, name) == {"challenger": "3", "champion": "1"}
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
+    with open_store(ws) as store:
+        assert "neft.decision" not in store.client.get_model_version(name, "4").tags
+
+    def deleted(*asked):
+        with open_store(ws) as store:
+            store.client.delete_registered_model_alias(name, "champion")
+        return decide(*asked)
+
+    monkeypatch.setattr(promotion, "decide", deleted)
+    with pytest.raises(NeftError, match=f"{name}: lost its champion meanwhile; promote again"):
+        registry.promote(ws, "full", None, name=None, gate=easy, merged=True)
 
 
 def said_to(request: urllib.request.Request):
