@@ -209,7 +209,8 @@ def test_files_are_there_once_and_the_cache_is_whole(undisturbed, tmp_path):
     try:
         reflink(str(kept[0]), str(tmp_path / "copy"))
     except OSError:
-        for out in ("base/model.safetensors", "scores/en-fr.safetensors", "masks/neft.safetensors"):
-            path = undisturbed.path(out)
-            assert path.stat().st_nlink >= 2, out
-            assert path.stat().st_mode & 0o222 == 0, out
+        files = [path.stat() for path in (undisturbed.root / "work").rglob("*") if path.is_file()]
+        linked = [file for file in files if file.st_nlink > 1]
+        assert not [file for file in linked if file.st_mode & 0o222]
+        # What was in the cache before with the same bytes stays a copy: small ones here.
+        assert sum(file.st_size for file in linked) > 0.95 * sum(file.st_size for file in files)
