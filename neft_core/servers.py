@@ -168,6 +168,7 @@ def up(state: Path, host: str, prefect: int, mlflow: int, say: Callable[[str], N
             if server.name in ports:
                 remedy = f"give --{server.name}-port another number"
                 check_port(host, ports[server.name], remedy)
+        asked_before = record["asks"]
         if missing:
             databases.check(os.environ)
             names = (server.name for server in missing)
@@ -183,6 +184,7 @@ def up(state: Path, host: str, prefect: int, mlflow: int, say: Callable[[str], N
             _wait(state, missing, started)
         except BaseException:
             _stop(record, only=set(started))
+            write_json(state / "servers.json", record | {"asks": asked_before})
             raise
     for server in wanted:
         how = "runs already" if server.name in running else "started"
@@ -315,7 +317,7 @@ def _stop(record: Mapping[str, Any], only: set[str] | None = None) -> int:
     import psutil
 
     servers = {pid for name, pid in record["pids"].items() if name in ("prefect", "mlflow")}
-    spared = {pid for name, pid in record["pids"].items() if only and name not in only}
+    spared = {pid for name, pid in record["pids"].items() if only is not None and name not in only}
 
     def living(kept: set[int]) -> list[Any]:
         found = []

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import browser
@@ -242,6 +243,32 @@ def test_down_stops_what_bears_the_mark_and_nobody_else(state, capsys):
         for process in (ours, other):
             process.kill()
             process.wait()
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["ends", "is missing"])
+def test_a_start_that_fails_leaves_what_runs_and_asks_for_no_password_later(
+    state, monkeypatch, tmp_path, there
+):
+    for name, value in LOGIN.items():
+        monkeypatch.setenv(name, value)
+    state.mkdir()
+    with subprocess.Popen(["sleep", "60"], env={**os.environ, servers.MARK: "ours"}) as running:
+        record = {"mark": "ours", "asks": [], "pids": {"prefect": running.pid},
+                  "host": "127.0.0.1", "prefect": 1, "mlflow": free_port()}  # fmt: skip
+        (state / "servers.json").write_text(json.dumps(record))
+        real = servers.servers
+        program = "false" if there else str(tmp_path / "nothing")
+
+        def failing(*asked):
+            return [replace(found, command=(program,)) for found in real(*asked)]
+
+        monkeypatch.setattr(servers, "servers", failing)
+        with pytest.raises(NeftError if there else OSError, match=r"mlflow: ended|nothing"):
+            servers.up(state, "127.0.0.1", 1, record["mlflow"], print)
+        assert running.poll() is None
+        kept = json.loads((state / "servers.json").read_text())
+        assert (kept["asks"], servers._running(kept)) == ([], {"prefect"})
+        running.kill()
 
 
 def test_deployments_name_flows_and_their_parameters():
