@@ -332,6 +332,7 @@ def look(api: str, tracking: str, run: str) -> None:
     with browser.browser(command) as window:
         page = window.go(f"{api.removesuffix('/api')}/runs/flow-run/{run}", "15 stages, 0 up to")
         assert "Completed" in page
+        until(lambda: window.value("document.querySelector('canvas') !== null"))  # the graph
         window.click("Artifacts")
         page = window.shows("neft-summary")
         assert {"neft-mlflow", "neft-report", "neft-progress"} <= set(page.split())
@@ -350,6 +351,18 @@ def look(api: str, tracking: str, run: str) -> None:
         page = window.go(page, f"Comparing {len(trainings)} Runs")
         assert {run["run_name"] for run in trainings} <= set(page.splitlines())
         assert "run.method.name" in page
+
+
+def show(api: str, tracking: str, ws: Workspace, run: str) -> None:
+    """What a run's artifacts hold."""
+    asked = {"flow_runs": {"id": {"any_": [run]}}}
+    found = {one["key"]: one["data"] for one in ask(api, "/artifacts/filter", asked)}
+    assert set(found) == {"neft-summary", "neft-mlflow", "neft-report", "neft-progress"}
+    assert found["neft-summary"].strip() == ws.path("summary", "summary.md").read_text().strip()
+    assert f"({tracking}/#/experiments/1/runs" in found["neft-mlflow"]
+    assert f"({tracking}/#/experiments/1/runs/" in found["neft-report"]
+    assert "/artifacts/reports/report.html" in found["neft-report"]
+    assert found["neft-progress"] == 100
 
 
 def promote(api: str, tracking: str, ws: Workspace) -> None:
@@ -442,6 +455,11 @@ def test_servers_and_deployments(finished, tmp_path):
         assert (state["type"], state["message"][:10]) == ("COMPLETED", "15 stages ")
         assert state["message"].endswith(": 15 ran")
         look(api, tracking, waiting)
+        show(api, tracking, ws, waiting)
+        asked = {"name": "nowhere", "workspace": str(trained.root)}
+        state = ended(api, start_run(api, "neft-study/study", **asked))
+        assert state["type"] == "FAILED"
+        assert "study 'nowhere': unknown; " in state["message"]
         promote(api, tracking, trained)
         until(lambda: not [line for line in belonging(tmp_path) if "fabricated.py" in line])
 
