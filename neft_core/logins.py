@@ -49,13 +49,12 @@ def asking(
             package for its login, or a worker that is started has nothing to log in with.
     """
     starting, asks = set(starting), set(before)
-    for name, password in PASSWORDS.items():
-        if name in starting and password in environment:
-            asks.add(name)
-        if name in starting and name in asks and not environment.get(password):
-            state = (
-                "empty" if password in environment else f"not set, and {name} asked for it before"
-            )
+    for name in PASSWORDS.keys() & starting:
+        password = PASSWORDS[name]
+        told = password in environment
+        asks |= {name} if told else set()
+        if name in asks and not environment.get(password):
+            state = "empty" if told else f"not set, and {name} asked for it before"
             raise NeftError(f"{password}: {state}; set it, or run 'neft down' to go without")
     if "mlflow" in asks & starting and not find_spec("flask_wtf"):
         raise NeftError(f"{PASSWORDS['mlflow']}: needs pip install 'neft[auth]'")

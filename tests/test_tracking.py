@@ -1,22 +1,19 @@
-import contextlib
 import contextvars
-import http.server
 import json
 import logging
-import os
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fabricated
 import pytest
 from ruamel.yaml import YAML
+from test_mlflow_store import always
 
 from neft_core import tracking
 from neft_core.delivery import seed_key
@@ -332,23 +329,6 @@ def test_a_transfer_is_shown_in_the_run_that_was_trained(ws: Workspace) -> None:
     assert sync(ws, Graph(ws)) == Delivery(f"sqlite:///{ws.root}/mlflow.db")
 
 
-@contextlib.contextmanager
-def always(status: int) -> Iterator[str]:
-    """Address of a server that answers everything with a status."""
-
-    class Answer(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(status)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
 def test_a_server_that_fails_is_not_one_that_is_away(
     training: tuple[Workspace, dict[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,45 +336,6 @@ def test_a_server_that_fails_is_not_one_that_is_away(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         with pytest.raises(NeftError, match="answers with status 500; its log tells why; check ML"):
             sync(training[0], Graph(training[0]))
-
-
-def test_files_may_take_as_long_as_they_are_large(
-    ws: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mlflow import MlflowClient
-
-    name, seen = "MLFLOW_HTTP_REQUEST_TIMEOUT", []
-    for method in ("log_artifact", "log_artifacts"):
-        monkeypatch.setattr(MlflowClient, method, lambda *_: seen.append(os.environ[name]))
-    monkeypatch.delenv(name, raising=False)
-    files = tmp_path / "sent/large", tmp_path / "sent/small"
-    files[0].parent.mkdir()
-    for file, size in zip(files, (30 * 10**6, 100), strict=True):
-        file.touch()
-        os.truncate(file, size)
-    with open_store(ws) as store:
-        for path in (*files, files[0].parent):
-            store.send("run", path, "folder")
-        assert os.environ[name] == "10"
-        monkeypatch.setenv(name, "25")  # the user's own
-        store.send("run", files[0], "folder")
-    assert seen == ["40", "10", "40", "25"]
-
-
-@pytest.mark.parametrize(
-    ("status", "told"),
-    [
-        (401, "refuses the login, or was given none; check MLFLOW_TRACKING_USERNAME and MLFLOW_TR"),
-        (403, "what its user may do, and MLFLOW_SERVER_ALLOWED_HOSTS of the server"),
-    ],
-)
-def test_a_server_that_refuses_is_told(
-    ws: Workspace, monkeypatch: pytest.MonkeyPatch, status: int, told: str
-) -> None:
-    with always(status) as address:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        with pytest.raises(NeftError, match=told), open_store(ws):
-            raise AssertionError
 
 
 def test_a_server_that_is_away_costs_one_line(
