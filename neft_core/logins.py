@@ -49,7 +49,7 @@ def asking(
             package for its login, or a worker that is started has nothing to log in with.
     """
     starting, asks = set(starting), set(before)
-    for name in PASSWORDS.keys() & starting:
+    for name in sorted(PASSWORDS.keys() & starting):
         password = PASSWORDS[name]
         told = password in environment
         asks |= {name} if told else set()
