@@ -9,7 +9,7 @@ Shapes: N = rows, S = numbers that a metric keeps of a row.
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -98,35 +98,72 @@ def paired_bootstrap(
 
     Source: Koehn 2004; sacrebleu 2.6.0, significance.py.
     """
+    made_of = (references, language, samples, seed, metric)
+    one, other = resampled(hypotheses, *made_of), resampled(baseline, *made_of)
+    return {
+        "score": one.score,
+        "baseline": other.score,
+        **difference(one, other),
+        "signature": one.signature,
+    }
+
+
+class Resampled(NamedTuple):
+    """A system's score, and those of resamples of its rows.
+
+    Attributes:
+        score: of all rows.
+        draws: of each resample, [samples].
+        signature: what made them, with their number and seed.
+    """
+
+    score: float
+    draws: Statistics
+    signature: str
+
+
+def resampled(
+    hypotheses: Sequence[str],
+    references: Sequence[Sequence[str]],
+    language: str,
+    samples: int = 1000,
+    seed: int = 12345,
+    metric: str = "bleu",
+) -> Resampled:
+    """One system's side of `paired_bootstrap`, whose arguments these are.
+
+    Systems on as many rows are drawn alike; each need be drawn once to be compared with several.
+
+    Raises:
+        NeftError: as `paired_bootstrap`.
+    """
     if metric not in METRICS:
         raise NeftError(f"metric: got '{metric}'; {', '.join(METRICS)}")
     if samples < 1:
         raise NeftError(f"samples: got {samples}; at least 1")
     _check(hypotheses, references)
-    _check(baseline, references)
     scorer = METRICS[metric](language)
-    system_stats = scorer.statistics(hypotheses, references)
-    baseline_stats = scorer.statistics(baseline, references)
-    score, base = scorer.score(system_stats), scorer.score(baseline_stats)
-
+    statistics = scorer.statistics(hypotheses, references)
     draws = np.random.default_rng(seed).choice(len(hypotheses), (samples, len(hypotheses)))
-    deltas = np.array(
-        [scorer.score(system_stats[i]) - scorer.score(baseline_stats[i]) for i in draws]
-    )
+    scores = np.array([scorer.score(statistics[rows]) for rows in draws])
+    signature = scorer.signature(bs=samples, seed=str(seed))
+    return Resampled(scorer.score(statistics), scores, signature)
+
+
+def difference(one: Resampled, other: Resampled) -> dict[str, float]:
+    """`delta`, `low`, `high` and `p_value` of two systems that were drawn alike."""
+    delta, deltas = one.score - other.score, one.draws - other.draws
+    samples = len(deltas)
     distances = np.abs(deltas)
-    exceeding = int(np.sum(distances - distances.mean() > abs(score - base)))
+    exceeding = int(np.sum(distances - distances.mean() > abs(delta)))
     deltas.sort()
     tail = samples // 40  # 2.5 % at each end
-
     return {
-        "score": score,
-        "baseline": base,
-        "delta": score - base,
+        "delta": delta,
         "low": float(deltas[tail]),
         "high": float(deltas[samples - 1 - tail]),
         # No difference is no evidence, whatever the resamples (sacrebleu's count takes it for one).
-        "p_value": 1.0 if score == base else (exceeding + 1) / (samples + 1),
-        "signature": scorer.signature(bs=samples, seed=str(seed)),
+        "p_value": 1.0 if delta == 0 else (exceeding + 1) / (samples + 1),
     }
 
 
