@@ -7,6 +7,7 @@ from neft_core.config.shown import BEFORE, AddedSection, TradeOffSection, candid
 from neft_core.config.study import WinsSection
 from neft_core.findings import Findings, Row, number
 from neft_core.page import Gallery, Html
+from neft_core.study_against import Entry, against
 from neft_core.study_candidates import Place, notes
 from neft_core.study_runs import (
     FAILED,
@@ -227,9 +228,13 @@ def added(found: Findings, part: AddedSection, gallery: Gallery) -> list[Table |
         "Bars are one standard deviation over seeds. The form of the paper's Fig. 4.",
     )
     title = part.title or _ADDED
+    runs = {name: run_of(found, name, part.task) for name in part.methods()}
+    entries = [Entry(name, run, {part.task: run}) for name, run in runs.items()]
+    on = {part.task: part.task}, {part.task: [metric]}
     return [
         table(named, title, heads, rows, [SPREAD, *part.notes], [4]),
         *differences(found, named, title, [part.task], compared),
+        *against(found, named, title, part.against, entries, *on),
         side_by_side(figure),
     ]
 

@@ -7,6 +7,7 @@ from neft_core.config.study import RatesSection, TableSection
 from neft_core.findings import Findings, Row, mean, number
 from neft_core.metrics import OF_TASK, TITLES
 from neft_core.page import Gallery, Html
+from neft_core.study_against import Entry, against
 from neft_core.study_candidates import Place, best, notes
 from neft_core.study_runs import NOTHING, best_in_bold, differences, failed, failures
 from neft_core.study_tables import Cell, Table
@@ -57,7 +58,21 @@ def table(found: Findings, part: TableSection, _gallery: Gallery) -> list[Table 
             [(label, [_row(found, part, label, task) for task in part.headings])
              for label in part.rows],
         ),
+        *against(found, name, title, part.against, _entries(found, part), part.headings, metrics),
     ]  # fmt: skip
+
+
+def _entries(found: Findings, part: TableSection) -> list[Entry]:
+    """The rows that stand for runs, with the one that each column shows."""
+    entries = []
+    for label, asked in part.rows.items():
+        runs = {}
+        for task in part.headings if asked not in BEFORE else []:
+            given = part.runs(label, task, found.params.runs)
+            if given:
+                runs[task] = best(found, given, task) or given[0]
+        entries.append(Entry(label, label, runs))
+    return entries
 
 
 def _places(found: Findings, part: TableSection) -> Iterator[Place]:

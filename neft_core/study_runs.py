@@ -165,9 +165,14 @@ def _difference(row: Row | None, rival: str) -> Cell:
     delta, p = (number((row or {}).get(f"{key}_{rival}")) for key in ("delta", "p"))
     if row is None or delta is None or p is None:
         return NOTHING
+    return compared(delta, p, row["name"])
+
+
+def compared(delta: float, p: float, run: str) -> Cell:
+    """A cell of a run's difference to another, and how sure it is."""
     mark = "**" if p < 0.01 else "*" if p < 0.05 else ""
     said = f"{delta:+.2f}{mark} (p {p:.3f})".replace("-", "−")
-    return Cell(said, delta, run=row["name"], more={"p": p})
+    return Cell(said, delta, run=run, more={"p": p})
 
 
 def means(found: Findings, run: str, key: str) -> Sequence[float]:

@@ -5,6 +5,7 @@ from neft_core.config.shown import SensitivitySection
 from neft_core.errors import NeftError
 from neft_core.findings import Findings, Row, mean, number
 from neft_core.page import Gallery, Html
+from neft_core.study_against import Entry, against
 from neft_core.study_runs import (
     SPREAD,
     absent,
@@ -73,9 +74,13 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
             "the share of all candidates that it selects."
         )
     title = part.title or "Sensitivity to criterion, threshold and warm-up"
+    runs = {name: run_of(found, name, part.task) for name in part.selections()}
+    entries = [Entry(n, _asked(found, run)[0], {part.task: run}) for n, run in runs.items()]
+    on = {part.task: part.task}, {part.task: [metric]}
     pieces: list[Table | Html] = [
         table(named, title, heads, rows, [*notes, *part.notes], [5]),
         *differences(found, named, title, [part.task], compared),
+        *against(found, named, title, part.against, entries, *on),
     ]
     if not groups:
         return pieces

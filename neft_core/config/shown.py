@@ -87,6 +87,14 @@ class OnTask(Shown):
                 known(f"{where}.{key}", name, methods_on(self.task, runs))
 
 
+def once_of(against: Collection[str], rows: Collection[str]) -> None:
+    """Refuse what `against` names that is no row of its part, or named twice."""
+    for name in against:
+        known("against", name, rows)
+    if len(set(against)) < len(against):
+        raise refuse(f"against: got {', '.join(against)}; each row once")
+
+
 class OverlapSection(Shown):
     """Neurons that selections from different scores have in common (Table 5)."""
 
@@ -188,12 +196,16 @@ class AddedSection(OnTask):
     """For each way to add the runs that have more."""
     paper: dict[str, float] = Field(default_factory=dict)
     """By name, as in `start` and `ways`, what the paper reports where its setting is this one."""
+    against: list[str] = Field(default_factory=list)
+    """Names, as in `start` and `ways`, with each of which every other run is compared, seed by
+    seed."""
 
     @model_validator(mode="after")
     def _reported_of_names(self) -> "AddedSection":
         for name in self.paper:
             if name not in self.methods():
                 raise refuse(f"paper: got '{name}'; one that start or ways name")
+        once_of(self.against, self.methods())
         return self
 
     def _methods(self) -> Iterator[tuple[str, str]]:
@@ -285,6 +297,17 @@ class SensitivitySection(OnTask):
     """By what is varied, the runs."""
     reference: str | None = None
     """The run whose neurons each selection is compared with."""
+    against: list[str] = Field(default_factory=list)
+    """Names, as in `groups`, with each of which every other run is compared, seed by seed."""
+
+    @model_validator(mode="after")
+    def _against_runs(self) -> "SensitivitySection":
+        once_of(self.against, self.selections())
+        return self
+
+    def selections(self) -> list[str]:
+        """What the groups name, each once."""
+        return list(dict.fromkeys(name for names in self.groups.values() for name in names))
 
     def _methods(self) -> Iterator[tuple[str, str]]:
         for label, names in self.groups.items():

@@ -15,6 +15,7 @@ from neft_core.config.shown import (
     Shown,
     candidates,
     methods_on,
+    once_of,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class TableSection(Shown):
     paper: dict[str, dict[str, float | list[float]]] = Field(default_factory=dict)
     """By label and task what the paper reports where its setting is this one; of several metrics a
     list."""
+    against: list[str] = Field(default_factory=list)
+    """Labels of rows with each of which every other is compared, seed by seed; not of `base` and
+    `tuned`, which have no seeds."""
 
     @model_validator(mode="after")
     def _known_labels(self) -> "TableSection":
@@ -55,6 +59,7 @@ class TableSection(Shown):
                 wanted = len(self.metrics or [1])
                 if len(value if isinstance(value, list) else [value]) != wanted:
                     raise refuse(f"paper: {label}: {task}: got {value}; a number for each metric")
+        once_of(self.against, [label for label, asked in self.rows.items() if asked not in BEFORE])
         return self
 
     def check(self, where: str, params: "Params") -> None:
@@ -205,6 +210,7 @@ class Study(Section):
     def _names_once(self) -> "Study":
         names = [self.part_name(part) for part in self.parts]
         names += [f"{self.part_name(p)}-{SECOND[p.show]}" for p in self.parts if p.show in SECOND]
+        names += [f"{self.part_name(p)}-against" for p in self.parts if getattr(p, "against", [])]
         for name in names:
             if names.count(name) > 1:
                 raise refuse(f"parts: two would write files named '{name}'; give each its own name")
