@@ -14,6 +14,9 @@ from neft_core import drawing
 if TYPE_CHECKING:
     from neft_core.drawing import Figure
 
+MANY = 12
+"""Columns beyond which a table is printed small, its words broken where they must."""
+
 CSS = Path(__file__).with_name("report.css")
 
 _PAGE = """<!DOCTYPE html>
@@ -86,9 +89,10 @@ def table(
         mark = fill(' class="{kind}"', kind=kind) if kind else Html()
         lines.append(fill("<tr{mark}>{cells}</tr>", mark=mark, cells=join(cells, "")))
     return fill(
-        '<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table>\n'
+        '<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table{many}>\n'
         "<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>",
         label=label or "table",
+        many=Html(' class="many"' if len(heads) > MANY else ""),
         head=head,
         lines=join(lines),
     )

@@ -61,10 +61,9 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
             if reference:
                 cells += _common(found, run, reference)
             rows.append(cells)
-            said += f", K {steps}" if steps != "–" else ""
-            groups.append(said.removeprefix("threshold "))
+            groups.append(_label(found, run).removeprefix("threshold "))
             values.append(value)
-            compared.append((said, [row]))
+            compared.append((_label(found, run), [row]))
     notes = [SPREAD]
     if any(cell.text == "0" for row in rows for cell in row[3:4]):
         notes.append("Where nothing is selected nothing is trained: the base's own results.")
@@ -75,7 +74,7 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
         )
     title = part.title or "Sensitivity to criterion, threshold and warm-up"
     runs = {name: run_of(found, name, part.task) for name in part.selections()}
-    entries = [Entry(n, _asked(found, run)[0], {part.task: run}) for n, run in runs.items()]
+    entries = [Entry(name, _label(found, run), {part.task: run}) for name, run in runs.items()]
     on = {part.task: part.task}, {part.task: [metric]}
     pieces: list[Table | Html] = [
         table(named, title, heads, rows, [*notes, *part.notes], [5]),
@@ -91,6 +90,12 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
         "Bars are one standard deviation over seeds.",
     )
     return [*pieces, side_by_side(figure)]
+
+
+def _label(found: Findings, run: str) -> str:
+    """A run's selection in words, told apart from those of other warm-ups."""
+    said, steps = _asked(found, run)
+    return said + (f", K {steps}" if steps != "–" else "")
 
 
 def _asked(found: Findings, run: str) -> tuple[str, str]:

@@ -87,3 +87,4 @@ def test_wide_figures_and_tables_scroll_on_a_phone_and_are_whole_in_print(window
     assert window.value("document.documentElement.scrollWidth") == 390
     window.open(path, 688, media="print")
     assert not cut(window)
+    assert window.value("document.documentElement.scrollWidth") == 688

@@ -177,7 +177,7 @@ VARIED = {"show": "sensitivity", "task": "en-fr", "groups": {"a": ["full", "neft
     ("part", "asked", "told"),
     [
         (ADDED, ["full"], [("lora-2-en-fr", "full-en-fr"), ("neft-en-fr", "full-en-fr")]),
-        (VARIED, ["full"], [("lowest 9 %", "full")]),
+        (VARIED, ["full"], [("lowest 9 %, K 6", "full")]),
     ],
 )
 def test_other_parts_name_runs(folder, part, asked, told):

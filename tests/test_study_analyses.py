@@ -8,7 +8,10 @@ import re
 import shutil
 import statistics
 
+import browser
 import pytest
+import test_report_in_browser
+import test_study_page
 from conftest import edit, run_stages
 
 from neft_core import study_parts
@@ -54,6 +57,7 @@ study:
        levels: {base: base, full: full}}
     - {show: rank_change, task: en-fr, pairs: {more: [low-3, low-6], seeds: [low-3, low-3]}}
     - {show: added, task: en-fr, start: low-3, ways: {lowest: [low-6], reversed: [mixed]},
+       against: [low-6],
        paper: {low-6: 28.67, mixed: 27.0}}
     - show: average_change
       task: en-fr
@@ -67,7 +71,7 @@ study:
        mixed: mixed}}
     - {show: forgetting, task: en-fr, rows: {NeFT 6: low-6, LoRA: lora}, metric: chrf}
     - {show: sensitivity, task: en-fr, reference: low-6,
-       groups: {threshold: [none, scaled], budget: [low-3, low-6]}}
+       against: [low-3, low-6], groups: {threshold: [none, scaled], budget: [low-3, low-6]}}
 evaluation:"""
 
 
@@ -343,7 +347,8 @@ def test_cells_about_a_run_lead_to_it_and_the_best_is_bold(cells):
         "forgetting": ["chrF", "gain", "loss after", "forgotten"],
         "sensitivity": ["BLEU", "dev loss"],
     }
-    assert {name for name in cells if not name.endswith("-differences")} == {*linked, "overlap"}
+    more = ("-differences", "-against")
+    assert {name for name in cells if not name.endswith(more)} == {*linked, "overlap"}
     best = {}
     for name, heads in linked.items():
         table = cells[name]
@@ -409,6 +414,29 @@ def test_figures_lie_beside_the_report(studied):
         assert title in page
         assert f"### {title}\n" in text
     assert "the base's own results" in text
+
+
+@pytest.mark.integration
+def test_a_browser_shows_every_part_in_its_width_and_prints_it_whole(studied):
+    """With those of test_study_page.py these are all kinds of parts."""
+    kinds = {part["show"] for part in test_study_page.PARTS}
+    assert kinds | {part.show for part in studied.params().study.parts} == set(study_parts.PARTS)
+    command = browser.find()
+    if command is None:
+        pytest.skip("no Chromium here (on the PATH, or named by CHROME)")
+    path = studied.root / "reports" / "report.html"
+    drawn = {f"figure-{p.stem}" for p in (studied.root / "reports/figures").glob("study-*.svg")}
+    shown = "[...document.querySelectorAll('#study figure')]"
+    with browser.browser(command) as window:
+        for width, media in ((1280, ""), (390, ""), (688, "print")):
+            window.open(path, width, media=media)
+            assert window.said() == []
+            assert window.asked() == [path.resolve().as_uri()]
+            assert window.value("document.documentElement.scrollWidth") == width
+            assert set(window.value(f"{shown}.map(f => f.id)")) == drawn
+            wide = f"{shown}.map(f => f.querySelector('svg').clientWidth)"
+            assert min(window.value(wide)) > 150
+        assert not test_report_in_browser.cut(window)
 
 
 def test_what_failed_says_why(changed):

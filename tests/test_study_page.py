@@ -146,9 +146,9 @@ def test_a_browser_shows_it_alone_in_its_width_and_all_columns(hostile):
     with browser.browser(command) as window:
         for name in ("report", "mlflow"):
             path = hostile.root / REPORTS / f"{name}.html"
-            for width in (1280, 390):
+            for width, media in ((1280, ""), (390, ""), (688, "print")):
                 for dark in (False, True):
-                    window.open(path, width, dark=dark)
+                    window.open(path, width, dark=dark, media=media)
                     assert window.said() == []
                     assert window.asked() == [path.resolve().as_uri()]
                     assert window.value("document.documentElement.scrollWidth") == width
