@@ -83,7 +83,7 @@ def against(
         lines.append([*map(Cell, cells), *_told(found, pair, seeds, draws)])
     if all(line[-1] == NOTHING for line in lines):
         heads, lines = heads[:-1], [line[:-1] for line in lines]
-    labels = ", ".join(row.label for want in wanted for row in rows if row.name == want)
+    labels = "; ".join(row.label for want in wanted for row in rows if row.name == want)
     notes = _notes(found, pairs, heads)
     return [table(f"{name}-against", f"{title}: against {labels}", heads, lines, notes)]
 
@@ -148,7 +148,7 @@ def _dev_loss(found: Findings, pair: Pair) -> Cell:
         apart[seed] = one - other
     cell = _signed(mean(list(apart.values())), "+.3f", pair.runs[0])
     each = {f"seed {seed}": value for seed, value in apart.items()}
-    return replace(cell, more={**cell.more, **each})
+    return replace(cell, more={**each, **cell.more})
 
 
 def _signed(value: tuple[float, float | None], form: str, run: str) -> Cell:
