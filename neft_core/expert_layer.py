@@ -17,7 +17,7 @@ from neft_core import frozen
 from neft_core.errors import NeftError
 from neft_core.groups import write_neurons
 from neft_core.layer import NeftLinear
-from neft_core.sparse_experts import ExpertsLinear, Route, experts_forward
+from neft_core.sparse_experts import ExpertsLinear, Route, experts_forward, precision
 
 if TYPE_CHECKING:
     from neft_core.tuner import NeftConfig
@@ -98,14 +98,17 @@ class NeftExperts(nn.Module):
             )
 
         def linear(name: str, x: Tensor, route: Route, gather: bool) -> Tensor:
-            if name in weights:
-                return weights[name].mapped(x, route, gather)
             weight = getattr(experts, name)
-            weight = weight.transpose(1, 2) if experts.is_transposed else weight
-            output: Tensor = ExpertsLinear.apply(
-                x, None, weight, None, 0, route, gather, None, True
-            )
-            return output
+            x = x.to(precision(experts, x, weight))
+            # What autocast does has been done.
+            with torch.autocast(x.device.type, enabled=False):
+                if name in weights:
+                    return weights[name].mapped(x, route, gather)
+                weight = weight.transpose(1, 2) if experts.is_transposed else weight
+                output: Tensor = ExpertsLinear.apply(
+                    x, None, weight, None, 0, route, gather, None, True
+                )
+                return output
 
         return experts_forward(experts, hidden, chosen, shares, linear)
 

@@ -25,6 +25,12 @@ from neft_core.sparse import keep, kept
 
 Linear = Callable[[str, Tensor, "Route", bool], Tensor]
 
+EAGER = ("eager", None)
+"""The implementations by which an experts module of transformers computes in its own code."""
+CAST = (*EAGER, "batched_mm")
+"""Those whose products autocast casts; the others, `grouped_mm` above all, which is the default,
+compute in the weight's own precision, with autocast and without."""
+
 
 @dataclass(frozen=True, eq=False)
 class Route:
@@ -149,31 +155,38 @@ class ExpertsLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the input, as it was given, and of the selected neurons, [k, D]."""
-        route, standing, seen = ctx.route, None, grad
-        if ctx.frozen:
-            weight = ctx.weight
-        elif ctx.stand:
-            (seen,), indices, weight = kept(ctx)
-        else:
-            seen, indices, weight, values = ctx.saved_tensors
-            standing = (values, ctx.selected, ctx.axis)
-        grad_x = grad_values = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _by_expert(grad, weight, route, False, standing)
-            if ctx.gather:
-                pairs = grad_x.index_select(0, route.place)
-                grad_x = pairs.view(-1, route.each_token, pairs.shape[-1]).sum(1)
-        if ctx.needs_input_grad[1]:
-            length = ctx.width if ctx.axis == ROWS else grad.shape[-1]
-            grad_values = grad.new_zeros(len(indices), length, dtype=ctx.values_dtype)
-            for mine, inputs in _inputs(ctx, seen):
-                outer = grad[route.pairs(mine.expert)]
-                if ctx.axis == ROWS:
-                    product = outer.index_select(1, mine.within).t() @ inputs
-                else:
-                    product = inputs.t() @ outer
-                grad_values[mine.rows] = product.to(ctx.values_dtype)
-        return grad_x, grad_values, None, None, None, None, None, None, None
+        # Some call this amid autocast too, but here precisions are those of the forward pass.
+        with torch.autocast(grad.device.type, enabled=False):
+            return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """See `ExpertsLinear.backward`."""
+    route, standing, seen = ctx.route, None, grad
+    if ctx.frozen:
+        weight = ctx.weight
+    elif ctx.stand:
+        (seen,), indices, weight = kept(ctx)
+    else:
+        seen, indices, weight, values = ctx.saved_tensors
+        standing = (values, ctx.selected, ctx.axis)
+    grad_x = grad_values = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _by_expert(grad, weight, route, False, standing)
+        if ctx.gather:
+            pairs = grad_x.index_select(0, route.place)
+            grad_x = pairs.view(-1, route.each_token, pairs.shape[-1]).sum(1)
+    if ctx.needs_input_grad[1]:
+        length = ctx.width if ctx.axis == ROWS else grad.shape[-1]
+        grad_values = grad.new_zeros(len(indices), length, dtype=ctx.values_dtype)
+        for mine, inputs in _inputs(ctx, seen):
+            outer = grad[route.pairs(mine.expert)]
+            if ctx.axis == ROWS:
+                product = outer.index_select(1, mine.within).t() @ inputs
+            else:
+                product = inputs.t() @ outer
+            grad_values[mine.rows] = product.to(ctx.values_dtype)
+    return grad_x, grad_values, None, None, None, None, None, None, None
 
 
 def _by_expert(
@@ -201,7 +214,7 @@ def _by_expert(
             values, _, axis = standing
             part = values[own[expert].rows].detach().to(matrix.dtype)
             matrix = matrix.index_copy(axis, own[expert].within, part if axis == ROWS else part.t())
-        mine = route.pairs(expert)
+        mine, matrix = route.pairs(expert), matrix.to(pairs.dtype)
         torch.mm(pairs[mine], matrix.t() if forward else matrix, out=output[mine])
     output[route.bounds[-1] :] = 0
     return output
@@ -245,6 +258,22 @@ def _inputs(ctx: Any, seen: Tensor) -> Iterator[tuple[Selected, Tensor]]:
         first = last
 
 
+def precision(experts: Any, x: Tensor, weight: Tensor) -> torch.dtype:
+    """In which precision an experts module of transformers multiplies its input with a weight.
+
+    Raises:
+        RuntimeError: the input has another than the weight, and nobody casts it.
+    """
+    if experts.config._experts_implementation not in CAST:
+        return weight.dtype
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    if x.dtype != weight.dtype:
+        raise RuntimeError(f"input is {x.dtype}, the experts' weight {weight.dtype}")
+    return x.dtype
+
+
 def experts_forward(
     experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, linear: Linear
 ) -> Tensor:
@@ -259,11 +288,14 @@ def experts_forward(
         linear: name of a parameter, input, route and whether to gather -> the pairs' outputs.
     """
     route = Route.sorted(chosen, experts.num_experts)
+    # With mixed precisions, as under autocast, the ways differ in where they round.
+    eager = experts.config._experts_implementation in EAGER
 
     def mapped(name: str, x: Tensor, gather: bool) -> Tensor:
         output = linear(name, x, route, gather)
         if experts.has_bias:
-            output = output + getattr(experts, f"{name}_bias")[route.experts]
+            total = output + getattr(experts, f"{name}_bias")[route.experts]
+            output = total if eager else total.to(output.dtype)
         return output
 
     if experts.has_gate:
@@ -275,4 +307,6 @@ def experts_forward(
         output = experts.post_expert_norm(output)
     # In the order of tokens again, so that each token's sum has a fixed order.
     ordered = output.index_select(0, route.place) * weights.reshape(-1, 1)
+    if eager:
+        ordered = ordered.to(hidden.dtype)
     return ordered.view(-1, route.each_token, ordered.shape[-1]).sum(1).to(hidden.dtype)

@@ -146,6 +146,82 @@ def test_the_forward_is_the_module_s(model_type, implementation):
     torch.testing.assert_close(got, experts(hidden, chosen, shares))
 
 
+def dense_gradient(experts, adapter) -> torch.Tensor:
+    """Of the adapter's neurons, from the gradient of the whole parameter."""
+    part = adapter.base_layer
+    grad = getattr(experts, part.name).grad
+    return read_neurons(grad, adapter.neft_indices["default"], part.axis, part.transposed).float()
+
+
+def far(got: torch.Tensor, want: torch.Tensor) -> float:
+    got, want = got.detach().float(), want.detach().float()
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("form", ["in_place", "additive"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", BOTH)
+def test_precisions_are_the_module_s_with_autocast_and_without(
+    model_type, dtype, implementation, form
+):
+    base = tiny_model(model_type, dtype=dtype, intermediate_size=16, moe_intermediate_size=16)
+    base.config._experts_implementation = implementation
+    plain = copy.deepcopy(base).get_submodule(EXPERT)
+    model = get_peft_model(base, NeftConfig(mask=expert_mask(base, model_type), form=form))
+    compact = model.get_base_model().get_submodule(EXPERT)
+    torch.manual_seed(2)
+    chosen, failures = torch.rand(9, EXPERTS).topk(2).indices, []
+    for kind in (dtype, torch.float32):
+        for on in (False, True):
+            x, shares = torch.randn(9, HIDDEN, dtype=kind), torch.rand(9, 2, dtype=kind)
+            found = []
+            for experts in (plain, compact):
+                experts.zero_grad()
+                hidden = x.clone().requires_grad_()
+                with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                    try:
+                        y = experts(hidden, chosen, shares)
+                    except RuntimeError as error:
+                        found.append(str(error))
+                        continue
+                y.float().pow(2).sum().backward()
+                found.append((y, hidden.grad))
+            if isinstance(found[0], str):
+                assert isinstance(found[1], str), found[0]
+                failures.append((kind, on))
+                continue
+            assert not isinstance(found[1], str), found[1]
+            (want, want_x), (got, got_x) = found
+            low = kind != torch.float32 or dtype != torch.float32 or on
+            assert got.dtype == want.dtype
+            assert got_x.dtype == want_x.dtype
+            # Sums of pairs, and in `batched_mm` of weights too, are rounded in another order.
+            assert far(got_x, want_x) < (5e-3 if low else 1e-6)
+            exact = implementation != "batched_mm"
+            assert far(got, want) < (1e-3 if low else 1e-6)
+            for adapter in compact.weights.values():
+                assert adapter.neft_values["default"].grad.dtype == torch.float32
+                worst = far(adapter.neft_values["default"].grad, dense_gradient(plain, adapter))
+                assert worst < ((1e-3 if exact else 8e-3) if low else 1e-6), (kind, on, worst)
+    mixed = dtype != torch.float32 and implementation != "grouped_mm"
+    assert failures == ([(torch.float32, False)] if mixed else [])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_backward_amid_autocast_has_the_precisions_of_forward(implementation):
+    base = tiny_model("gpt_oss", intermediate_size=16)
+    base.config._experts_implementation = implementation
+    model = get_peft_model(base, NeftConfig(mask=expert_mask(base, "gpt_oss")))
+    trained, grads = [p for p in model.parameters() if p.requires_grad], []
+    for amid in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=IDS).logits.float().pow(2).sum()
+            with torch.autocast("cpu", enabled=amid, dtype=torch.bfloat16):
+                grads.append(torch.autograd.grad(loss, trained))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def expert_mask(model, model_type, layout="mlp+gate", seed=0, only="experts") -> NeuronMask:
     generator = torch.Generator().manual_seed(seed)
     groups = {g.module: g for g in candidates(shapes_of(model), model_type, layout)}
