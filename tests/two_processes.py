@@ -1,4 +1,4 @@
-"""Trains a tiny Llama with trained neurons as one process of several; run by test_tuner_shards."""
+"""Trains tiny models with trained neurons as one process of several; run by test_tuner_shards."""
 
 import sys
 from datetime import timedelta
@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from conftest import tiny_llama
+from families import tiny_model
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from test_methods import mask_for
+from test_proof import some_neurons
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -21,6 +23,17 @@ WAYS = {
     "float32": ("ddp", "fsdp", "fsdp-loaded"),
     "bfloat16": ("fsdp",),
 }
+OTHERS = dict.fromkeys(("gpt2", "qwen3_moe", "gpt_oss"), ("ddp", "fsdp"))
+"""Conv1D with a tied head, experts of both layouts; in float64, with neurons of every kind."""
+
+
+def other_base(model_type: str) -> nn.Module:
+    return tiny_model(model_type, dtype=torch.float64)
+
+
+def other_model(model_type: str) -> nn.Module:
+    base = other_base(model_type)
+    return get_peft_model(base, NeftConfig(mask=some_neurons(base, model_type, "all")))
 
 
 def model_for(dtype: torch.dtype, form: str = "auto") -> nn.Module:
@@ -39,9 +52,10 @@ def train(model: nn.Module, rank: int, world: int, steps: int = 6) -> dict[str, 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
     generator = torch.Generator().manual_seed(3)
+    tokens = getattr(model, "module", model).config.vocab_size
     losses = []
     for _ in range(steps):
-        ids = torch.randint(3, 64, (4, 10), generator=generator)
+        ids = torch.randint(3, tokens, (4, 10), generator=generator)
         ids = ids[rank * 4 // world : (rank + 1) * 4 // world]
         logits = model(input_ids=ids).logits[:, :-1]  # the model's own loss is in fp32
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -71,28 +85,34 @@ def main(rank: int, world: int, folder: Path) -> None:
         world_size=world,
         timeout=timedelta(seconds=60),
     )
-    for name, ways in WAYS.items():
-        dtype = getattr(torch, name)
+    for name, ways in {**WAYS, **OTHERS}.items():
         for way in ways:
-            model = model_for(dtype)
+            model = other_model(name) if name in OTHERS else model_for(getattr(torch, name))
+            if way == "fsdp-loaded":
+                model.save_pretrained(folder / f"adapter-{rank}")
+                plain = tiny_llama(tie_word_embeddings=False).to(getattr(torch, name))
+                model = PeftModel.from_pretrained(
+                    plain, folder / f"adapter-{rank}", is_trainable=True
+                )
+            if way == "fsdp-after-use":
+                with torch.no_grad():
+                    model.get_base_model()(torch.arange(3, 13)[None])
             if way == "ddp":
-                model = nn.parallel.DistributedDataParallel(model)
+                # To send buffers it walks through the model in each step, so nothing stays packed.
+                model = nn.parallel.DistributedDataParallel(
+                    model, broadcast_buffers=name not in OTHERS
+                )
             else:
-                if way == "fsdp-loaded":
-                    model.save_pretrained(folder / f"adapter-{rank}")
-                    plain = tiny_llama(tie_word_embeddings=False).to(dtype)
-                    model = PeftModel.from_pretrained(
-                        plain, folder / f"adapter-{rank}", is_trainable=True
-                    )
-                if way == "fsdp-after-use":
-                    with torch.no_grad():
-                        model.get_base_model()(torch.arange(3, 13)[None])
-                for layer in model.get_base_model().model.layers:
+                inner = model.get_base_model()
+                for layer in inner.transformer.h if name == "gpt2" else inner.model.layers:
                     fully_shard(layer)
                 fully_shard(model)
-            found = results(model, train(model, rank, world))
-            in_place = {layer.in_place for layer in neft_layers(model).values()}
-            assert in_place == {way == "ddp"}, (way, in_place)
+            losses = train(model, rank, world)
+            layers = neft_layers(model).values()
+            assert {layer.in_place for layer in layers} == {way == "ddp"}, (name, way)
+            packed = any(layer.overlay.pack is not None for layer in layers)
+            assert packed == (way == "ddp" and name in OTHERS), (name, way)
+            found = results(model, losses)
             if rank == 0:
                 save_file(found, folder / f"{way}-{name}.safetensors")
     dist.destroy_process_group()
