@@ -82,7 +82,7 @@ class NeftExperts(nn.Module):
         """The parameters with trained neurons, by name."""
         return {n: part for n, part in self.named_children() if isinstance(part, ExpertWeight)}
 
-    @torch.compiler.disable  # type: ignore[misc]
+    @torch.compiler.disable(reason="experts with trained neurons compute outside of the graph")  # type: ignore[misc]
     def forward(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """Tokens [T, H], experts of each and their shares [T, c], to [T, H]."""
         weights = self.weights

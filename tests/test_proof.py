@@ -97,3 +97,62 @@ def test_the_compact_way_is_the_masked_way(model_type, layout):
             )
             moved = (after[name] != before)[flag]
             assert moved.float().mean() > 0.5, f"{name} hardly trained"
+
+
+STORED = ["gpt2", "qwen3_moe", "gpt_oss"]
+"""A model for each way to store weights that Llama doesn't have."""
+
+
+def adapted(model_type: str, **options):
+    base = tiny_model(model_type, **options)
+    return get_peft_model(base, NeftConfig(mask=some_neurons(base, model_type, "all")))
+
+
+def gradients(run, model) -> list[torch.Tensor]:
+    for ids in batches_of(2):
+        run(input_ids=ids, labels=ids).loss.backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("model_type", STORED)
+def test_checkpointing_changes_no_gradient(model_type, use_reentrant):
+    models = [adapted(model_type).train() for _ in range(2)]
+    for model in models:
+        model.config.use_cache = False
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    want = gradients(models[0], models[0])
+    models[1].prepare_model_for_gradient_checkpointing(models[1])
+    models[1].gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    got = gradients(models[1], models[1])
+    assert all(grad.any() for grad in want)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_oss"])
+def test_compiled_layers_have_the_same_gradients(model_type):
+    torch._dynamo.reset()
+    models = [adapted(model_type, **{"n_layer": 1, "num_hidden_layers": 1}) for _ in range(2)]
+    inner = models[1].get_base_model()
+    whole = model_type == "gpt2"
+    for layer in inner.transformer.h if whole else inner.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=whole)
+    torch._dynamo.utils.counters.clear()
+    want, got = (gradients(model, model) for model in models)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    # Attention and what lies around the experts is in graphs, experts are not.
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert bool(counters["graph_break"]) != whole
+    if not whole:
+        torch._dynamo.reset()
+        inner.model.layers[0].compile(backend="aot_eager", fullgraph=True)
+        with pytest.raises(
+            torch._dynamo.exc.Unsupported, match="trained neurons compute outside of the graph"
+        ):
+            gradients(models[1], models[1])
