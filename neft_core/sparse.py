@@ -280,5 +280,5 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _outer(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum over tokens of the outer products, [..., a] and [..., b] to [a, b]."""
-    product = left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
-    return product.to(dtype)
+    left, right = (t[None] if t.dim() == 1 else t.flatten(0, -2) for t in (left, right))
+    return (left.t() @ right).to(dtype)

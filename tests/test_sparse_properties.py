@@ -12,7 +12,12 @@ from neft_core.neurons import COLUMNS, ROWS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROUNDING = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-8}
+ROUNDING = {
+    torch.float64: 2**-52,
+    torch.float32: 2**-23,
+    torch.bfloat16: 2**-8,
+    torch.float16: 2**-11,
+}
 """Of one value."""
 
 
@@ -29,9 +34,9 @@ def base_layer(choose: random.Random, dtype: torch.dtype) -> nn.Module:
 
 
 def some_of(count: int, choose: random.Random) -> torch.Tensor:
-    """One neuron, all of them, or any number between."""
-    number = choose.choice([1, count, choose.randint(1, count)])
-    return torch.tensor(sorted(choose.sample(range(count), number)))
+    """No neuron, one, all of them, or any number between."""
+    number = choose.choice([0, 1, count, choose.randint(1, count)])
+    return torch.tensor(sorted(choose.sample(range(count), number)), dtype=torch.int64)
 
 
 def inputs(width: int, choose: random.Random, dtype: torch.dtype) -> torch.Tensor:
@@ -49,11 +54,12 @@ def inputs(width: int, choose: random.Random, dtype: torch.dtype) -> torch.Tenso
     return x.detach().requires_grad_()
 
 
-def close(found: torch.Tensor, left: torch.Tensor, right: torch.Tensor, eps: float) -> bool:
+def close(found: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether `found` is the product within what rounding its sums can make of them."""
+    eps, least = ROUNDING[dtype], torch.finfo(dtype).smallest_normal
     longest = max(left.shape[-1], 1)
     error = (found.double() - left @ right).abs()
-    return bool((error <= eps * (4 + longest**0.5) * (left.abs() @ right.abs()) + 1e-300).all())
+    return bool((error <= eps * (4 + longest**0.5) * (left.abs() @ right.abs() + least)).all())
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -92,19 +98,18 @@ def test_output_and_gradients_are_those_of_plain_products(seed, form, dtype):
         # The base's own products are rounded on the way, so they count too.
         with_one = torch.cat([with_one, rows, rows], 1)
         augmented = torch.cat([augmented, logical.t(), -logical.t()])
-    eps = ROUNDING[dtype]
     assert y.dtype == dtype
     assert y.shape == (*x.shape[:-1], len(weight))
-    assert close(y.detach().reshape(outputs.shape), with_one, augmented, eps)
+    assert close(y.detach().reshape(outputs.shape), with_one, augmented, dtype)
 
     back = torch.cat([weight, logical, -logical]) if form == "additive" else weight
     wide = torch.cat([outputs] * 3, 1) if form == "additive" else outputs
-    assert close(x.grad.reshape(rows.shape), wide, back, eps)
+    assert close(x.grad.reshape(rows.shape), wide, back, dtype)
 
     assert values.grad.dtype == values.dtype
     if axis == ROWS:
-        assert close(values.grad, outputs.t()[indices], rows, eps)
+        assert close(values.grad, outputs.t()[indices], rows, dtype)
     else:
-        assert close(values.grad, rows.t()[indices], outputs, eps)
+        assert close(values.grad, rows.t()[indices], outputs, dtype)
 
     assert torch.equal(layer.state_dict()["base_layer.weight"], stored)
