@@ -11,6 +11,7 @@ from neft_core import neurons
 from neft_core.groups import write_neurons
 from neft_core.masks import NeuronMask
 from neft_core.neurons import candidates
+from neft_core.patterns import Patterns
 from neft_core.tuner import NeftConfig
 
 STEPS, LR = 4, 1e-2
@@ -20,6 +21,13 @@ CASES = [
     for layout in neurons.LAYOUTS
     if layout != "mlp+gate" or any("gate" in mlp for mlp in neurons.FAMILIES[model_type].mlps)
 ]
+OWN = [
+    # of a family that the table doesn't have
+    ("starcoder2", Patterns(("mlp.c_fc", "self_attn.[qk]_proj"), ("self_attn.o_proj", "c_proj"))),
+    ("gpt2", Patterns(("attn.c_attn",), ("c_fc", "attn.c_proj"), transposed=True)),
+    ("mixtral", Patterns(("experts.down_proj",), ("experts.gate_up_proj",))),
+]
+"""Layouts of one's own, `mlp` turned round among them."""
 
 
 def some_neurons(model, model_type, layout, seed=0) -> NeuronMask:
@@ -69,7 +77,7 @@ def batches_of(count=STEPS) -> list[torch.Tensor]:
     return [torch.randint(3, 16, (2, 7), generator=generator) for _ in range(count)]
 
 
-@pytest.mark.parametrize(("model_type", "layout"), CASES)
+@pytest.mark.parametrize(("model_type", "layout"), CASES + OWN)
 def test_the_compact_way_is_the_masked_way(model_type, layout):
     base = tiny_model(model_type, dtype=torch.float64)
     base.config._experts_implementation = "eager"

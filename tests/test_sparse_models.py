@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from neft_core.errors import NeftError
-from neft_core.groups import ROWS, Group
+from neft_core.groups import ROWS, Group, read_neurons
 from neft_core.layer import NeftLinear
 from neft_core.masks import NeuronMask
 from neft_core.neurons import candidates
@@ -243,6 +243,47 @@ def test_a_model_of_bfloat16_trains_masters_of_float32():
     assert torch.equal(weight, layer.neft_values["default"].bfloat16())
     untouched = (weight == layer.overlay.originals).float().mean()
     assert 0.5 < untouched < 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_of_float16_trains_with_scaled_losses(family):
+    model = tiny(family).half()
+    model = attach(model, some_mask(model))
+    values = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in values} == {torch.float32}
+    optimizer = torch.optim.AdamW(values, lr=1e-2, weight_decay=0.0)
+    # Too large at first: steps with infinite gradients are left out.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)
+    tokens, before = batches(1)[0], [p.detach().clone() for p in values]
+    losses, scales = [], []
+    for _ in range(25):
+        loss = loss_of(model, tokens)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scales.append(scaler.get_scale())
+        scaler.update()
+        optimizer.zero_grad()
+        if scaler.get_scale() < scales[-1]:
+            assert all(torch.equal(p, was) for p, was in zip(values, before, strict=True))
+        else:
+            losses.append(loss.item())
+            before = [p.detach().clone() for p in values]
+    assert scales[-1] < scales[0]
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_gradients_in_float16_are_the_plain_model_s(family):
+    dense = tiny(family).half()
+    mask, tokens = some_mask(dense), batches(1)[0]
+    model = attach(copy.deepcopy(dense), mask)
+    for one in (dense, model):
+        (loss_of(one, tokens) * 256).backward()
+    for name, layer in neft_layers(model).items():
+        part = name.removeprefix("base_model.model.")
+        grad = dense.get_submodule(part).weight.grad
+        want = read_neurons(grad.float(), mask.indices[part], layer.axis, family == "gpt2")
+        torch.testing.assert_close(layer.neft_values["default"].grad, want, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
