@@ -1,8 +1,12 @@
 """The layer alone: gradients, precisions, what a step costs and keeps."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
@@ -158,6 +162,78 @@ def test_a_step_costs_the_frozen_layer_and_the_selected_gradient(axis):
     with FlopCounterMode(display=False) as counter:
         layer(x.detach()).sum().backward()
     assert counter.get_total_flops() == 4 * 50 * (2 * whole + 2 * trained)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in one piece of new memory, however short its life, by kind of number."""
+
+    def __init__(self, own: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.own = {t.untyped_storage().data_ptr() for t in own}
+        self.numbers: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        for t in tree_leaves(outputs):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.own:
+                count = t.untyped_storage().nbytes() // t.element_size()
+                self.numbers[t.dtype] = max(count, self.numbers.get(t.dtype, 0))
+        return outputs
+
+    @property
+    def most(self) -> int:
+        return max(self.numbers.values())
+
+
+def largest(layer: NeftLinear, x: torch.Tensor, autocast: bool = False) -> Largest:
+    """Of a step after the first, which keeps the originals."""
+    # Asked for in each step, the parameters would have the base's bits each time.
+    own = [*layer.parameters(), *layer.buffers()]
+    optimizer = torch.optim.AdamW([layer.neft_values["default"]], lr=1e-3, foreach=False)
+    for _ in range(3):
+        mode = Largest(own)
+        with mode:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = layer(x)
+            y.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return mode
+
+
+@pytest.mark.parametrize("form", ["in_place", "additive"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["bias", "conv1d"])
+@pytest.mark.parametrize("axis", [ROWS, COLUMNS])
+def test_no_step_allocates_what_a_weight_needs_not_even_briefly(axis, kind, dtype, form):
+    layer = linear(kind, 48, 64, dtype)[0].requires_grad_(False)
+    layer = NeftLinear(layer, "default", axis, 4, torch.tensor([1, 7, 30, 31]), form)
+    x = torch.randn(2, 3, 64, dtype=dtype, requires_grad=True)
+    assert largest(layer, x).most <= 6 * 64, "inputs, outputs and four neurons are smaller"
+
+
+@pytest.mark.parametrize("axis", [ROWS, COLUMNS])
+def test_nor_does_a_packed_weight_s(axis):
+    layer, _ = linear("bias", 48, 64)
+    count = (36, 48)[axis]
+    layer = NeftLinear(layer, "default", axis, count, torch.arange(count))
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    step = largest(layer, x)
+    assert layer.overlay.pack is not None
+    assert step.most == layer.neft_values["default"].numel() == 48 * 64 * 3 // 4
+
+
+@pytest.mark.parametrize("axis", [ROWS, COLUMNS])
+def test_autocast_copies_a_weight_of_float32_as_it_does_for_the_plain_layer(axis):
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        layer, _ = linear("plain", 48, 64, dtype)
+        layer = NeftLinear(layer, "default", axis, 4, torch.tensor([1, 7, 30, 31]))
+        x = torch.randn(2, 3, 64, requires_grad=True)
+        found[dtype] = largest(layer, x, autocast=True)
+    assert found[torch.float32].numbers[torch.bfloat16] == 48 * 64
+    assert found[torch.float32].numbers[torch.float32] <= 6 * 64
+    assert found[torch.bfloat16].most <= 6 * 64
 
 
 @pytest.mark.parametrize("axis", [ROWS, COLUMNS])

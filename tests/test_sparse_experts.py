@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import EXPERTS, HIDDEN, INNER, shapes_of, tiny_model
 from peft import PeftModel, get_peft_model
+from test_sparse import Largest
 from torch import nn
 
 from neft_core.errors import NeftError
@@ -309,6 +310,36 @@ def test_an_adapter_of_experts_lives_as_any_other(model_type, dtype, tmp_path):
     assert moved == []
     chosen = expert_mask(base, model_type).parameters
     assert compared == sum(p.numel() for p in base.parameters()) - chosen
+
+
+@pytest.mark.parametrize("form", ["in_place", "additive"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("model_type", BOTH)
+def test_no_step_allocates_what_the_experts_need(model_type, autocast, dtype, form):
+    """At most one expert's matrix, where it has to be copied or cast."""
+    sizes = {"hidden_size": 48, "intermediate_size": 40, "moe_intermediate_size": 40}
+    base = tiny_model(model_type, dtype=dtype, **sizes)
+    base.config._experts_implementation = "eager"
+    mask = expert_mask(base, model_type)
+    few = {name: rows[rows % 10 == 0] for name, rows in mask.indices.items()}
+    model = get_peft_model(base, NeftConfig(mask=replace(mask, indices=few), form=form))
+    experts = model.get_base_model().get_submodule(EXPERT)
+    hidden = torch.randn(3, 48, dtype=dtype, requires_grad=True)
+    chosen = torch.tensor([[0, 1], [1, 2], [0, 2]])
+    shares = torch.rand(3, 2, dtype=dtype)
+    own = [*experts.parameters(), *experts.buffers()]
+    for _ in range(2):
+        step = Largest(own)
+        with step:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = experts(hidden, chosen, shares)
+            y.sum().backward()
+    values = [part.neft_values["default"].numel() for part in experts.weights.values()]
+    one = 2 * 40 * 48
+    assert max(values) < one / 2
+    whole = form == "additive" or (autocast and dtype == torch.float32)
+    assert step.most == one if whole else step.most < one / 2, step.numbers
 
 
 @pytest.mark.parametrize("model_type", BOTH)
