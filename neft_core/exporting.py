@@ -61,7 +61,12 @@ def export(
             _write_adapter(ws, run, seed, folder)
             said = ["the adapter alone; load it with peft after `import neft_core`"]
         else:
-            facts |= _write_merged(ws, run, seed, folder, dtype)
+            method = ws.params().runs[run].method
+            source = ws.path("train", run, f"seed-{seed}")
+            card, _ = loading.base_card(ws)
+            directory = card.directory(ws.root)
+            options = method.model_dump()
+            facts |= write_merged(card, directory, method.name, options, source, folder, dtype)
             progress.advance(2, "merged")
             facts["effect"] = _effect(ws, run, seed, folder)
             said = _words(facts)
@@ -108,32 +113,44 @@ def _write_adapter(ws: Workspace, run: str, seed: int, folder: Path) -> None:
     shutil.copyfile(source / PEFT_FILE, folder / PEFT_FILE)
 
 
-def _write_merged(
-    ws: Workspace, run: str, seed: int, folder: Path, dtype: str | None
+def write_merged(
+    card: models.Base,
+    directory: Path,
+    method: str,
+    options: dict[str, Any],
+    source: Path,
+    folder: Path,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
-    """The checkpoint; its precision, and what that loses."""
+    """Write a base with a trained adapter merged.
+
+    Args:
+        card: the base's.
+        directory: the base's checkpoint.
+        method: what trained.
+        options: that method's.
+        source: a directory with what it saved.
+        folder: an existing directory for the checkpoint.
+        dtype: a key of DTYPES; None: the precision of the base's files.
+
+    Returns:
+        the checkpoint's precision, and what that loses.
+
+    Raises:
+        NeftError: a value isn't finite in that precision.
+    """
     import torch
 
     from neft_core.methods import METHODS
     from neft_core.rounding import Tally
 
-    method = ws.params().runs[run].method
-    card, _ = loading.base_card(ws)
-    directory = card.directory(ws.root)
     model = models.load_model(directory, "auto", trust_remote_code=card.trust_remote_code)
     target = getattr(torch, DTYPES[dtype]) if dtype else model.dtype
     # Merged where both fit, so that each weight is rounded once.
     merging = torch.promote_types(model.dtype, target)
     model.to(merging)
     tally = Tally(target)
-    model = METHODS[method.name].merge(
-        model,
-        method.model_dump(),
-        card.model_type,
-        ws.path("train", run, f"seed-{seed}"),
-        card.hash,
-        tally,
-    )
+    model = METHODS[method].merge(model, options, card.model_type, source, card.hash, tally)
     stored = str(target).removeprefix("torch.")
     for name, parameter in model.named_parameters():
         if merging != target:

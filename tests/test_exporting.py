@@ -15,7 +15,7 @@ from test_methods import OPTIONS, mask_for, train_a_little
 from test_stages import METHODS as METHODS_OF_RUNS
 
 from neft_core import models, runs
-from neft_core.exporting import FACTS, export
+from neft_core.exporting import FACTS, export, write_merged
 from neft_core.methods import METHODS, PEFT_FILE
 from neft_core.rounding import Tally
 from neft_core.workspace import Workspace
@@ -24,16 +24,36 @@ ALONE = """
 import sys, torch
 for name in ("neft_core", "peft"):
     sys.modules[name] = None
+try:
+    import neft_core.tuner
+except ImportError:
+    pass
+else:
+    sys.exit("neft_core can be imported")
+from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 found = {}
 for folder in sys.argv[2:]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)("the cat sees a red dog").input_ids)
+    ids = torch.arange(3, 13)
+    if (Path(folder) / "tokenizer.json").exists():
+        text = "the cat sees a red dog"
+        ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text).input_ids)
     with torch.no_grad():
         found[folder] = (str(model.dtype), ids, model.eval()(ids[None]).logits)
 torch.save(found, sys.argv[1])
 """
 """Loads checkpoints where neither this package nor PEFT can be imported."""
+
+
+def seen_alone(folders: list[Path], file: Path) -> dict[Path, tuple]:
+    """Precision, token ids and logits of checkpoints, as one process without us has them."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE, str(file), *map(str, folders)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return {Path(folder): seen for folder, seen in torch.load(file).items()}
 
 
 def workspace(finished, folder: Path, model, methods: dict[str, str]) -> Workspace:
@@ -68,14 +88,8 @@ def exported(trained):
         for dtype in (None, "fp32"):
             folders[run, dtype] = trained.root / "out" / f"{run}-{dtype}"
             export(trained, run, None, folders[run, dtype], dtype, adapter=False)
-    found = trained.root / "found.pt"
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(found), *map(str, folders.values())],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    seen = torch.load(found)
-    return {key: (folder, *seen[str(folder)]) for key, folder in folders.items()}
+    seen = seen_alone(list(folders.values()), trained.root / "found.pt")
+    return {key: (folder, *seen[folder]) for key, folder in folders.items()}
 
 
 def plain(ws: Workspace, run: str) -> torch.nn.Module:
@@ -247,37 +261,64 @@ def test_values_beyond_the_precision_leave_nothing(trained, neft, tmp_path):
     assert json.loads((ws.root / "out/new" / FACTS).read_text())["effect"] is None
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "phi3", "gpt2"])
-@pytest.mark.parametrize("name", ["neft", "full"])
-def test_files_of_every_layout_keep_their_names(tmp_path, family, name):
-    """Experts apart or together, fused and transposed weights: as the base's files have them."""
-    base = tiny_model(family)
-    for place in ("base", "adapter", "merged"):
-        (tmp_path / place).mkdir()
-    models.save_checkpoint(base, tmp_path / "base")
-    mask = mask_for(base, family, 0.4)
-    model = METHODS[name].prepare(base, OPTIONS.get(name, {}), mask, family)
-    ids = torch.arange(3, 13)[None]
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        want = model(ids).logits
-    METHODS[name].save(model, tmp_path / "adapter", {"base": "x", "location": "y", "revision": ""})
-    tally = Tally()
-    again = models.load_model(tmp_path / "base", torch.float32)
-    merged = METHODS[name].merge(again, {}, family, tmp_path / "adapter", "x", tally)
-    models.save_checkpoint(merged, tmp_path / "merged")
-    before, after = (load_file(tmp_path / p / "model.safetensors") for p in ("base", "merged"))
+LAYOUTS = [
+    (method, family)
+    for method, families in {
+        "neft": "gpt2 phi3 bloom gemma opt qwen3_moe mixtral gpt_oss",
+        "full": "gpt2 phi3 qwen3_moe mixtral gpt_oss",
+    }.items()
+    for family in families.split()
+]
+"""Transposed, fused and tied weights, experts apart on disk and together in both forms."""
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """Of each of `LAYOUTS`: its folder, tally, merged model, and logits trained and seen alone."""
+    ids, entries = torch.arange(3, 13)[None], {}
+    for method, family in LAYOUTS:
+        folder = tmp_path_factory.mktemp(f"{method}-{family}")
+        for place in ("base", "adapter", "merged"):
+            (folder / place).mkdir()
+        base = tiny_model(family)
+        models.save_checkpoint(base, folder / "base")
+        mask = mask_for(base, family, 0.4)
+        model = METHODS[method].prepare(base, OPTIONS.get(method, {}), mask, family)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            trained = model(ids).logits
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        told = {"base": "x", "location": "y", "revision": ""}
+        METHODS[method].save(model, folder / "adapter", told)
+        again = models.load_model(folder / "base", torch.float32)
+        tally = Tally()
+        merged = METHODS[method].merge(again, {}, family, folder / "adapter", "x", tally)
+        card = models.Base("local", "base", "", "x", family, 0, 0, False)
+        write_merged(card, folder / "base", method, {}, folder / "adapter", folder / "merged")
+        entries[method, family] = folder, tally.result(), count, merged.eval(), trained
+    folders = [entry[0] / "merged" for entry in entries.values()]
+    seen = seen_alone(folders, tmp_path_factory.mktemp("seen") / "found.pt")
+    return {key: (*entry, seen[entry[0] / "merged"][2]) for key, entry in entries.items()}
+
+
+@pytest.mark.parametrize(("method", "family"), LAYOUTS)
+def test_every_layout_loads_without_the_package(layouts, method, family):
+    folder, tally, count, merged, trained, alone = layouts[method, family]
+    before, after = (load_file(folder / p / "model.safetensors") for p in ("base", "merged"))
     assert {k: v.shape for k, v in after.items()} == {k: v.shape for k, v in before.items()}
     moved = sum(int((after[key] != before[key]).sum()) for key in before)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert tally.result().weights == trained
-    assert tally.result().changed == moved
+    assert tally.weights == count
+    assert tally.changed == moved > 0
     with torch.no_grad():
-        got = models.load_model(tmp_path / "merged", torch.float32).eval()(ids).logits
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert torch.equal(alone, merged(torch.arange(3, 13)[None]).logits)
+        base = models.load_model(folder / "base", torch.float32)(torch.arange(3, 13)[None]).logits
+    torch.testing.assert_close(alone, trained, rtol=1e-4, atol=1e-5)
+    assert (alone - base).abs().max() > 0.01
+    tied = {"gpt2", "bloom", "gemma", "opt"}
+    assert any(key.startswith("lm_head") for key in after) == (family not in tied)
 
 
 def test_one_line_tells_what_a_merge_loses(caplog):
