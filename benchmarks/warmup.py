@@ -130,7 +130,9 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(1)
-    sizes = {"vocabulary": 4000, "hidden": 768, "intermediate": 2048, "layers": 4, "heads": 12}
+    h = options.hidden
+    sizes = {"vocabulary": 4000, "hidden": h, "intermediate": h * 8 // 3, "heads": h // 64}
+    sizes["layers"] = options.layers
     length = options.tokens // 8
     count = 8 * length * 64
     arrays = {
@@ -234,6 +236,8 @@ def main() -> None:
     two = commands.add_parser("cost")
     two.add_argument("--tokens", type=int, default=64, help="in a step")
     two.add_argument("--turns", type=int, default=5)
+    two.add_argument("--hidden", type=int, default=768, help="a multiple of 192")
+    two.add_argument("--layers", type=int, default=4)
     two.set_defaults(measure=cost)
     for command in (one, two):
         command.add_argument("--out", type=Path, required=True)

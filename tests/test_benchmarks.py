@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import harness, memory, rivals, train_step
+from benchmarks import harness, memory, plan, rivals, score, train_step, utilisation, warmup
 from neft_core.errors import NeftError
 
 
@@ -299,3 +300,114 @@ def test_a_method_that_is_not_there(capsys):
     assert "--methods: got lorra; allowed are floor, full, masked, neft, lora" in (
         capsys.readouterr().err
     )
+
+
+# --- the others -----------------------------------------------------------------------------
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """The Markdown tables of a text: a dictionary for each row."""
+    found: list[list[dict[str, str]]] = []
+    head: list[str] = []
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            head = []
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not head:
+            head = cells
+            found.append([])
+        elif set(line) - set("|-: "):
+            found[-1].append(dict(zip(head, cells, strict=True)))
+    return found
+
+
+def test_scoring_beside_reading_end_to_end(tmp_path):
+    out = tmp_path / "score"
+    command = "--shape micro --dtype bf16/fp32 --rivals read,score --repeats 1 --threads 1 --out"
+    assert harness.main(score.arguments, score.run, [*command.split(), str(out)]) == 0
+    record = json.loads(out.with_suffix(".json").read_text())
+    (found,) = record["dtypes"].values()
+    read, mine = found["read"], found["score"]
+    sizes = score.SHAPES["micro"]
+    h, i, layers = sizes.hidden, sizes.intermediate, sizes.layers
+    # Of bf16 and fp32, 2 and 4 bytes a weight; scoring reads up and down alone.
+    assert read["bytes"]["median"] == 6 * (layers * (4 * h * h + 3 * h * i) + 2 * sizes.vocab * h)
+    assert mine["bytes"]["median"] == 6 * layers * 2 * h * i
+    for clock in ("wall", "cpu"):
+        assert mine[clock]["median"] > 0
+        assert mine["of read"][clock]["median"] == read[clock]["median"] / mine[clock]["median"]
+    ((first, second),) = tables(out.with_suffix(".md").read_text())
+    assert [first["rival"], second["rival"]] == ["read", "score"]
+    assert first["speed of read, wall / CPU"] == "1.00 / 1.00"
+    shares = [mine["of read"][clock]["median"] for clock in ("wall", "cpu")]
+    assert second["speed of read, wall / CPU"] == " / ".join(f"{share:.2f}" for share in shares)
+
+
+def test_utilisation_beside_a_sum_end_to_end(tmp_path):
+    out = tmp_path / "utilisation"
+    command = "--hidden 16 --intermediate 24 --dtype float32 --repeats 1 --threads 1 --out"
+    assert harness.main(utilisation.arguments, utilisation.run, [*command.split(), str(out)]) == 0
+    found = json.loads(out.with_suffix(".json").read_text())["found"]["float32"]
+    assert (found["neurons"], found["matrix"]) == (32 * 2 * 24, 4 * 16 * 24)
+    assert found["bytes"] == 32 * 2 * found["matrix"]
+    ((row,),) = tables(out.with_suffix(".md").read_text())
+    assert (row["weights"], row["neurons"]) == ("float32", "1,536")
+    for rival in utilisation.RIVALS:
+        assert found[rival]["wall"]["median"] > 0
+        assert row[f"{rival} wall, s"] == f"{found[rival]['wall']['median']:.1f}"
+
+
+def test_forecasts_beside_steps_end_to_end(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "plan"
+    command = "--shape micro --method neft --dtype float32 --batch 2x8 --checkpointing 0 --out"
+    monkeypatch.setattr(sys, "argv", ["plan", *command.split(), str(out)])
+    plan.main()
+    text = out.with_suffix(".md").read_text()
+    assert capsys.readouterr().out == text
+    (found,) = json.loads(out.with_suffix(".json").read_text())["runs"]
+    ((row,),) = tables(text)
+    assert row["method"] == "neft 9 %"
+    assert found["measured"]["sum"] == sum(found["parts"].values())
+    for key in ("kept", "sum", "peak"):
+        forecast, measured = found["forecast"][key], found["measured"][key]
+        assert forecast > 0 < measured
+        assert row[key] == f"{forecast / 1e6:,.1f} / {measured / 1e6:,.1f}"
+        assert row[f"{key} off"] == f"{100 * (forecast / measured - 1):+.1f} %"
+    assert abs(found["forecast"]["sum"] / found["measured"]["sum"] - 1) < 0.1
+
+
+def test_cost_of_warm_ups_end_to_end(tmp_path, monkeypatch, capsys):
+    command = "cost --tokens 16 --turns 1 --hidden 192 --layers 1 --variants exact 8bit --out"
+    monkeypatch.setattr(sys, "argv", ["warmup", *command.split(), str(tmp_path)])
+    warmup.main()
+    found = json.loads((tmp_path / "cost.json").read_text())
+    ((first, second),) = tables(capsys.readouterr().out)
+    assert [first["warm-up"], second["warm-up"]] == list(found) == ["exact", "8bit"]
+    exact, small = found.values()
+    for row, cells in ((exact, first), (small, second)):
+        assert row["measured states"] == pytest.approx(row["states"], rel=0.02)
+        assert row["measured gradients"] == row["gradients"] == row["weights"]
+        assert row["peak"] >= row["weights"] + row["measured states"] + row["gradients"]
+        assert row["time ratio"] == row["seconds"][0] / exact["seconds"][0] > 0
+        assert cells["of exact"] == f"{row['peak'] / exact['peak']:.2f}"
+    assert small["states"] < 0.3 * exact["states"]
+
+
+def test_overlaps_of_warm_ups_end_to_end(finished, tmp_path, monkeypatch, capsys):
+    command = "--steps 2 --seeds 1 --variants exact 8bit --out"
+    argv = ["warmup", "overlap", str(finished.root), *command.split(), str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    warmup.main()
+    found = json.loads((tmp_path / "overlap.json").read_text())
+    assert list(found) == ["exact, other seed | 2", "8bit | 2"]
+    chance, *rows = tables(capsys.readouterr().out)[0]
+    assert chance["warm-up"] == "chance"
+    for row, (label, entry) in zip(rows, found.items(), strict=True):
+        assert f"{row['warm-up']} | {row['K']}" == label
+        for percent, shares in entry["overlap"].items():
+            assert row[f"{percent} %"] == f"{100 * shares[0]:.1f}"
+            assert 0 < shares[0] <= 1
+    # Two steps with states in 8 bit go much the way of the exact ones; another seed hardly does.
+    at_12 = [entry["overlap"]["12"][0] for entry in found.values()]
+    assert at_12[1] > at_12[0]
