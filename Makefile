@@ -49,7 +49,7 @@ lint: install
 	$(BIN)/mypy
 
 test: install
-	$(BIN)/python -m pytest -q -m "not integration" -n 2
+	$(BIN)/python -m pytest -q -m "not integration and not slow" -n 2
 	$(BIN)/python -m pytest -q -m "integration and not slow" -n 2 --dist loadgroup \
 		--no-loadscope-reorder
 

