@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -54,8 +55,11 @@ def neft(
     return done
 
 
-def ask(api: str, path: str, body: Any = None, method: str | None = None) -> Any:
-    """Prefect's or MLflow's API: GET, or with a body POST or `method`; `user:password@` logs in."""
+def ask(api: str, path: str, body: Any = None, method: str | None = None, again: int = 9) -> Any:
+    """Prefect's or MLflow's API: GET, or with a body POST or `method`; `user:password@` logs in.
+
+    Where its database is locked, as on a busy machine, Prefect asks to come again later (503).
+    """
     data = None if body is None else json.dumps(body).encode()
     parts = urllib.parse.urlsplit(api)
     login, _, host = parts.netloc.rpartition("@")
@@ -64,8 +68,14 @@ def ask(api: str, path: str, body: Any = None, method: str | None = None) -> Any
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
     url = urllib.parse.urlunsplit(parts._replace(netloc=host))
     request = urllib.request.Request(f"{url}{path}", data, headers, method=method)
-    with urllib.request.urlopen(request, timeout=30) as reply:
-        return json.loads(reply.read() or b"null")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return json.loads(reply.read() or b"null")
+    except urllib.error.HTTPError as refused:
+        if refused.code != 503 or not again:
+            raise
+    time.sleep(2)
+    return ask(api, path, body, method, again - 1)
 
 
 def start_run(api: str, deployment: str, **parameters: Any) -> str:
