@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from neft_core.files import read_json
 from neft_core.findings import Findings, mean
-from neft_core.metrics import Resampled, difference, resampled
-from neft_core.rows import read_rows
+from neft_core.metrics import Resampled, difference
 from neft_core.study_runs import FAILED, NOTHING, compared, heading, row_of, spread, table
 from neft_core.study_tables import Cell, Table
+from neft_core.summary import drawn
 
 Drawing = Callable[[str, str, int, str], Resampled]
 """Resamples by task, run, seed and metric."""
@@ -160,18 +160,12 @@ def _drawing(found: Findings) -> Drawing:
     """Resamples of what a seed of a run said on a task, each made once."""
 
     @cache
-    def drawn(task: str, run: str, seed: int, metric: str) -> Resampled:
+    def of_seed(task: str, run: str, seed: int, metric: str) -> Resampled:
         place = run if found.params.runs[run].task == task else f"{run}.{task}"
-        rows = read_rows(found.ws.path("evaluation", place, f"seed-{seed}.jsonl"))
-        return resampled(
-            [row["hypothesis"] for row in rows],
-            [row["references"] for row in rows],
-            found.params.tasks[task].format.target_language,
-            samples=found.params.evaluation.bootstrap,
-            metric=metric,
-        )
+        file = found.ws.path("evaluation", place, f"seed-{seed}.jsonl")
+        return drawn(file, found.params, task, metric)
 
-    return drawn
+    return of_seed
 
 
 def _notes(found: Findings, pairs: Sequence[Pair], heads: Sequence[str]) -> list[str]:

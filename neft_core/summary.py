@@ -8,7 +8,7 @@ from typing import Any
 
 from neft_core import config
 from neft_core.files import read_json, replacing, write_json
-from neft_core.metrics import OF_TASK, TITLES, paired_bootstrap
+from neft_core.metrics import OF_TASK, TITLES, Resampled, difference, resampled
 from neft_core.workspace import Workspace
 
 Row = dict[str, Any]
@@ -78,10 +78,10 @@ def _metrics(params: config.Params, task: str) -> tuple[str, ...]:
 def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[Row]:
     """Base and tuned model, the runs on a task, and runs of other tasks that were tested on it."""
     names, failed = _metrics(params, task), _failed(params)
-    baseline, base_text = {}, None
+    baseline, base = {}, None
     if f"baseline@{task}" not in failed:
         baseline = read_json(ws.path("baseline", task, "metrics.json"))
-        base_text = _texts(ws.path("baseline", task, "base.jsonl"))
+        base = drawn(ws.path("baseline", task, "base.jsonl"), params, task, names[0])
     rows = []
     warmed = f"warm-up, {params.warmup.steps} steps" if params.warmup else ""
     for name, method in (("base", "-"), ("tuned", warmed)):
@@ -98,9 +98,9 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[Row]:
         for name, t in params.transfers.items()
         if t.task == task and f"transfer@{name}" not in failed
     ]
-    texts = {
+    draws = {
         name: [
-            _texts(ws.path("evaluation", place, f"seed-{seed}.jsonl"))
+            drawn(ws.path("evaluation", place, f"seed-{seed}.jsonl"), params, task, names[0])
             for seed in params.runs[name].seeds
         ]
         for name, place in tested
@@ -130,14 +130,14 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[Row]:
             cost = read_json(ws.path("cost", f"{name}.json"))["seeds"]
             row["dev_loss"] = losses[name]
             row["seconds"] = statistics.mean(entry["seconds"] for entry in cost.values())
-        if base_text is not None:
-            _compare(row, "base", texts[name], [base_text], params, task)
+        if base is not None:
+            _compare(row, "base", draws[name], [base])
         beside = [other for other, _ in tested if params.runs[other].task == run.task]
         for method in ("full", "lora"):
             rivals = [n for n in beside if params.runs[n].method.name == method]
             if rivals and name not in rivals:
                 rival = min(rivals, key=lambda n: (_apart(courses[n], trained), losses[n]))
-                _compare(row, method, texts[name], texts[rival], params, task)
+                _compare(row, method, draws[name], draws[rival])
         rows.append(row)
     return [{"task": task, "metric": names[0], **row} for row in rows]
 
@@ -151,39 +151,28 @@ def _apart(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
     return abs(float(one[0]["trainable_parameters"] - other[0]["trainable_parameters"]))
 
 
-def _compare(
-    row: Row,
-    name: str,
-    texts: list[list[dict[str, Any]]],
-    others: list[list[dict[str, Any]]],
-    params: config.Params,
-    task: str,
-) -> None:
+def drawn(file: Path, params: config.Params, task: str, metric: str) -> Resampled:
+    """Resamples of what a seed said on a task, from its hypotheses beside their references."""
+    from neft_core.rows import read_rows
+
+    rows = read_rows(file)
+    return resampled(
+        [row["hypothesis"] for row in rows],
+        [row["references"] for row in rows],
+        params.tasks[task].format.target_language,
+        samples=params.evaluation.bootstrap,
+        metric=metric,
+    )
+
+
+def _compare(row: Row, name: str, draws: list[Resampled], others: list[Resampled]) -> None:
     """Fill `delta_<name>` and `p_<name>` of a row."""
-    outcomes = []
-    for position, mine in enumerate(texts):
-        other = others[position % len(others)]
-        outcomes.append(
-            paired_bootstrap(
-                [entry["hypothesis"] for entry in mine],
-                [entry["hypothesis"] for entry in other],
-                [entry["references"] for entry in mine],
-                params.tasks[task].format.target_language,
-                samples=params.evaluation.bootstrap,
-                metric=_metrics(params, task)[0],
-            )
-        )
-    deltas = [float(outcome["delta"]) for outcome in outcomes]
+    outcomes = [difference(one, others[i % len(others)]) for i, one in enumerate(draws)]
+    deltas = [outcome["delta"] for outcome in outcomes]
     row[f"delta_{name}"] = statistics.mean(deltas)
     # Seeds that contradict each other show nothing, however sure each is of itself.
     opposed = min(deltas) < 0 < max(deltas)
     row[f"p_{name}"] = 1.0 if opposed else max(outcome["p_value"] for outcome in outcomes)
-
-
-def _texts(path: Path) -> list[dict[str, Any]]:
-    from neft_core.rows import read_rows
-
-    return read_rows(path)
 
 
 def _mean(found: list[dict[str, Any]], metrics: tuple[str, ...]) -> Row:
