@@ -9,6 +9,8 @@ PYTHON ?= $(shell for name in python3.11 python3; do \
 	echo $$name && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+# Of its many modules only those that are used are compiled, when they are first used.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 STAMP := $(VENV)/installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
 export DO_NOT_TRACK := true
@@ -21,8 +23,8 @@ $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || \
 	{ echo "make: no Python 3.11 found; install it, or give PYTHON=/path/to/python" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[dev]'
 	$(BIN)/python -c "from pathlib import Path; from neft_core.workspace import init_dvc; init_dvc(Path('.'))"
 	touch $@
 

@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -43,6 +44,7 @@ def schedule(stack: Stack, ws: Workspace, numbers: list[int]) -> dict[int, str]:
         lr = f"runs.neft.lr={number / 1e5:g}"
         body = {
             "name": f"number {number}",
+            "idempotency_key": str(uuid.uuid4()),
             "parameters": {"workspace": str(ws.root), "runs": ["neft"], "overrides": [lr]},
             "state": {"type": "SCHEDULED", "state_details": {"scheduled_time": due}},
         }

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def neft(
 def ask(api: str, path: str, body: Any = None, method: str | None = None, again: int = 9) -> Any:
     """Prefect's or MLflow's API: GET, or with a body POST or `method`; `user:password@` logs in.
 
-    Where its database is locked, as on a busy machine, Prefect asks to come again later (503).
+    Where its database is locked, as on a busy machine, Prefect asks to come again later (503), or
+    is silent for long.
     """
     data = None if body is None else json.dumps(body).encode()
     parts = urllib.parse.urlsplit(api)
@@ -74,6 +76,9 @@ def ask(api: str, path: str, body: Any = None, method: str | None = None, again:
     except urllib.error.HTTPError as refused:
         if refused.code != 503 or not again:
             raise
+    except TimeoutError:
+        if not again:
+            raise
     time.sleep(2)
     return ask(api, path, body, method, again - 1)
 
@@ -81,7 +86,8 @@ def ask(api: str, path: str, body: Any = None, method: str | None = None, again:
 def start_run(api: str, deployment: str, **parameters: Any) -> str:
     """Ask for a run of a deployment, as its page does; the run's id."""
     found = ask(api, f"/deployments/name/{deployment}")
-    made = ask(api, f"/deployments/{found['id']}/create_flow_run", {"parameters": parameters})
+    body = {"parameters": parameters, "idempotency_key": str(uuid.uuid4())}
+    made = ask(api, f"/deployments/{found['id']}/create_flow_run", body)
     return str(made["id"])
 
 

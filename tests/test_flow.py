@@ -185,6 +185,7 @@ def test_everything_then_nothing_then_only_what_changed(
     assert states(prefect_home) == {"Cached": STAGES - 5, "Restored": 1, "Ran": 4}
 
 
+@pytest.mark.slow
 def test_stages_at_once_end_in_the_same_files(ws: Workspace, env: dict[str, str]) -> None:
     other = Workspace(Path(shutil.copytree(ws.root, ws.root.with_name("other"))))
     run(ws, env)
@@ -285,14 +286,16 @@ def as_a_study(ws: Workspace, env: dict[str, str], folder: Path) -> Workspace:
     return Workspace(ws.root / ".neft/workspaces/s")
 
 
-@pytest.mark.parametrize(("jobs", "way"), [(1, "flow"), (3, "neft study")])
+@pytest.mark.parametrize(
+    ("jobs", "way"), [(3, "neft study"), pytest.param(1, "flow", marks=pytest.mark.slow)]
+)
 def test_interrupted_runs_leave_no_process_and_end_as_an_undisturbed_one(
     jobs: int, way: str, ws: Workspace, env: dict[str, str], prefect_home: Path, tmp_path: Path
 ) -> None:
     set_jobs(ws, jobs)
     host, ws = ws, ws if way == "flow" else as_a_study(ws, env, tmp_path)
     finished: set[str] = set()
-    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[: 3 if jobs == 1 else 1]:
+    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[: 3 if jobs == 1 else 2]:
         process = start(host, {**env, "FAKE_DELAY": "1"}, way)
         assert process.stdout is not None
         for line in process.stdout:
