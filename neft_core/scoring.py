@@ -229,7 +229,7 @@ def chosen(part: config.Selection, read: Any) -> Any:
         return select_below(read, below, scaled=scaled, any_size=bool(part.any_size))
     budget = {key: getattr(part, key) for key in config.BUDGETS}
     policy = "lowest" if part.policy == "union" else part.policy
-    return select_neurons(read, policy, seed=part.seed, **budget)
+    return select_neurons(read, policy, seed=part.seed, per_module=bool(part.per_module), **budget)
 
 
 def _rows(ws: Workspace, task: str, split: str) -> tuple[Any, str]:

@@ -68,6 +68,7 @@ def select_neurons(
     neurons: int | None = None,
     share: float | None = None,
     seed: int = 0,
+    per_module: bool = False,
 ) -> NeuronMask:
     """Select neurons: a prefix of one ranking over all modules, without a quota for any.
 
@@ -79,6 +80,8 @@ def select_neurons(
         neurons: exactly this many neurons.
         share: the longest prefix with at most this share of the candidates, in (0, 1].
         seed: of the policy `random`; the others do not use it.
+        per_module: a quota after all: the same share of each module's candidates (to the nearest
+            whole neuron), the first of its own in the ranking.
 
     Returns:
         The mask; the provenance of the scores with policy, budget and seed.
@@ -104,10 +107,14 @@ def select_neurons(
         raise NeftError(f"budget: got {found}; give one of percent, neurons, share")
     ((name, value),) = budgets.items()
     ranking = rank(scores, seed)
+    if per_module:
+        ranking = _in_turn(scores, ranking)
     chosen = ranking[: _count(scores, ranking, name, value)]
     made = {"policy": policy, name: f"{value:g}" if name != "neurons" else str(value)}
     if policy == "random":
         made["selection_seed"] = str(seed)
+    if per_module:
+        made["per_module"] = "true"
     return _mask(scores, chosen, made)
 
 
@@ -177,6 +184,19 @@ def _mask(scores: NeuronScores, chosen: Tensor, made: dict[str, str]) -> NeuronM
         {**scores.provenance, **made},
         scores.source,
     )
+
+
+def _in_turn(scores: NeuronScores, ranking: Tensor) -> Tensor:
+    """A ranking whose prefixes hold the same share of each module, each module's in its order.
+
+    Of n neurons the i-th, from 0, comes at (i + 1/2) / n, so that shares round to the nearest.
+    """
+    sizes = torch.tensor([len(scores.sensitivity[module]) for module in scores.groups])
+    module = torch.arange(len(sizes)).repeat_interleave(sizes)[ranking]
+    place = torch.empty(len(ranking), dtype=torch.float64)
+    for number, size in enumerate(sizes.tolist()):
+        place[module == number] = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    return ranking[place.sort(stable=True).indices]
 
 
 def _count(scores: NeuronScores, ranking: Tensor, name: str, value: float) -> int:

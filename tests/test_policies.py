@@ -1,5 +1,6 @@
 """Runs of every policy: selected, trained, evaluated."""
 
+import collections
 import json
 import math
 import shutil
@@ -32,6 +33,7 @@ POLICIES = {
     "gradient": "en-fr, policy: gradient, percent: 6, scores: grad",
     "activation": "en-fr, policy: activation, percent: 6, scores: act",
     "random": "en-fr, policy: random, percent: 6, seed: 3",
+    "even": "en-fr, percent: 6, per_module: true",
     "trans": "en-fr, percent: 6, scores: sum",
     "early": "en-fr, percent: 6, scores: early",
     "probe": "nli-en, policy: probe, percent: 6, scores: probed",
@@ -70,11 +72,14 @@ def test_every_policy_selects_by_its_scores(selected):
     for run, scores in (("gradient", "grad"), ("activation", "act"), ("probe", "probed")):
         expected[run] = most(scores_of(selected, scores), 6)
     found = {name: chosen(mask_of(selected, name)) for name in POLICIES}
-    drawn = found.pop("random")
+    drawn, even = found.pop("random"), found.pop("even")
     assert found == expected
-    assert len(drawn) == len(most(own, 6))
-    # Eight ways to select, and only what is the same by its definition is the same.
-    sets = [frozenset(mask) for mask in (*found.values(), drawn)]
+    assert len(drawn) == len(even) == len(most(own, 6))
+    counts = collections.Counter(module for module, _ in even)
+    assert set(counts) == set(own.groups)
+    assert max(counts.values()) - min(counts.values()) <= 1
+    # Nine ways to select, and only what is the same by its definition is the same.
+    sets = [frozenset(mask) for mask in (*found.values(), drawn, even)]
     assert len(set(sets)) == len(sets)
 
 

@@ -239,6 +239,29 @@ def test_every_policy_ranks_as_plain_loops_do(policy, better):
         assert got == {module: sorted(rows) for module, rows in want.items()}
 
 
+@pytest.mark.parametrize("policy", ["lowest", "reversed", "random"])
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.77, 1.0])
+def test_the_same_share_of_each_module(policy, share):
+    scores = random_scores(sizes=(40, 20, 60))
+    mask = select_neurons(scores, policy, share=share, seed=3, per_module=True)
+    assert mask.neurons == int(share * 120)
+    for module, values in scores.sensitivity.items():
+        kept = mask.indices.get(module, torch.empty(0)).tolist()
+        assert abs(len(kept) - share * len(values)) <= 1, "of a whole number of neurons"
+        if policy != "random":
+            order = values.sort(descending=policy == "lowest").indices.tolist()
+            assert kept == sorted(order[: len(kept)])
+    assert mask.provenance["per_module"] == "true"
+
+
+def test_of_equal_modules_each_gives_as_many_the_best_ones_first():
+    scores = scored({"b": ([0.1, 0.9, 0.5, 0.2], 10), "a": ([0.01, 0.05, 0.02, 0.03], 10)})
+    taken = [content(select_neurons(scores, neurons=k, per_module=True)) for k in (1, 2, 3, 4)]
+    assert taken == [
+        {"b": [1]}, {"b": [1], "a": [1]}, {"b": [1, 2], "a": [1]}, {"b": [1, 2], "a": [1, 3]},
+    ]  # fmt: skip
+
+
 def test_lowest_and_reversed_share_the_candidates_between_them():
     scores = random_scores()
     low, high = (select_neurons(scores, p, neurons=50) for p in ("lowest", "reversed"))

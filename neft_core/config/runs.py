@@ -93,6 +93,8 @@ class Selection(Section):
     null: the run's task. Of `union`: two or more."""
     seed: int = Field(default=1, ge=0)
     """Seed of policy `random`."""
+    per_module: Literal[True] | None = None
+    """The same share of each module's candidates is taken, in place of one ranking of all."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> "Selection":
@@ -106,6 +108,10 @@ class Selection(Section):
             raise refuse(f"budget: got {found}{other}; give exactly one of {', '.join(kinds)}")
         if self.any_size and self.policy != "threshold":
             raise refuse(f"any_size: got true with policy {self.policy}; it is of threshold")
+        if self.per_module and self.policy == "threshold":
+            raise refuse(
+                "per_module: got true with policy threshold, which ranks nothing; leave it out"
+            )
         several = self.scores if isinstance(self.scores, list) else []
         if self.policy == "union" and len(set(several)) < 2:
             raise refuse("scores: policy union needs two different ones at least, in a list")
@@ -137,6 +143,8 @@ class Selection(Section):
             for key, text in amount.items()
             if (value := getattr(self, key)) is not None
         )
+        if self.per_module:
+            budget += ", per module"
         if isinstance(self.scores, list):
             return f"{self.policy} of {', '.join(self.scores)}, {budget}"
         said = f"{self.policy} {budget}" + (f" by {self.scores}" if self.scores else "")
