@@ -9,7 +9,7 @@ PYTHON ?= $(shell for name in python3.11 python3; do \
 	echo $$name && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-# Of its many modules only those that are used are compiled, when they are first used.
+# Modules are compiled on all cores afterwards; pip would do it on one.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 STAMP := $(VENV)/installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
@@ -25,6 +25,7 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) --editable '.[dev]'
+	$(BIN)/python -W ignore -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 	$(BIN)/python -c "from pathlib import Path; from neft_core.workspace import init_dvc; init_dvc(Path('.'))"
 	touch $@
 
