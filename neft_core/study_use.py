@@ -225,11 +225,10 @@ def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table |
             rows.append([Cell(anchor), Cell(label), *cells])
             for kind, count in whole.items():
                 bars.setdefault(kind, []).append(count)
-                if number == 1:
-                    places = [where.rpartition(".")[2] for where in value]
-                    of_layers = (counts[kind] for counts in value.values())
-                    cells = [spread(count, ",.1f", run=of.link) for count in of_layers]
-                    layers.append([Cell(label), Cell(kind), *cells])
+                places = [where.rpartition(".")[2] for where in value]
+                of_layers = (counts[kind] for counts in value.values())
+                cells = [spread(count, ",.1f", run=of.link) for count in of_layers]
+                layers.append([Cell(anchor), Cell(label), Cell(kind), *cells])
         if shown:
             drawn.append(
                 gallery.add(
@@ -252,9 +251,8 @@ def types(found: Findings, part: TypesSection, gallery: Gallery) -> list[Table |
         *([side_by_side(*drawn)] if drawn else []),
     ]
     if layers:
-        heads = ["run", "type", *(f"layer {place}" for place in places)]
-        against = f"{title} by layer, against {next(iter(part.anchors))}"
-        pieces.append(table(f"{named}-layers", against, heads, layers))
+        heads = ["against", "run", "type", *(f"layer {place}" for place in places)]
+        pieces.append(table(f"{named}-layers", f"{title} by layer", heads, layers))
     return pieces
 
 
