@@ -177,15 +177,20 @@ def check_experts(config: "NeftConfig", name: str, module: Any, own: str) -> int
     if not isinstance(weight, Tensor) or not hasattr(experts, "is_transposed"):
         raise NeftError(
             f"{config.source}: {name}: {type(experts).__name__} computes in its own way; "
-            "experts that transformers marks by use_experts_implementation are needed"
+            "experts that transformers marks by use_experts_implementation are needed, and where "
+            "they are quantised, a model loaded with dequantize=True"
         )
     entry, group, shape = config.modules[name], config.group(name), tuple(weight.shape)
     part = frozen.Stacked(experts, own, entry["axis"])
+    if not frozen.is_plain(part):
+        raise NeftError(
+            f"{config.source}: {name} is a quantised {type(weight).__name__} of {weight.dtype} in "
+            "this model; load it with dequantize=True, or use a copy in bf16"
+        )
     logical = frozen.size(part) if len(shape) == 3 else (0, 0)
     size = logical[entry["axis"]]
     fits = (
         len(shape) == 3
-        and weight.is_floating_point()
         and entry["transposed"] == part.transposed
         and entry["experts"] == shape[0]
         and entry["length"] == logical[1 - entry["axis"]]
@@ -195,6 +200,6 @@ def check_experts(config: "NeftConfig", name: str, module: Any, own: str) -> int
     if not fits:
         raise NeftError(
             f"{config.source}: {name} has shape {shape} and {weight.dtype} in this model; "
-            "use the mask's own model, not quantised"
+            "use the mask's own model"
         )
     return size

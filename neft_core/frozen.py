@@ -173,6 +173,31 @@ def check_loaded(adapter: str, values: Tensor, device: torch.device) -> None:
         )
 
 
+def check_trainable(layer: Any, x: Tensor, output: Tensor, values: Tensor) -> None:
+    """Refuse to train over a quantised layer where that would go wrong unseen.
+
+    Args:
+        layer: the base.
+        x: its input, [..., in].
+        output: what it answers, [..., out].
+        values: the neurons that are trained, [k, D].
+
+    Raises:
+        NeftError: it passes no gradient on, or the neurons are in a low precision.
+    """
+    if x.requires_grad and not output.requires_grad:
+        raise NeftError(
+            f"{type(layer).__name__}: as it is quantised, no gradient goes through it, and what is "
+            "before it would not train; quantise weights alone, not what comes in"
+        )
+    if values.requires_grad and values.element_size() < torch.float32.itemsize:
+        raise NeftError(
+            f"trained neurons: they were cast to {str(values.dtype).removeprefix('torch.')}, where "
+            "small steps are lost, as TRL does over bitsandbytes; before training set the .data of "
+            "each trained parameter to .data.float()"
+        )
+
+
 @torch.inference_mode(False)  # what is found trains others later
 @torch.no_grad()
 def probe(
@@ -193,12 +218,20 @@ def probe(
     bias = getattr(layer, "bias", None)
     chosen = torch.arange(inside, device=device) if axis == ROWS else indices
     answers = [torch.zeros(0, len(indices) if axis == ROWS else out, dtype=dtype, device=device)]
-    for some in chosen.split(256):
-        units = torch.zeros(len(some), inside, dtype=dtype, device=device)
-        units[torch.arange(len(some), device=device), some] = 1
-        answer = layer(units)
-        if bias is not None:
-            answer = answer - layer(torch.zeros_like(units[:1]))
-        answers.append(answer[:, indices] if axis == ROWS else answer)
+    mode = layer.training
+    try:
+        # The same answer whoever asks when: in evaluation bitsandbytes rounds more, and packs anew.
+        layer.train()
+        kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+        with torch.autocast(kind, enabled=False):
+            for some in chosen.split(256):
+                units = torch.zeros(len(some), inside, dtype=dtype, device=device)
+                units[torch.arange(len(some), device=device), some] = 1
+                answer = layer(units)
+                if bias is not None:
+                    answer = answer - layer(torch.zeros_like(units[:1]))
+                answers.append(answer[:, indices] if axis == ROWS else answer)
+    finally:
+        layer.train(mode)
     found = torch.cat(answers)
     return (found.t() if axis == ROWS else found).contiguous()

@@ -45,6 +45,10 @@ class NeftLayer(BaseTunerLayer):  # type: ignore[misc]
         """Give the weight its own bits, or those of the merged adapters."""
 
     @abstractmethod
+    def check_merge(self, names: list[str] | None = None) -> None:
+        """Refuse to merge adapters into a weight that can't be written; None: the active ones."""
+
+    @abstractmethod
     def changes(self, names: list[str] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The base's neurons and the trained ones in their place."""
 
@@ -195,6 +199,7 @@ class NeftLinear(nn.Module, NeftLayer):
             ValueError: with `safe_merge`, an adapter holds a value that isn't finite.
             NeftError: the weight can't be written, because it is quantised or sharded.
         """
+        self.check_merge(adapter_names)
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self.neft_values]
         for name in names:
@@ -204,11 +209,6 @@ class NeftLinear(nn.Module, NeftLayer):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
-        if names and frozen.readable(self.base_layer) is None:
-            raise NeftError(
-                f"{type(self.base_layer).__name__}: a quantised weight can't take merged neurons; "
-                "load the base in bf16 or fp32 and merge there"
-            )
         if names and self.shared and not self._tied:
             # The other module that has this weight must not change with it.
             self._tied = [self.base_layer.weight]
@@ -218,6 +218,19 @@ class NeftLinear(nn.Module, NeftLayer):
         if names:
             self._adopt()
         self.settle()
+
+    def check_merge(self, names: list[str] | None = None) -> None:
+        """Refuse to merge adapters into a weight that can't be written; None: the active ones.
+
+        Raises:
+            NeftError: it is refused, and nothing has changed.
+        """
+        chosen = set(self.active_adapters if names is None else names) & set(self.neft_values)
+        if chosen and frozen.readable(self.base_layer) is None:
+            raise NeftError(
+                f"{type(self.base_layer).__name__}: a quantised weight can't take merged neurons; "
+                "save the adapter, load it over the base in bf16 or fp32 and merge there"
+            )
 
     def unmerge(self) -> None:
         """Give the weight its own bits again."""
@@ -299,6 +312,8 @@ class NeftLinear(nn.Module, NeftLayer):
                 "back; keep that layer on a device, or merge_and_unload before offloading"
             )
         weight = frozen.readable(self.base_layer)
+        if weight is None and torch.is_grad_enabled():
+            frozen.check_trainable(self.base_layer, x, output, values)
         held = self._held("+".join(names), indices) if weight is None else weight
         return corrected(output, x, values, held, indices, self.axis, weight is not None)
 

@@ -4,13 +4,47 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from neft_core import frozen
 from neft_core.errors import NeftError
+from neft_core.expert_layer import check_experts
 from neft_core.layer import NeftLinear
 
 if TYPE_CHECKING:
     from neft_core.tuner import NeftConfig
+
+
+def check_model(config: "NeftConfig", model: nn.Module) -> dict[str, int]:
+    """Refuse a model that can't hold the neurons of one of the config's modules.
+
+    Returns:
+        how many rows or columns each module's weight has.
+
+    Raises:
+        NeftError: it is refused, and nothing has changed.
+    """
+    sizes, keys = {}, list(dict(model.named_modules()))
+    found: dict[str, list[str]] = {name: [] for name in config.modules}
+    for key in keys:
+        name = config.named(key)
+        if name is not None and not config.modules[name]["experts"]:
+            found[name].append(key)
+        for own, name in config.stacked(key).items():
+            found[name].append(f"{key}.{own}")
+    for name, matches in found.items():
+        if len(matches) != 1:
+            what = f"{len(matches)} such modules" if matches else "no such module"
+            raise NeftError(
+                f"{config.source}: {name}: the model has {what}; use the mask's own model"
+            )
+        if config.modules[name]["experts"]:
+            owner, _, own = matches[0].rpartition(".")
+            sizes[name] = check_experts(config, name, model.get_submodule(owner), own)
+        else:
+            sizes[name] = check_linear(config, name, model.get_submodule(matches[0]))
+        check_selection(config, name)
+    return sizes
 
 
 def check_linear(config: "NeftConfig", name: str, module: Any) -> int:

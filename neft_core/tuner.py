@@ -18,12 +18,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
+from neft_core import frozen
 from neft_core.errors import NeftError
-from neft_core.expert_layer import NeftExperts, add_to_experts, check_experts
+from neft_core.expert_layer import NeftExperts, add_to_experts
 from neft_core.groups import Group
 from neft_core.layer import NeftLayer, NeftLinear
 from neft_core.masks import NeuronMask
-from neft_core.refusals import check_linear, check_selection
+from neft_core.refusals import check_model
 from neft_core.rounding import Rounding, Tally
 
 _LOG = logging.getLogger(__name__)
@@ -145,27 +146,7 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
 
     def _prepare_model(self, peft_config: NeftConfig, model: nn.Module) -> None:
         """Check every module first, so that a refused mask leaves the model whole."""
-        sizes, keys = {}, list(dict(model.named_modules()))
-        found: dict[str, list[str]] = {name: [] for name in peft_config.modules}
-        for key in keys:
-            name = peft_config.named(key)
-            if name is not None and not peft_config.modules[name]["experts"]:
-                found[name].append(key)
-            for own, name in peft_config.stacked(key).items():
-                found[name].append(f"{key}.{own}")
-        for name, matches in found.items():
-            if len(matches) != 1:
-                what = f"{len(matches)} such modules" if matches else "no such module"
-                raise NeftError(
-                    f"{peft_config.source}: {name}: the model has {what}; use the mask's own model"
-                )
-            if peft_config.modules[name]["experts"]:
-                owner, _, own = matches[0].rpartition(".")
-                sizes[name] = check_experts(peft_config, name, model.get_submodule(owner), own)
-            else:
-                sizes[name] = check_linear(peft_config, name, model.get_submodule(matches[0]))
-            check_selection(peft_config, name)
-        for name, size in sizes.items():
+        for name, size in check_model(peft_config, model).items():
             peft_config.modules[name]["size"] = size
         counts: dict[int, int] = {}
         for module in model.modules():
@@ -214,6 +195,10 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, name: str, new: nn.Module, _: nn.Module) -> None:
+        """Nothing moves: neurons are made where the base is, or on `meta` until they are loaded."""
+        setattr(parent, name, new)
+
     def _post_injection_hook(
         self,
         model: nn.Module,
@@ -229,12 +214,15 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
         return []
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Values are fp32 from the start; without `autocast_adapter_dtype` they get the base's."""
+        """Values are fp32 from the start; without `autocast_adapter_dtype` they get the base's.
+
+        A quantised weight's precision is none to train in: there they stay as they are.
+        """
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
         for layer in neft_layers(self.model).values():
-            if adapter_name in layer.neft_values:
+            if adapter_name in layer.neft_values and frozen.is_plain(layer.base_layer):
                 values = layer.neft_values[adapter_name]
                 layer.neft_values[adapter_name] = nn.Parameter(
                     values.detach().to(layer.weight.dtype), requires_grad=values.requires_grad
@@ -250,6 +238,14 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
             )
         yield
 
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """As PEFT's, but where one weight can't be written, none is."""
+        for layer in neft_layers(self.model).values():
+            layer.check_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
     def add_weighted_adapter(self, *_args: Any, **_options: Any) -> None:
         """Not here: see the message."""
         raise NeftError(
@@ -260,6 +256,8 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
     def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> nn.Module:
         layers = neft_layers(self.model)
         if merge:
+            for layer in layers.values():
+                layer.check_merge(options.get("adapter_names"))
             found = _measured(layers.values(), options.get("adapter_names"))
             if found.mean_error:
                 _LOG.info("merge: %s; merging into a base in fp32 loses nothing", found)
