@@ -24,7 +24,7 @@ def score(ws: Workspace, name: str) -> None:
     from neft_core.similarity import score_neurons
 
     params = ws.params()
-    loading.device(params)
+    place = loading.device(params)
     card = models.Base.load(ws.path("base"))
     tuned = ws.path("warmup", name)
     origin = read_json(tuned / "provenance.json")
@@ -42,6 +42,7 @@ def score(ws: Workspace, name: str) -> None:
         card.directory(ws.root),
         tuned,
         params.scoring.candidates,
+        device=place,
         provenance={
             "base": card.hash,
             "steps": str(origin["steps"]),

@@ -13,7 +13,7 @@ from neft_core.graph import Graph
 from neft_core.groups import Group
 from neft_core.loading import base_card, load_as_base
 from neft_core.masks import NeuronMask, NeuronScores
-from neft_core.scoring import _save
+from neft_core.scoring import _save, score
 from neft_core.similarity import score_neurons
 from neft_core.workspace import Workspace
 
@@ -134,6 +134,19 @@ def test_one_more_warm_up_is_scored_as_a_task_s_own(scored):
         moved = scores_of(scored, "early").magnitude[module]
         assert torch.equal(moved, found.magnitude[module])
         assert (moved > 0).all()
+
+
+def test_neurons_are_scored_on_the_device_that_params_name(scored, monkeypatch):
+    """A GPU that torch only says it has: the first weight that is to go there fails."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    compute = scored.params().compute.model_copy(update={"device": "cuda"})
+    params = scored.params().model_copy(update={"compute": compute})
+    monkeypatch.setattr(type(scored), "params", lambda _: params)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+        score(scored, "en-fr")
 
 
 def test_a_probe_takes_few_answers_as_classes(finished, tmp_path, neft):
