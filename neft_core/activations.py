@@ -72,18 +72,7 @@ def activation_scores(
     for number, batch in enumerate(batches, start=1):
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         real = batch["attention_mask"].bool()
-        before: dict[str, Tensor] = {}
-        with _watched(base, groups, real, before.__setitem__):
-            base(**inputs)
-
-        def compare(module: str, after: Tensor, before: dict[str, Tensor] = before) -> None:
-            a = before.pop(module).double()
-            d = after.double() - a
-            found = torch.stack([(a * a).sum(0), (d * a).sum(0), (d * d).sum(0)])
-            sums[module] += found.cpu()
-
-        with _watched(tuned, groups, real, compare):
-            tuned(**inputs)
+        add_batch((base, tuned), groups, inputs, real, sums)
         if progress is not None:
             progress(number, len(batches))
     base.train(training[0])
@@ -101,9 +90,39 @@ def activation_scores(
     )
 
 
+def add_batch(
+    models: tuple[nn.Module, nn.Module],
+    groups: Sequence[Group],
+    inputs: Mapping[str, Tensor],
+    real: Any,
+    sums: dict[str, Tensor],
+) -> None:
+    """Add a batch to the sums of each module's a.a, d.a and d.d, [3, N].
+
+    Args:
+        models: base and tuned model.
+        groups: the modules' candidates.
+        inputs: of the models' forward passes.
+        real: index of the tokens that count.
+        sums: float64, changed in place.
+    """
+    before: dict[str, Tensor] = {}
+    with _watched(models[0], groups, real, before.__setitem__):
+        models[0](**inputs)
+
+    def compare(module: str, after: Tensor) -> None:
+        a = before.pop(module).double()
+        d = after.double() - a
+        found = torch.stack([(a * a).sum(0), (d * a).sum(0), (d * d).sum(0)])
+        sums[module] += found.cpu()
+
+    with _watched(models[1], groups, real, compare):
+        models[1](**inputs)
+
+
 @contextmanager
 def _watched(
-    model: nn.Module, groups: Sequence[Group], real: Tensor, see: Callable[[str, Tensor], None]
+    model: nn.Module, groups: Sequence[Group], real: Any, see: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """While it lasts, `see` gets each module's numbers w.x or x_j of its candidates, [T, N]."""
 

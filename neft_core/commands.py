@@ -34,7 +34,17 @@ ITEMS = {
 }
 """Section of params that a stage's items come from; the other stages take none."""
 
-CHECKED = {"warmup": "warmup", "warmups": "warmup", "train": "train"}
+CHECKED = {
+    "base": "base",
+    "warmup": "warmup",
+    "warmups": "warmup",
+    "scores": "scores",
+    "activations": "activations",
+    "train": "train",
+    "baseline": "baseline",
+    "evaluate": "evaluate",
+    "transfer": "transfer",
+}
 """Stages that are refused where their memory or disk isn't there, and as what they are forecast."""
 
 ARTEFACTS = {
@@ -97,9 +107,9 @@ def _check_fit(ws: "Workspace", force: bool) -> None:
     graph = Graph(ws)
     due = {stage.name for stage in graph.stages} if force else set(outdated(graph))
     chosen = [
-        (CHECKED[stage.family], stage.item)
+        (CHECKED[stage.family], stage.item or "")
         for stage in graph.stages
-        if stage.name in due and stage.item and stage.family in CHECKED
+        if stage.name in due and stage.family in CHECKED
     ]
     if chosen:
         from neft_core.fit import check
@@ -150,10 +160,10 @@ def stage(options: argparse.Namespace) -> int:
     stage = [part for part in (options.name, options.item) if part]
     name = "-".join(stage)
     processes.end_with_owner()
-    if options.name in CHECKED and options.item and not ranks.launched():
+    if options.name in CHECKED and not ranks.launched():
         from neft_core.fit import check
 
-        check(ws, [(CHECKED[options.name], options.item)])
+        check(ws, [(CHECKED[options.name], options.item or "")])
     if not ranks.main() or launching.FAULTS in os.environ:
         held: AbstractContextManager[None] = nullcontext()  # another process holds it
     else:

@@ -1,20 +1,30 @@
-"""Whether a training can start here: memory and disk against its forecast, and what would fit."""
+"""Whether a stage can start here: memory and disk against its forecast, and what would fit."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from neft_core import links
+from neft_core import launching, links, passes
 from neft_core.capacity import free_disk, free_gpu_memory, free_memory
-from neft_core.config import Params
+from neft_core.config import BuiltModel, Params
 from neft_core.errors import NeftError
 from neft_core.forecast import Need, Training
+from neft_core.passes import Pass
 from neft_core.planner import MARGIN, SHORT, WHAT_IF, Planner, other_warmups, size
 from neft_core.workspace import Workspace
 
 SKIP = "NEFT_CHECK_FIT"
 """Set to 0 to start whatever the forecast says."""
+
+TRAININGS = ("base", "warmup", "train")
+"""Stages that train; the others are those of `passes`."""
+
+SECTIONS = {"base": "model", "warmup": "warmup"}
+"""Sections of params that refusals name; of a run its own."""
+
+BATCHES = "model.pretraining.batch_size"
 
 LISTED = 4
 """Changes that a refusal of a warm-up names, at most."""
@@ -25,7 +35,7 @@ def check(ws: Workspace, stages: Iterable[tuple[str, str]], *, before: bool = Fa
 
     Args:
         ws: the workspace.
-        stages: names and items of trainings.
+        stages: names and items.
         before: other stages run first; rows that aren't prepared count as short, and a model
             that isn't here yet is left out.
 
@@ -35,6 +45,9 @@ def check(ws: Workspace, stages: Iterable[tuple[str, str]], *, before: bool = Fa
     if os.environ.get(SKIP) == "0":
         return
     params = ws.params()
+    chosen = [(stage, item) for stage, item in stages if _holds(params, stage, item)]
+    if not chosen:
+        return
     planner = Planner(params, ws.root, ws, download=not before, least=before)
     try:
         planner.subject  # noqa: B018 - it may be unknown
@@ -43,25 +56,63 @@ def check(ws: Workspace, stages: Iterable[tuple[str, str]], *, before: bool = Fa
             return
         raise
     lines: list[str] = []
-    for stage, item in stages:
-        if stage == "warmup" and not params.warms(item):
-            continue
+    largest: dict[str, tuple[str, str, Pass]] = {}
+    for stage, item in chosen:
         try:
-            lines += refusals(planner, stage, item)
+            if _plenty(planner, stage, item):
+                continue
+            if stage in TRAININGS:
+                lines += refusals(planner, stage, item)
+                continue
+            need = passes.ask(planner, stage, item)
+            # What the same key of params sets is told once, of the stage that needs most.
+            if need.key not in largest or need.peak > largest[need.key][2].peak:
+                largest[need.key] = stage, item, need
         except NeftError:
             raise
         except Exception as fault:  # code that comes with a model may look at values
-            print(f"{stage} {item}: can't be forecast ({type(fault).__name__}); starts unchecked")
+            name = f"{stage} {item}".strip()
+            print(f"{name}: can't be forecast ({type(fault).__name__}); starts unchecked")
+    for stage, item, need in largest.values():
+        lines += _lacks(planner, stage, item, need)
     if lines:
         raise NeftError("\n".join(f"{line} ({SKIP}=0 starts anyway)" for line in lines))
+
+
+def _holds(params: Params, stage: str, item: str) -> bool:
+    """Whether a stage holds a model in memory at all."""
+    if stage == "base":
+        return isinstance(params.model, BuiltModel)
+    return stage != "warmup" or params.warms(item)
+
+
+def _plenty(planner: Planner, stage: str, item: str) -> bool:
+    """Whether there is so much that no simulation is needed; trainings of runs have one anyway."""
+    if stage in ("warmup", "train"):
+        return False
+    if stage == "base":
+        batch = planner.training(stage, item).batch
+        most = passes.bound(planner.subject, batch.rows, batch.tokens)
+        # Weights, and checkpoints of weights and states.
+        if 64 * planner.subject.parameters > free_disk(planner.root):
+            return False
+    else:
+        most = passes.most(planner, stage, item)
+    several = _copies(planner, stage)
+    return all(
+        room is None or (isinstance(several, int) and several * most <= room)
+        for _, room, _ in _rooms(planner, stage)
+    )
 
 
 def refusals(planner: Planner, stage: str, item: str) -> Iterator[str]:
     """One line for each thing that a training stage lacks here."""
     training, need = planner.ask(stage, item)
-    section = "warmup" if stage == "warmup" else f"runs.{item}"
-    where = f"{Params.FILE}: {section}"
-    for kind, room, wanted in _rooms(planner):
+    if stage == "base" and (tokens := _longest_text(planner)) < training.batch.tokens:
+        training = replace(training, batch=replace(training.batch, tokens=tokens))
+        need = planner.need(training)
+    where = f"{Params.FILE}: {SECTIONS.get(stage, f'runs.{item}')}"
+    for kind, room, wanted in _rooms(planner, stage):
         if room is not None and wanted(need) * MARGIN > room:
             batch = training.batch
             rows = f"with {batch.rows} rows of {batch.tokens} tokens"
@@ -82,25 +133,88 @@ def refusals(planner: Planner, stage: str, item: str) -> Iterator[str]:
         )
 
 
-def _rooms(planner: Planner) -> list[tuple[str, int | None, Callable[[Need], int]]]:
+def _longest_text(planner: Planner) -> int:
+    """Tokens that the longest text of pre-training has at least: of a word one, and two around.
+
+    The tokenizer isn't made yet. Where the texts aren't there, they count as short.
+    """
+    from neft_core.rows import read_rows
+    from neft_core.tasks import pretraining_texts
+
+    longest = SHORT
+    if planner.data is None or planner.least:
+        return longest
+    files = (planner.data.path("pretrain", f"{task}.jsonl") for task in planner.params.tasks)
+    for file in filter(Path.is_file, files):
+        for row in read_rows(file):
+            texts = pretraining_texts(row, tuple(row["languages"]))
+            longest = max(longest, *(len(text.split()) + 2 for text in texts))
+    return longest
+
+
+def _lacks(planner: Planner, stage: str, item: str, need: Pass) -> Iterator[str]:
+    """A line where a stage that trains nothing lacks memory."""
+    for kind, room, wanted in _rooms(planner, stage):
+        if room is None or wanted(need) * MARGIN <= room:
+            continue
+        remedy = "a smaller model is needed"
+        for words, less in passes.smaller(planner, stage, item, need):
+            asked = wanted(less) * MARGIN
+            if asked <= room:
+                remedy = f"would fit: {words} ({size(asked)})"
+                break
+            remedy = f"the least that was tried, {words}, needs {size(asked)}"
+        yield (
+            f"{Params.FILE}: {need.key}: {stage} {item} needs {size(wanted(need) * MARGIN)} of "
+            f"{kind} with {need.rows} rows of {need.tokens} tokens, {size(room)} available; "
+            f"{remedy}"
+        )
+        return
+
+
+def _copies(planner: Planner, stage: str) -> int | str:
+    """As `launching.copies`, of a stage: some have one process whatever params say."""
+    if stage not in launching.STAGES:
+        return 1
+    return launching.copies(planner.params.compute, planner.root)
+
+
+def _rooms(
+    planner: Planner, stage: str
+) -> list[tuple[str, int | None, Callable[[Need | Pass], int]]]:
     """Kinds of memory, what is free of each, and what a need takes of it."""
-    compute = planner.params.compute
-    if compute.accelerate_config is not None:
-        return []  # it may shard, and reach other machines
-    several = compute.processes
+    several = _copies(planner, stage)
+    if isinstance(several, str):
+        return []  # it may divide what a process holds, or reach other machines
+    copies = several
 
-    def held(need: Need) -> int:
+    def held(need: Need | Pass) -> int:
         # Each process keeps its gradients a second time, in the buckets that are exchanged.
-        return need.peak + (need.step.gradients if several > 1 else 0)
+        if copies > 1 and isinstance(need, Need):
+            return need.peak + need.step.gradients
+        return need.peak
 
-    if planner.gpu:
-        main: Callable[[Need], int] = lambda need: several * need.host  # noqa: E731
-        return [("GPU memory", free_gpu_memory(), held), ("memory", free_memory(), main)]
-    return [("memory", free_memory(), lambda need: several * held(need))]
+    if not planner.gpu:
+        return [("memory", free_memory(), lambda need: copies * held(need))]
+    return [
+        ("GPU memory", free_gpu_memory(), held),
+        ("memory", free_memory(), lambda need: copies * need.host),
+    ]
+
+
+def has_room(planner: Planner, need: Need) -> bool | None:
+    """Whether a training of such a need fits on its device; None where that isn't known."""
+    for _, room, wanted in _rooms(planner, "train"):
+        return None if room is None else wanted(need) * MARGIN <= room
+    return None
 
 
 def _remedy(
-    planner: Planner, stage: str, training: Training, room: int, wanted: Callable[[Need], int]
+    planner: Planner,
+    stage: str,
+    training: Training,
+    room: int,
+    wanted: Callable[[Need | Pass], int],
 ) -> str:
     """What would fit, or what of all that was tried needs least."""
     tried: list[tuple[float, str]] = []
@@ -117,8 +231,13 @@ def _remedy(
         return []
 
     section = "warmup" if stage == "warmup" else "training"
-    found = first((said(section, keys), other) for keys, other in exact(training))
-    for options in cheaper(training):
+    if stage == "base":
+        few = ((f"{BATCHES}: {n}", n) for n in passes.halves(training.batch.rows))
+        batch = training.batch
+        found = first((words, replace(training, batch=replace(batch, rows=n))) for words, n in few)
+    else:
+        found = first((said(section, keys), other) for keys, other in exact(training))
+    for options in cheaper(training) if stage != "base" else ():
         if len(found) < (LISTED if stage == "warmup" else 1):
             found += first(options)
     if found:

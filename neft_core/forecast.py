@@ -1,4 +1,4 @@
-"""Forecasts for one model: what a training, a dev loss or a generation needs, from shapes alone."""
+"""Forecasts for one model: what a training, an answer or a score needs, from shapes alone."""
 
 import copy
 import time
@@ -10,11 +10,14 @@ from typing import Any
 import torch
 
 from neft_core import models, simulation
+from neft_core.activations import add_batch
+from neft_core.gradients import pass_scores, passes
 from neft_core.masks import NeuronMask, NeuronScores
 from neft_core.methods import METHODS
-from neft_core.neurons import candidates
+from neft_core.neurons import candidates, layer_of
 from neft_core.optimizers import adamw
 from neft_core.patterns import Patterns, scorable
+from neft_core.probing import sentence_states
 from neft_core.selection import select_neurons
 from neft_core.simulation import Batch, Step
 from neft_core.tracker import Tracker, Work
@@ -227,8 +230,102 @@ def measure(subject: Subject, training: Training, device: str) -> float:
 
 
 def generation(
-    subject: Subject, training: Training | None, rows: int, tokens: int
-) -> tuple[int, int, Work]:
-    """Of generating with a trained (or the plain) model: weights, peak bytes, work of one pass."""
+    subject: Subject, training: Training | None, rows: int, prompt: int, new: int
+) -> tuple[int, int, Work, Work]:
+    """As `simulate_generation`, with a trained (or the plain) model."""
     model = prepared(subject, training)[0] if training else subject.model()
-    return simulation.simulate_generation(model, rows, tokens, autocast=subject.autocast)
+    return simulation.simulate_generation(model, rows, prompt, new, autocast=subject.autocast)
+
+
+def likelihood(
+    subject: Subject, training: Training | None, rows: int, tokens: int, answer: int
+) -> tuple[int, int, Work]:
+    """As `simulate_pass`, of `evaluation.log_likelihoods`.
+
+    Args:
+        subject: the base.
+        training: of the model, where it isn't the plain one.
+        rows: at once.
+        tokens: of the longest row.
+        answer: positions whose logits are kept.
+    """
+    model = prepared(subject, training)[0] if training else subject.model()
+
+    def run(model: Any) -> None:
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        kept = torch.arange(tokens - answer, tokens)
+        logits = model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=kept
+        ).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
+        torch.nn.functional.cross_entropy(logits, ids[:, :answer], reduction="none")
+
+    with torch.no_grad():
+        return simulation.simulate_pass(model, run, autocast=subject.autocast)
+
+
+def gradients(
+    subject: Subject, batch: Batch, layout: str | Patterns, memory: float
+) -> tuple[int, int, Work]:
+    """As `simulate_pass`, of `gradient_scores`; the work is of a micro-batch in all passes.
+
+    The first pass keeps most for backward, as its modules are the model's first; another may have
+    the largest sums. Of two micro-batches the second finds sums that the first made.
+
+    Args:
+        subject: the base.
+        batch: a micro-batch.
+        layout: whose neurons are candidates.
+        memory: bytes that the sums may take.
+    """
+    kind = subject.model_type
+    parts = passes(candidates(subject.shapes, kind, layout), memory)
+    largest = max(parts, key=lambda part: sum(group.count * group.length for group in part))
+    found = []
+    for part in parts[:1] if largest is parts[0] else (parts[0], largest):
+
+        def run(model: Any, part: Any = part) -> None:
+            losses = ((simulation.loss_of(model, batch, None, [])[0], 1) for _ in range(2))
+            pass_scores(model, part, losses, relative=False, kind=kind)
+
+        found.append(simulation.simulate_pass(subject.model(), run))
+    weights, _, work = found[0]
+    return weights, max(peak for _, peak, _ in found), work * (len(parts) / 2)
+
+
+def states(
+    subject: Subject, rows: int, tokens: int, layout: str | Patterns
+) -> tuple[int, int, Work, int]:
+    """As `simulate_pass`, of `probing.sentence_states`, and the bytes of what it returns."""
+    model = subject.model()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    groups = candidates(shapes, subject.model_type, layout)
+    layers = list(dict.fromkeys(layer_of(group.module) for group in groups))
+
+    kept = 0
+
+    def run(model: Any) -> None:
+        nonlocal kept
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        kept = sentence_states(model, layers, [batch]).nbytes
+
+    return *simulation.simulate_pass(model, run), kept
+
+
+def activations(
+    subject: Subject, rows: int, tokens: int, layout: str | Patterns
+) -> tuple[int, int, Work]:
+    """As `simulate_pass`, of `activation_scores`: both models, in fp32."""
+    exact = replace(subject, dtype=torch.float32, autocast=None)
+    groups = candidates(exact.shapes, exact.model_type, layout)
+
+    def run(pair: Any) -> None:
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        every = torch.zeros(rows * tokens, dtype=torch.int64)
+        sums = {g.module: torch.zeros(3, g.count, dtype=torch.float64) for g in groups}
+        add_batch((pair[0], pair[1]), groups, inputs, (every, every), sums)
+
+    with torch.no_grad():
+        return simulation.simulate_pass(torch.nn.ModuleList([exact.model(), exact.model()]), run)

@@ -4,7 +4,7 @@ Shapes: N candidates of a module, D weights in each.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from neft_core.errors import NeftError
+from neft_core.frozen import has_content
 from neft_core.groups import Group, Source
 from neft_core.masks import NeuronScores
 from neft_core.neurons import candidates, count_parameters, is_tied, sources
@@ -61,25 +62,21 @@ def gradient_scores(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     kind = str(known["model_type"])
     groups = candidates(shapes, kind, layout)
-    passes = _passes(groups, memory)
-    total = len(passes) * len(batches)
+    parts = passes(groups, memory)
+    total = len(parts) * len(batches)
     found: dict[str, Tensor] = {}
     training = model.training
     model.eval()
     try:
-        for number, part in enumerate(passes):
-            with _summing(model, part, shapes, kind) as gradients:
-                tokens = 0
+        for number, part in enumerate(parts):
+
+            def losses(earlier: int = number * len(batches)) -> Iterator[tuple[Tensor, int]]:
                 for position, batch in enumerate(batches, start=1):
-                    loss, trained = loss_sum(model, batch)
-                    loss.backward()
-                    tokens += trained
+                    yield loss_sum(model, batch)
                     if progress is not None:
-                        progress(number * len(batches) + position, total)
-                if not tokens:
-                    raise NeftError("gradient: the rows have no trained token; give rows with one")
-                for group in part:
-                    found[group.module] = _turned(model, group, gradients, tokens, relative, kind)
+                        progress(earlier + position, total)
+
+            found |= pass_scores(model, part, losses(), relative, kind)
     finally:
         model.train(training)
     return NeuronScores(
@@ -96,18 +93,51 @@ def gradient_scores(
     )
 
 
-def _passes(groups: Sequence[Group], memory: float) -> list[list[Group]]:
+def pass_scores(
+    model: nn.Module,
+    groups: Sequence[Group],
+    losses: Iterable[tuple[Tensor, int]],
+    relative: bool,
+    kind: str,
+) -> dict[str, Tensor]:
+    """Scores of the modules of one pass.
+
+    Args:
+        model: see `gradient_scores`.
+        groups: the modules' candidates.
+        losses: sums of a batch's losses and how many tokens they are of, formed when asked for.
+        relative: see `gradient_scores`.
+        kind: the `model_type`.
+
+    Raises:
+        NeftError: no trained token, or a gradient that is not finite.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    tokens = 0
+    with _summing(model, groups, shapes, kind) as gradients:
+        for loss, trained in losses:
+            loss.backward()
+            tokens += trained
+        if not tokens:
+            raise NeftError("gradient: the rows have no trained token; give rows with one")
+        return {
+            group.module: _turned(model, group, gradients, tokens, relative, kind)
+            for group in groups
+        }
+
+
+def passes(groups: Sequence[Group], memory: float) -> list[list[Group]]:
     """Groups in order, as many in a pass as their sums have room, one at least."""
-    passes: list[list[Group]] = []
+    found: list[list[Group]] = []
     used = math.inf
     for group in groups:
         size = 4 * group.count * group.length
-        if used + size > memory or not passes:
-            passes.append([])
+        if used + size > memory or not found:
+            found.append([])
             used = 0
-        passes[-1].append(group)
+        found[-1].append(group)
         used += size
-    return passes
+    return found
 
 
 @contextmanager
@@ -171,7 +201,7 @@ def _turned(
             last = min(first + step, source.count)
             w = source.cut(first, last).read(stored).double()
             g = torch.zeros_like(w) if whole is None else whole[first:last].double() / tokens
-            if not bool(g.isfinite().all()):
+            if has_content(g) and not bool(g.isfinite().all()):
                 raise NeftError(
                     f"gradient: {group.parameter} has a gradient that is not finite; use "
                     "compute.mixed_precision no or bf16"

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from neft_core import processes, ranks
-from neft_core.config import Compute
+from neft_core.config import Compute, read_yaml
 from neft_core.errors import NeftError
 from neft_core.workspace import Workspace
 
@@ -27,6 +27,10 @@ FAULTS = "NEFT_FAULTS"
 """Variable that names the folder in which a process started here tells its fault."""
 
 
+DIVIDING = ("fsdp_config", "deepspeed_config", "megatron_lm_config", "parallelism_config")
+"""Sections of an Accelerate configuration with which a process holds a part of the values."""
+
+
 class LaunchFailed(Exception):  # noqa: N818
     """A process was killed, or failed by a defect; the text says which and how."""
 
@@ -35,6 +39,34 @@ def wanted(compute: Compute) -> bool:
     """Whether params ask for a launcher, and this process isn't under one yet."""
     asked = compute.processes > 1 or compute.accelerate_config is not None
     return asked and not ranks.launched() and FAULTS not in os.environ
+
+
+def copies(compute: Compute, root: Path) -> int | str:
+    """How many processes of this machine each hold what one alone holds, or why that isn't known.
+
+    Of an Accelerate configuration it is known where all processes are here and none shares its
+    values with another: `distributed_type` NO, MULTI_GPU or MULTI_CPU, `num_machines` 1.
+
+    Args:
+        compute: its section of params.
+        root: where relative paths start.
+    """
+    if compute.accelerate_config is None:
+        return compute.processes
+    try:
+        found = read_yaml(root / Path(compute.accelerate_config).expanduser())
+    except NeftError:
+        return "can't be read"  # the launcher's refusal tells more
+    kind = str(found.get("distributed_type", "NO"))
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        return f"has distributed_type {kind}, which may divide what a process holds"
+    if found.get("num_machines", 1) != 1:
+        return f"has num_machines {found['num_machines']}, and this machine knows its own alone"
+    if divided := [key for key in DIVIDING if found.get(key)]:
+        return f"has {divided[0]}, which may divide what a process holds"
+    count = found.get("num_processes", 1)
+    known = type(count) is int and count > 0
+    return count if known else f"has num_processes {count}, which is no number of processes"
 
 
 def launch(ws: Workspace, compute: Compute, stage: list[str]) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from neft_core import capacity, config, links
+from neft_core import capacity, config, launching, links, passes
 from neft_core.capacity import Rates
 from neft_core.errors import NeftError
+from neft_core.fit import has_room
 from neft_core.forecast import Need, Training
 from neft_core.neurons import candidates
 from neft_core.planner import MARGIN, WHAT_IF, Planner, other_warmups, size
@@ -30,7 +31,6 @@ def report(planner: Planner, rates: Rates | None) -> dict[str, Any]:
         "gpu_memory": capacity.free_gpu_memory() if planner.gpu else None,
         "disk": capacity.free_disk(planner.root),
     }
-    room = rooms["gpu_memory"] if planner.gpu else rooms["memory"]
     shares = links.stored_once(planner.root)
     stages = list(_stages(planner, rates))
     kept = sum(stage["kept"] for stage in stages)
@@ -43,11 +43,12 @@ def report(planner: Planner, rates: Rates | None) -> dict[str, Any]:
             "device": "cuda" if planner.gpu else "cpu",
         },
         "rows": {task: asdict(planner.rows(task)) for task in params.tasks},
+        "processes": launching.copies(params.compute, planner.root),
         "available": rooms,
         "rates": asdict(rates) if rates else None,
         "margin": MARGIN,
-        "methods": [_method(planner, rates, room, *entry) for entry in _methods(planner)],
-        "warmups": list(_warmups(planner, rates, room)),
+        "methods": [_method(planner, rates, *entry) for entry in _methods(planner)],
+        "warmups": list(_warmups(planner, rates)),
         "stages": stages,
         "disk": {
             "kept": kept,
@@ -71,7 +72,7 @@ def _methods(planner: Planner) -> Iterator[tuple[list[str], Training]]:
 
 
 def _method(
-    planner: Planner, rates: Rates | None, room: int | None, names: list[str], training: Training
+    planner: Planner, rates: Rates | None, names: list[str], training: Training
 ) -> dict[str, Any]:
     task = planner.params.runs[names[0]].task if names else None
     return {
@@ -80,11 +81,11 @@ def _method(
         "options": dict(training.options),
         "selected_neurons": planner.need(training).selected,
         "adapter": planner.need(training).kept,
-        **_training(planner, rates, room, task, training),
+        **_training(planner, rates, task, training),
     }
 
 
-def _warmups(planner: Planner, rates: Rates | None, room: int | None) -> Iterator[dict[str, Any]]:
+def _warmups(planner: Planner, rates: Rates | None) -> Iterator[dict[str, Any]]:
     """The chosen way to warm up and the others, for the task that needs most."""
     warmed = [task for task in planner.params.tasks if planner.params.warms(task)]
     if not warmed:
@@ -95,12 +96,12 @@ def _warmups(planner: Planner, rates: Rates | None, room: int | None) -> Iterato
     for chosen, other in [(True, training), *((False, t) for _, t in other_warmups(training))]:
         assert other.warmup is not None
         with contextlib.suppress(NeftError):  # factors don't reach experts
-            found = _training(planner, rates, room, task, other)
+            found = _training(planner, rates, task, other)
             yield {"chosen": chosen, "task": task, **asdict(other.warmup), **found}
 
 
 def _training(
-    planner: Planner, rates: Rates | None, room: int | None, task: str | None, training: Training
+    planner: Planner, rates: Rates | None, task: str | None, training: Training
 ) -> dict[str, Any]:
     """What a training needs, in figures that methods and warm-ups share."""
     need = planner.need(training)
@@ -116,7 +117,7 @@ def _training(
         "flops": step.pass_.flops * training.accumulation,
         "seconds": _seconds(rates, planner.step_work(training, typical)),
         "longest_rows": typical is None,
-        "fits": None if room is None else need.peak * MARGIN <= room,
+        "fits": has_room(planner, need),
     }
 
 
@@ -148,17 +149,20 @@ def _stages(planner: Planner, rates: Rates | None) -> Iterator[dict[str, Any]]:
         # Two values are read in fp32 at most, and compared in float64.
         seconds = _seconds(rates, Work(moved=80 * scored))
         yield _stage("score", task, {"peak": 32 * largest}, seconds, kept=8 * neurons)
+    for name, entry in params.scores.items():
+        yield _passed(planner, rates, "scores", name, entry.rows, kept=8 * neurons)
+    for name, other in params.activations.items():
+        yield _passed(planner, rates, "activations", name, other.rows, kept=8 * neurons)
     for run in params.runs:
         yield _trained(planner, rates, "train", run)
     for task in params.tasks:
-        parts, seconds = _generated(planner, rates, task, None)
-        yield _stage("baseline", task, parts, seconds and (1 + (task in warmed)) * seconds)
+        asked = passes.asked(planner, task)[0]
+        yield _passed(planner, rates, "baseline", task, asked, 1 + (task in warmed))
     tested = [("evaluate", run, run, entry.task) for run, entry in params.runs.items()]
     tested += [("transfer", name, on.run, on.task) for name, on in params.transfers.items()]
     for stage, item, run, task in tested:
-        training = planner.training("train", run)
-        parts, seconds = _generated(planner, rates, task, training)
-        yield _stage(stage, item, parts, seconds and len(params.runs[run].seeds) * seconds)
+        asked = passes.asked(planner, task)[0]
+        yield _passed(planner, rates, stage, item, asked, len(params.runs[run].seeds))
 
 
 def _seconds(rates: Rates | None, work: Work) -> float | None:
@@ -188,8 +192,10 @@ def _trained(planner: Planner, rates: Rates | None, stage: str, item: str) -> di
     steps = planner.steps(stage, item)
     seconds = None
     if steps is not None and rates is not None:
-        task = params.runs[item].task if stage == "train" else item
-        rows = planner.rows(task) if task else None
+        rows = None
+        if stage != "base":
+            task = params.runs[item].task if stage == "train" else params.warmed(item)[0]
+            rows = planner.rows(task)
         typical = rows.typical if rows else None
         seconds = steps * rates.seconds(planner.step_work(training, typical))
         if rows and rows.dev and rows.train and stage == "train":
@@ -203,22 +209,24 @@ def _trained(planner: Planner, rates: Rates | None, stage: str, item: str) -> di
     return _stage(stage, item, _parts(need), seconds, kept, need.checkpoint)
 
 
-def _generated(
-    planner: Planner, rates: Rates | None, task: str, training: Training | None
-) -> tuple[dict[str, int], float | None]:
-    """Bytes of generating a task's test split once, and seconds at full length."""
-    params, rows = planner.params, planner.rows(task)
-    section = params.evaluation
-    count = min(section.batch_size, rows.test or section.batch_size)
-    new = section.max_new_tokens
-    tokens = (rows.prompt or rows.longest) + new
-    weights, peak, work = planner.generation(training, count, tokens)
-    parts = {"weights": weights, "activations": peak - weights, "peak": peak}
-    if rows.test is None or rates is None:
-        return parts, None
-    once = Work(work.flops // tokens, work.moved // tokens + weights, work.calls)
-    batches = math.ceil(rows.test / count)
-    return parts, batches * (rates.seconds(work) + new * rates.seconds(once))
+def _passed(
+    planner: Planner,
+    rates: Rates | None,
+    stage: str,
+    item: str,
+    rows: int | None,
+    times: int = 1,
+    kept: int = 0,
+) -> dict[str, Any]:
+    """A stage that passes rows through models so many times, all at full length."""
+    need, seconds = passes.ask(planner, stage, item), None
+    if rows is not None and rates is not None:
+        once = rates.seconds(need.batch)
+        if need.token is not None:
+            once += planner.params.evaluation.max_new_tokens * rates.seconds(need.token)
+        seconds = times * math.ceil(rows / need.rows) * once
+    parts = {"weights": need.weights, "activations": need.peak - need.weights, "peak": need.peak}
+    return _stage(stage, item, parts, seconds, kept)
 
 
 def text(found: dict[str, Any]) -> str:
@@ -238,6 +246,10 @@ def text(found: dict[str, Any]) -> str:
         free = here["gpu_memory"]
         lines.append(f"free: {size(free)} of GPU memory" if free else "free: no GPU here")
     lines.append(f"free: {size(here['memory'])} of memory, {size(here['disk'])} of disk")
+    if isinstance(several := found["processes"], str):
+        lines.append(f"compute.accelerate_config {several}: told of one process; starts unchecked")
+    elif several > 1:
+        lines.append(f"{several} processes; told of one")
     tasks = len(found["rows"])
     warmups = _table(
         {"warm-up" + f" {entry['task']}" * (tasks > 1): _way(entry), **_columns(entry)}
@@ -304,7 +316,7 @@ def _stage_row(stage: dict[str, Any], longest: bool) -> dict[str, str]:
     return {
         "stage": stage["stage"],
         **{part: _size(stage["bytes"].get(part, 0)) for part in parts},
-        "time": duration(stage["seconds"], longest and stage["stage"][:5] != "score"),
+        "time": duration(stage["seconds"], longest and not stage["stage"].startswith("score ")),
         "disk": _size(stage["kept"]),
         "meanwhile": _size(stage["scratch"]),
     }

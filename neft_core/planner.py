@@ -11,7 +11,7 @@ from neft_core import config, loading
 from neft_core.capacity import Rates, calibrate, free_gpu_memory
 from neft_core.config import Params
 from neft_core.errors import NeftError
-from neft_core.forecast import Need, Subject, Training, forecast, generation, measure
+from neft_core.forecast import Need, Subject, Training, forecast, measure
 from neft_core.simulation import Batch
 from neft_core.tracker import Work
 from neft_core.warmups import Warmup
@@ -98,7 +98,7 @@ class Planner:
         self.params, self.root, self.data, self.least = params, root, data, least
         self._config_file, self._download = config_file, download
         self._needs: dict[str, Need] = {}
-        self._generations: dict[str, tuple[int, int, Work]] = {}
+        self.answers: dict[str, tuple[int, int, Work, Work | None]] = {}  # of `passes`
         wanted = params.compute.device
         self.gpu = wanted != "cpu" and (wanted == "cuda" or free_gpu_memory() is not None)
 
@@ -183,7 +183,8 @@ class Planner:
         if stage == "base":
             assert isinstance(params.model, config.BuiltModel)
             how = params.model.pretraining
-            return Training("full", Batch(how.batch_size, params.model.context))
+            tokens = SHORT if self.least else params.model.context
+            return Training("full", Batch(how.batch_size, tokens))
         section: config.Optimisation = params.training
         if stage == "warmup":
             task, section = params.warmed(item)
@@ -229,15 +230,6 @@ class Planner:
             if stage != "train":
                 raise
             raise NeftError(f"{Params.FILE}: runs.{item}.method.{fault}") from None
-
-    def generation(
-        self, training: Training | None, rows: int, tokens: int
-    ) -> tuple[int, int, Work]:
-        """As `forecast.generation`, asked once for equal ones."""
-        key = repr((training, rows, tokens))
-        if key not in self._generations:
-            self._generations[key] = generation(self.subject, training, rows, tokens)
-        return self._generations[key]
 
     def kept(self, stage: str, item: str) -> int:
         """Bytes that a training stage leaves in `work/`."""

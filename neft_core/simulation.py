@@ -160,7 +160,7 @@ def simulate_step(
         # A forward pass first: layers may make something then that is there while a step begins.
         model.eval()
         with torch.no_grad():
-            _loss(model, dev or Batch(1, 2), autocast, [])
+            loss_of(model, dev or Batch(1, 2), autocast, [])
         loss_peak = tracker.peak
         model.train()
         alone = in_backward is not None
@@ -185,7 +185,7 @@ def simulate_step(
 
         def backward() -> float:
             nonlocal kept
-            loss, kept = _loss(model, batch, autocast, everything)
+            loss, kept = loss_of(model, batch, autocast, everything)
             loss.backward()
             return 0.0
 
@@ -255,32 +255,60 @@ class _OneOfEachShape:
         return _since(tracker, work), meanwhile
 
 
-def simulate_generation(
-    model: Any, rows: int, tokens: int, *, autocast: torch.dtype | None = None
+def simulate_pass(
+    model: Any, run: Callable[[Any], Any], *, autocast: torch.dtype | None = None
 ) -> tuple[int, int, Work]:
-    """Bytes of the model and at the peak of generating with a cache, and the work of one pass.
-
-    The pass reads all tokens at once.
+    """Bytes of the model and at the peak of what is done with it, and its work.
 
     Args:
         model: a prepared or plain model on the meta device; it is spent afterwards.
+        run: what is done with it.
+        autocast: the type of mixed precision.
+    """
+    model.eval()
+    with fake(model) as tracker, _autocast(autocast):
+        weights = tracker.live
+        run(model)
+        return weights, tracker.peak, tracker.work
+
+
+def simulate_generation(
+    model: Any, rows: int, prompt: int, new: int, *, autocast: torch.dtype | None = None
+) -> tuple[int, int, Work, Work]:
+    """Bytes of the model and at the peak of generating with a cache, and works of two passes.
+
+    One pass reads the prompts, the other makes the last token, behind a cache of all before it.
+
+    Args:
+        model: see `simulate_pass`.
         rows: generated at once.
-        tokens: of the longest prompt with its continuation.
+        prompt: tokens of the longest prompt.
+        new: of the longest continuation.
         autocast: the type of mixed precision.
     """
     model.eval()
     with fake(model) as tracker, torch.no_grad(), _autocast(autocast):
         weights = tracker.live
-        ids = torch.zeros(rows, tokens, dtype=torch.int64)
-        mask = torch.ones_like(ids)
-        model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
-        return weights, tracker.peak, tracker.work
+        ids, mask = torch.zeros(2, rows, prompt + new, dtype=torch.int64)
+
+        def read(first: int, last: int, cache: Any = None) -> tuple[Any, Work]:
+            before, given = tracker.work, {"past_key_values": cache} if first else {}
+            given |= {"input_ids": ids[:, first:last], "attention_mask": mask[:, :last]}
+            said = model(use_cache=True, logits_to_keep=1, **given)
+            return said.past_key_values, _since(tracker, before)
+
+        reading, highest = read(0, prompt)[1], tracker.peak
+        last = max(prompt, prompt + new - 2)
+        cache, _ = read(0, last)
+        tracker.peak = tracker.live
+        _, token = read(last, last + 1, cache)
+        return weights, max(highest, tracker.peak), reading, token
 
 
-def _loss(
+def loss_of(
     model: Any, batch: Batch, autocast: torch.dtype | None, weights: Iterable[Tensor]
 ) -> tuple[Tensor, int]:
-    """The loss as `training.loss_sum` forms it, and the bytes that it keeps besides weights."""
+    """The loss as `steps.loss_sum` forms it, and the bytes that it keeps besides weights."""
     own = {tensor.untyped_storage()._cdata for tensor in weights}
     kept: dict[int, Tensor] = {}
 

@@ -25,6 +25,7 @@ def baseline(ws: Workspace, task: str) -> None:
             metrics[name] = _evaluate(
                 ws, task, model, tokenizer, folder / f"{name}.jsonl", f"baseline {task}, {name}"
             )
+            del model  # before the next comes
         write_json(folder / "metrics.json", metrics)
 
 
@@ -54,6 +55,7 @@ def _every_seed(ws: Workspace, run: str, task: str, target: Path, label: str) ->
                 folder / f"seed-{seed}.jsonl",
                 f"{label}, seed {seed}",
             )
+            del model  # before the next comes
         write_json(folder / "metrics.json", {"seeds": metrics})
 
 

@@ -8,7 +8,7 @@ from families import tiny_model
 from test_methods import tiny_gpt2
 
 from neft_core.errors import NeftError
-from neft_core.gradients import _passes, gradient_scores
+from neft_core.gradients import gradient_scores, passes
 from neft_core.groups import Group, read_neurons
 from neft_core.steps import collate
 
@@ -85,10 +85,10 @@ def test_several_passes_give_the_same_bits():
 
 def test_passes_fill_the_memory_that_they_may_use():
     groups = [Group(str(n), 0, 0, 10, 10) for n in range(5)]  # 400 bytes each
-    sizes = [len(part) for part in _passes(groups, 800)]
+    sizes = [len(part) for part in passes(groups, 800)]
     assert sizes == [2, 2, 1]
-    assert [len(part) for part in _passes(groups, 1)] == [1] * 5
-    assert [len(part) for part in _passes(groups, math.inf)] == [5]
+    assert [len(part) for part in passes(groups, 1)] == [1] * 5
+    assert [len(part) for part in passes(groups, math.inf)] == [5]
 
 
 def test_only_one_dense_gradient_exists_at_a_time():

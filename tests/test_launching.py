@@ -131,3 +131,46 @@ def test_other_stages_refuse_to_be_shared(monkeypatch, copied, neft):
         2,
         ["neft: stage score: got 2 processes; start it without a launcher"],
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{distributed_type: MULTI_GPU, num_processes: 4}", 4),
+        ("{distributed_type: MULTI_CPU, num_processes: 2, num_machines: 1, fsdp_config: {}}", 2),
+        ("{distributed_type: 'NO'}", 1),
+        (
+            "{distributed_type: FSDP, num_processes: 2}",
+            "has distributed_type FSDP, which may divide",
+        ),
+        (
+            "{distributed_type: DEEPSPEED, num_processes: 2}",
+            "has distributed_type DEEPSPEED, which",
+        ),
+        (
+            "{distributed_type: MULTI_GPU, num_processes: 8, num_machines: 2}",
+            "has num_machines 2, ",
+        ),
+        (
+            "{distributed_type: MULTI_GPU, num_processes: 2, parallelism_config: {tp_size: 2}}",
+            "has parallelism_config, which may divide",
+        ),
+        ("{distributed_type: MULTI_GPU, num_processes: -1}", "has num_processes -1, which"),
+        ("[]", "can't be read"),
+    ],
+)
+def test_what_each_process_holds_is_known_where_none_divides_it(tmp_path, text, found):
+    (tmp_path / "mine.yaml").write_text(text)
+    told = launching.copies(Compute(accelerate_config="mine.yaml"), tmp_path)
+    if isinstance(found, int):
+        assert told == found
+    else:
+        assert str(told).startswith(found)
+
+
+def test_without_a_configuration_params_say_how_many(tmp_path):
+    assert launching.copies(Compute(processes=3), tmp_path) == 3
+    assert launching.copies(Compute(accelerate_config="none.yaml"), tmp_path) == "can't be read"
+    docs = launching.Path(launching.__file__).parents[1] / "docs/accelerate"
+    for file in ("fsdp2", "two-machines", "zero2"):
+        assert "has " in str(launching.copies(Compute(accelerate_config=f"{file}.yaml"), docs))

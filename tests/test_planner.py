@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import edit, tiny_workspace
 
-from neft_core import capacity, config, fit, plan_report, planner
+from neft_core import capacity, config, fit, forecast, passes, plan_report, planner
 from neft_core.capacity import Rates
 from neft_core.config import load_params
 from neft_core.errors import NeftError
@@ -308,7 +308,7 @@ def test_the_commands_refuse_with_2_and_a_variable_lets_them_go_on(copied, neft,
     code, said = neft(copied, "run", "--force")
     assert code == 2
     assert [line.split(":")[2].strip() for line in said] == [
-        "warmup", "runs.full", "runs.lora", "runs.neft",
+        "model", "warmup", "runs.full", "runs.lora", "runs.neft", "evaluation.batch_size",
     ]  # fmt: skip
     monkeypatch.setenv("NEFT_CHECK_FIT", "0")
     assert neft(copied, "stage", "warmup", "en-fr")[0] == 0
@@ -329,6 +329,174 @@ def test_a_gpu_is_asked_for_its_own_memory_and_for_main_memory(finished, room):
     room(gpu=None)
     assert list(refusals(planned, "train", "neft")) == []
     assert planned.rates() is None
+
+
+SCORES = """\
+warmups: {early: {task: en-fr, steps: 2}}
+scores:
+  grad: {criterion: gradient, task: en-fr, rows: 12, batch_size: 4}
+  probe: {criterion: probe, task: en-fr, rows: 12, batch_size: 4}
+activations: {act: {task: en-fr, warmup: early, rows: 4, batch_size: 4}}
+"""
+
+
+def with_scores(ws):
+    with ws.params_file.open("a") as handle:
+        handle.write(SCORES)
+    return ws
+
+
+@pytest.mark.usefixtures("few_ways")
+def test_the_plan_has_scores_and_further_warmups(copied):
+    planned = Planner(with_scores(copied).params(), copied.root, copied)
+    found = plan_report.report(planned, Rates(1e9, 1e9, 1e-6))
+    stages = {stage["stage"]: stage for stage in found["stages"]}
+    for name in (
+        "warmup early",
+        "scores grad",
+        "scores probe",
+        "activations act",
+        "baseline en-fr",
+    ):
+        assert stages[name]["seconds"] > 0
+        assert stages[name]["bytes"]["peak"] > stages[name]["bytes"].get("weights", 0)
+    assert stages["activations act"]["bytes"]["weights"] == (
+        2 * stages["scores grad"]["bytes"]["weights"]
+    )
+    assert found["processes"] == 1
+    assert "processes" not in plan_report.text(found)
+
+
+@pytest.mark.parametrize(
+    ("stage", "item", "key"),
+    [
+        ("evaluate", "neft", "evaluation.batch_size"),
+        ("baseline", "en-fr", "evaluation.batch_size"),
+        ("scores", "grad", "scores.grad.batch_size"),
+        ("scores", "probe", "scores.probe.batch_size"),
+        ("activations", "act", "activations.act.batch_size"),
+    ],
+)
+def test_a_stage_that_trains_nothing_is_refused_with_rows_that_fit(copied, room, stage, item, key):
+    planned = Planner(with_scores(copied).params(), copied.root, copied)
+    four, two = (passes.ask(planned, stage, item, rows) for rows in (None, 2))
+    assert (four.rows, two.rows, four.key) == (4, 2, key)
+    have = int(two.peak * 1.05) + 1
+    assert have < four.peak
+    room(memory=have)
+    with pytest.raises(NeftError) as refused:
+        check(copied, [(stage, item)])
+    assert str(refused.value) == (
+        f"params.yaml: {key}: {stage} {item} needs {size(four.peak * 1.05)} of memory with 4 rows "
+        f"of {four.tokens} tokens, {size(have)} available; would fit: {key}: 2 "
+        f"({size(two.peak * 1.05)}) (NEFT_CHECK_FIT=0 starts anyway)"
+    )
+    room(memory=1000)
+    with pytest.raises(NeftError, match=r"the least that was tried, .*1.*, needs "):
+        check(copied, [(stage, item)])
+
+
+def test_sums_of_gradients_can_have_less_memory(copied, room):
+    planned = Planner(with_scores(copied).params(), copied.root, copied)
+    *_, (words, least) = passes.smaller(
+        planned, "scores", "grad", passes.ask(planned, "scores", "grad")
+    )
+    # One module of 24 neurons of 16 weights.
+    assert words == "scores.grad: {batch_size: 1, memory: 1.54e-06}"
+    room(memory=int(least.peak * 1.05) + 1)
+    with pytest.raises(NeftError, match=r"would fit: scores.grad: \{batch_size: 1, memory: "):
+        check(copied, [("scores", "grad")])
+
+
+def test_a_built_base_is_refused_with_rows_that_fit(finished, room):
+    planned = Planner(finished.params(), finished.root, finished)
+    training = planned.training("base", "")
+    assert training.batch == Batch(16, 160)
+    # Texts have four words and the names of their languages, the tokenizer has to be made.
+    tokens = fit._longest_text(planned)
+    assert 10 < tokens < 60
+    small = [replace(training, batch=Batch(rows, tokens)) for rows in (16, 4)]
+    needs = [planned.need(one).peak for one in small]
+    room(memory=int(needs[1] * 1.05) + 1)
+    with pytest.raises(NeftError) as refused:
+        check(finished, [("base", "")])
+    assert str(refused.value).startswith(
+        f"params.yaml: model: needs {size(needs[0] * 1.05)} of memory with 16 rows of {tokens} "
+    )
+    assert f"; would fit: model.pretraining.batch_size: 4 ({size(needs[1] * 1.05)})" in str(
+        refused.value
+    )
+    room(memory=int(needs[0] * 1.05) + 1)
+    check(finished, [("base", "")])
+    params = finished.params()
+    other = config.LocalModel(kind="local", path="base")
+    assert not fit._holds(params.model_copy(update={"model": other}), "base", "")
+
+
+def test_where_there_is_plenty_nothing_is_simulated(copied, room, monkeypatch):
+    with_scores(copied)
+    stages = [
+        ("base", ""), ("evaluate", "neft"), ("baseline", "en-fr"), ("scores", "grad"),
+        ("scores", "probe"), ("activations", "act"),
+    ]  # fmt: skip
+    planned = Planner(copied.params(), copied.root, copied)
+    # No need comes near to what is plenty.
+    for stage, item in stages[1:]:
+        assert passes.most(planned, stage, item) > 2 * passes.ask(planned, stage, item).peak
+    batch = planned.training("base", "").batch
+    most = passes.bound(planned.subject, batch.rows, batch.tokens)
+    assert most > 2 * planned.ask("base", "")[1].peak
+
+    def simulated(*_arguments, **_options):
+        raise NeftError("simulated")
+
+    for name in ("forecast", "generation", "gradients", "states", "activations"):
+        monkeypatch.setattr(forecast, name, simulated)
+    monkeypatch.setattr(planner, "forecast", simulated)
+    room()
+    check(copied, stages)
+    for entry in stages:
+        room(memory=1000)
+        with pytest.raises(NeftError, match="simulated"):
+            check(copied, [entry])
+
+
+def test_each_process_of_a_plain_configuration_needs_what_one_needs(copied, room):
+    need = Planner(copied.params(), copied.root, copied).ask("train", "neft")[1]
+    evaluation = passes.ask(Planner(copied.params(), copied.root, copied), "evaluate", "neft").peak
+    file = copied.root / "mine.yaml"
+    edit(copied, ("threads: 1}", "threads: 1, accelerate_config: mine.yaml}"))
+    file.write_text("{distributed_type: MULTI_CPU, num_processes: 3, num_machines: 1}")
+    for stage, item, each in (
+        ("train", "neft", need.peak + need.step.gradients),
+        ("evaluate", "neft", evaluation),
+    ):
+        room(memory=int(3 * each * 1.05) + 1)
+        check(copied, [(stage, item)])
+        room(memory=int(3 * each * 1.05) - 10)
+        with pytest.raises(NeftError, match=f"needs {size(3 * each * 1.05)} of memory"):
+            check(copied, [(stage, item)])
+    # What may be divided isn't known; a base is made in one process all the same.
+    file.write_text("{distributed_type: FSDP, num_processes: 3}")
+    room(memory=1000)
+    check(copied, [("train", "neft"), ("evaluate", "neft")])
+    with pytest.raises(NeftError, match=r"params\.yaml: model: needs"):
+        check(copied, [("base", "")])
+
+
+@pytest.mark.usefixtures("few_ways")
+def test_the_plan_says_where_starts_are_not_checked(copied):
+    edit(copied, ("threads: 1}", "threads: 1, accelerate_config: mine.yaml}"))
+    (copied.root / "mine.yaml").write_text("{distributed_type: FSDP, num_processes: 3}")
+    planned = Planner(copied.params(), copied.root, copied)
+    found = plan_report.report(planned, None)
+    assert {entry["fits"] for entry in found["methods"]} == {None}
+    assert (
+        "compute.accelerate_config has distributed_type FSDP, which may divide what a process "
+        "holds: told of one process; starts unchecked"
+    ) in plan_report.text(found).splitlines()
+    found["processes"] = 3
+    assert "3 processes; told of one" in plan_report.text(found).splitlines()
 
 
 def test_rates_add_up_or_overlap():

@@ -145,7 +145,7 @@ def test_neurons_are_scored_on_the_device_that_params_name(scored, monkeypatch):
     monkeypatch.setattr(type(scored), "params", lambda _: params)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
         score(scored, "en-fr")
 
 

@@ -1,19 +1,25 @@
 """Forecasts of a step against a real one: bytes by torch's allocator, hooks and flop counter."""
 
+import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import tiny_llama, tiny_rows
 from families import tiny_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import kept_for_backward, resident
+from neft_core import forecast as forecast_of
 from neft_core import models, patterns
+from neft_core.activations import activation_scores
 from neft_core.again import as_it_is
+from neft_core.evaluation import log_likelihoods
 from neft_core.forecast import Subject, Training, forecast, generation, prepared
+from neft_core.gradients import gradient_scores
 from neft_core.methods import trained_parameters
 from neft_core.optimizers import InBackward, per_parameter
+from neft_core.probing import sentence_states
 from neft_core.simulation import Batch, fake
 from neft_core.tracker import Tracker, Work
 from neft_core.warmups import MODULES, STATES, Warmup
@@ -250,11 +256,93 @@ def test_a_dev_loss_and_a_generation_count(monkeypatch):
     large = Training("embed", Batch(1, 8), dev=Batch(64, 100))
     logits = 64 * 100 * 300 * 4
     assert forecast(of, large).peak > forecast(of, small).peak + logits
-    weights, peak, work = generation(of, small, 5, 60)
+    weights, peak, work, token = generation(of, small, 5, 20, 40)
     assert weights == 4 * of.parameters + sum(b.nbytes for b in of.model().buffers())
     cache = 2 * 2 * 5 * 60 * 64 * 4
     assert 4 * of.parameters + cache < peak < 4 * of.parameters + 4 * cache
-    assert work.flops > 2 * 5 * 60 * (of.parameters - 300 * 64)
+    assert 20 * token.flops > work.flops > 2 * 5 * 20 * (of.parameters - 300 * 64)
+
+
+def real_model(of):
+    return models.skeleton(of.config, of.dtype, device="cpu").eval()
+
+
+def highest(model, action):
+    """Bytes at the peak of what is done with a real model."""
+    with Tracker() as tracker:
+        tracker.hold([*model.parameters(), *model.buffers()])
+        action()
+        return tracker.peak
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(40, 2), (4, 50)])
+def test_a_generation_is_forecast_with_the_cache_at_its_end(prompt, new):
+    of = subject(max_position_embeddings=128)
+    model, rows = real_model(of), 5
+    model.generation_config = type(model.generation_config)()
+    ids = torch.randint(3, 300, (rows, prompt))
+    found = highest(
+        model, lambda: model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None)
+    )
+    assert generation(of, None, rows, prompt, new)[1] == pytest.approx(found, rel=0.05)
+
+
+def test_likelihoods_are_forecast():
+    of, rows = subject(), tiny_rows(6, longest=40)
+    rows["prompts"] = np.diff(rows["offsets"]) - 3
+    model, lengths = real_model(of), np.diff(rows["offsets"])
+    found = highest(
+        model, lambda: log_likelihoods(model, rows, pad=0, batch_size=6, label="likelihoods")
+    )
+    kept = int(lengths.max() - rows["prompts"].min())
+    forecast_ = forecast_of.likelihood(of, None, 6, int(lengths.max()), kept)
+    assert forecast_[1] == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("memory", [1e9, 1.0])
+def test_scores_by_gradient_are_forecast(memory):
+    of = subject()
+    model = real_model(of)
+    batches = [batch_of(4, 30, seed) for seed in (1, 2)]
+    found = highest(model, lambda: gradient_scores(model, batches, "all", memory=memory))
+    _, peak, work = forecast_of.gradients(of, Batch(4, 30), "all", memory)
+    assert peak == pytest.approx(found, rel=0.05)
+    more = forecast_of.gradients(of, Batch(4, 30), "all", 1e9)[2]
+    assert (work.flops > more.flops) == (memory == 1)
+
+
+def test_scores_by_probe_are_forecast():
+    of = subject()
+    model = real_model(of)
+    layers = ["model.layers.0", "model.layers.1"]
+    found = highest(model, lambda: sentence_states(model, layers, [batch_of(4, 30)]))
+    _, peak, _, kept = forecast_of.states(of, 4, 30, "mlp")
+    assert peak == pytest.approx(found, rel=0.05)
+    assert kept == 4 * 2 * 64 * 4
+
+
+@pytest.mark.parametrize("layout", ["mlp", "all"])
+def test_scores_by_activation_are_forecast(layout):
+    of = subject()
+    base, tuned = real_model(of), real_model(of)
+
+    def score():
+        with Tracker() as tracker:
+            tracker.hold(t for m in (base, tuned) for t in (*m.parameters(), *m.buffers()))
+            activation_scores(base, tuned, [batch_of(8, 60)], layout)
+            return tracker.peak
+
+    weights, peak, _ = forecast_of.activations(of, 8, 60, layout)
+    assert weights == 2 * (4 * of.parameters + sum(b.nbytes for b in of.model().buffers()))
+    assert peak == pytest.approx(score(), rel=0.1)
+
+
+def batch_of(rows, tokens, seed=0):
+    torch.manual_seed(seed)
+    ids = torch.randint(3, 300, (rows, tokens))
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids}
 
 
 def test_a_tied_weight_counts_once():
