@@ -3,11 +3,13 @@
 The forecast sees shapes alone. The step is real: the package's own loss and AdamW on a CPU, each
 configuration in a process of its own. `sum` is parameters, gradients, the optimiser's states and
 what is kept for backward; `peak` is what torch's allocator held at the highest point of a step.
+`step` is seconds: by the rates of `neft plan`'s calibration, against the fastest of some steps.
 How the figures are to be read: docs/results.md, "Forecasts".
 """
 
 import argparse
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,6 +33,9 @@ class Spec:
     percent: float
     rank: int
 
+
+STEPS = 3
+"""Steps that are timed."""
 
 METHODS = ("full", "in_out", "embed", "lora", "neft")
 
@@ -58,7 +63,7 @@ def measure(spec: Spec) -> dict[str, Any]:
 
     from benchmarks import memory
     from benchmarks.rivals import llama_config
-    from neft_core import forecast, models, steps, warmups
+    from neft_core import capacity, forecast, models, steps, warmups
     from neft_core.methods import METHODS as OURS
     from neft_core.optimizers import InBackward, per_parameter
     from neft_core.simulation import Batch
@@ -142,17 +147,28 @@ def measure(spec: Spec) -> dict[str, Any]:
     del loss
     harness.reset_peak()
     step()
+    resident = harness.peak_resident()
+    least = float("inf")
+    for _ in range(STEPS):
+        begun = time.perf_counter()
+        step()
+        least = min(least, time.perf_counter() - begun)
+    rates = capacity.calibrate("cpu", half or dtype)
     return {
         "forecast": {"sum": need.step.parts, "kept": need.step.activations, "peak": need.peak},
         "measured": {"sum": sum(parts.values()), "kept": parts["kept"], "peak": highest},
-        "resident": harness.peak_resident(),
+        "seconds": {
+            "forecast": rates.seconds(need.step.pass_ + need.step.update),
+            "measured": least,
+        },
+        "resident": resident,
         "parts": parts,
         "step": asdict(need.step),
     }
 
 
 def row(spec: Spec, found: dict[str, Any]) -> dict[str, str]:
-    """A line of the table, in MB."""
+    """A line of the table, in MB and seconds."""
     budget = {"neft": f" {spec.percent:g} %", "lora": f" {spec.rank}"}.get(spec.method, "")
     cells = {
         "method": spec.method + budget,
@@ -164,6 +180,9 @@ def row(spec: Spec, found: dict[str, Any]) -> dict[str, str]:
         forecast, measured = found["forecast"][key], found["measured"][key]
         cells[key] = f"{forecast / 1e6:,.1f} / {measured / 1e6:,.1f}"
         cells[f"{key} off"] = f"{100 * (forecast / measured - 1):+.1f} %"
+    forecast, measured = found["seconds"]["forecast"], found["seconds"]["measured"]
+    cells["step"] = f"{forecast:.3g} / {measured:.3g}"
+    cells["of measured"] = f"{forecast / measured:.2f}"
     return cells | {"resident": f"{found['resident'] / 1e6:,.0f}"}
 
 

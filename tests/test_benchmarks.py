@@ -375,6 +375,11 @@ def test_forecasts_beside_steps_end_to_end(tmp_path, monkeypatch, capsys):
         assert row[key] == f"{forecast / 1e6:,.1f} / {measured / 1e6:,.1f}"
         assert row[f"{key} off"] == f"{100 * (forecast / measured - 1):+.1f} %"
     assert abs(found["forecast"]["sum"] / found["measured"]["sum"] - 1) < 0.1
+    forecast, measured = found["seconds"]["forecast"], found["seconds"]["measured"]
+    assert row["step"] == f"{forecast:.3g} / {measured:.3g}"
+    assert row["of measured"] == f"{forecast / measured:.2f}"
+    # A step of a model this small is all calls, which the calibration counts.
+    assert 0.01 < forecast / measured < 10
 
 
 def test_cost_of_warm_ups_end_to_end(tmp_path, monkeypatch, capsys):

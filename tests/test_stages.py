@@ -1,11 +1,13 @@
 """Stages on other bases and methods than the tiny pipeline's own."""
 
 import csv
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -203,6 +205,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 TRUSTED = """\
 import sys
+import weakref
 from pathlib import Path
 from neft_core import loading, models, stages
 from neft_core.errors import NeftError
@@ -271,3 +274,25 @@ def test_stages_replace_files_and_never_write_into_them(copied, tmp_path):
     assert sum(path.read_bytes() != before.read_bytes() for path, before, _ in kept) > len(kept) / 3
     for path, before, link in kept:
         assert link.read_bytes() == before.read_bytes(), path
+
+
+def test_an_evaluation_holds_one_model_at_a_time(copied, monkeypatch):
+    from neft_core import testing
+
+    loaded: list[weakref.ref] = []
+
+    def watched(load):
+        def run(*given):
+            gc.collect()
+            assert [model() for model in loaded] == [None] * len(loaded)
+            found = load(*given)
+            loaded.append(weakref.ref(found[0] if isinstance(found, tuple) else found))
+            return found
+
+        return run
+
+    for name in ("load_trained", "load_as_base"):
+        monkeypatch.setattr(testing, name, watched(getattr(testing, name)))
+    testing.evaluate(copied, "neft")
+    testing.baseline(copied, "en-fr")
+    assert len(loaded) == 4
