@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from neft_core import frozen
@@ -13,6 +14,27 @@ from neft_core.layer import NeftLinear
 
 if TYPE_CHECKING:
     from neft_core.tuner import NeftConfig
+
+
+def leave_out_whole(config: "NeftConfig") -> None:
+    """Leave out the neurons of modules that the config has trained as a whole, as PEFT does.
+
+    Raises:
+        NeftError: no neurons are left.
+    """
+    if not config.modules:
+        raise NeftError(f"{config.source}: has no neurons; give NeftConfig a mask of some")
+    whole = config.modules_to_save or []
+    config.modules = {
+        name: entry
+        for name, entry in config.modules.items()
+        if not any(f".{module}." in f".{name}." for module in whole)
+    }
+    if not config.modules:
+        raise NeftError(
+            f"{config.source}: all its neurons are in modules_to_save, which train as a whole; "
+            "name other modules there, or none"
+        )
 
 
 def check_model(config: "NeftConfig", model: nn.Module) -> dict[str, int]:
@@ -64,6 +86,11 @@ def check_linear(config: "NeftConfig", name: str, module: Any) -> int:
                 "use masks of one layout"
             )
         module = module.get_base_layer()
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        raise NeftError(
+            f"{config.source}: {name} trains as a whole in another adapter of this model "
+            "(modules_to_save); use a mask without it"
+        )
     elif isinstance(module, BaseTunerLayer):
         raise NeftError(
             f"{config.source}: {name} has an adapter of another method; unload that one first"

@@ -24,7 +24,7 @@ from neft_core.expert_layer import NeftExperts, add_to_experts
 from neft_core.groups import Group
 from neft_core.layer import NeftLayer, NeftLinear
 from neft_core.masks import NeuronMask
-from neft_core.refusals import check_model
+from neft_core.refusals import check_model, leave_out_whole
 from neft_core.rounding import Rounding, Tally
 
 _LOG = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ class NeftConfig(PeftConfig):  # type: ignore[misc]
         provenance: what made the mask, the hash of its base model included.
         form: `in_place` writes the neurons into the base's weight, which costs nothing per token;
             `additive` adds their change to the output; `auto` is in place where that is possible.
-        modules_to_save: other modules that train as a whole, as in every PEFT config.
+        modules_to_save: modules that train as a whole, as in every PEFT config; neurons that the
+            mask has there are left out.
     """
 
     # PEFT would match these by its own rules, and keep a whole head or embedding named here.
@@ -140,8 +141,7 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
         peft_config: NeftConfig,
         model_config: Any,  # noqa: ARG002
     ) -> NeftConfig:
-        if not peft_config.modules:
-            raise NeftError(f"{peft_config.source}: has no neurons; give NeftConfig a mask of some")
+        leave_out_whole(peft_config)
         return peft_config
 
     def _prepare_model(self, peft_config: NeftConfig, model: nn.Module) -> None:

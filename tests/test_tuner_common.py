@@ -27,11 +27,14 @@ test_tuner_trainers.py, the rest is below.
 | a name used twice changes nothing | test_a_name_used_twice_changes_nothing |
 | `set_requires_grad`, `inference_mode` | peft.test_several_adapters, peft.test_inference_mode |
 | `modules_to_save`, in one adapter or both | peft.test_modules_to_save_train_as_a_whole, test_modules_to_save_of_several_adapters |
+| the same modules in `modules_to_save` | test_a_module_that_trains_as_a_whole_has_no_neurons_beside, test_neurons_of_a_module_that_another_adapter_trains_as_a_whole_are_refused |
 | base's state dict, got and set | peft.test_state_dicts_go_in_and_out |
 | status of model and layers; `in_features` | peft.test_the_status_that_peft_reports, test_layers_look_like_linear_ones |
 | copies, pickles, compiled | peft.test_a_copy_is_independent, tuner.test_a_compiled_model_trains_as_it_does_otherwise |
 | embeddings resized | test_resized_embeddings |
 | the README's example | test_the_readme_s_own_code |
+
+PEFT's suite itself, run with this method: `make test-peft`.
 
 Not asked, as they are of other methods: layer indexing by `layers_to_transform` (a mask names its
 modules), `bias=` of LoRA (no bias trains), prompt learning, trainable tokens.
@@ -376,6 +379,37 @@ def test_modules_to_save_of_several_adapters():
     model.set_adapter("default")
     assert torch.equal(model(x), own)
     torch.testing.assert_close(model.merge_and_unload()(x), own)
+
+
+def test_a_module_that_trains_as_a_whole_has_no_neurons_beside(tmp_path):
+    x = torch.linspace(-1, 1, 8).reshape(2, 4)
+    model = get_peft_model(Deep(), deep("one", "two", keep=["two"]))
+    assert list(neft_layers(model)) == ["base_model.model.one"]
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        "base_model.model.one.neft_values.default",
+        "base_model.model.two.modules_to_save.default.weight",
+        "base_model.model.two.modules_to_save.default.bias",
+    }
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(2)
+    want = model(x)
+    assert not torch.equal(want, Deep()(x))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(Deep(), tmp_path)(x), want)
+    torch.testing.assert_close(model.merge_and_unload()(x), want)
+    with pytest.raises(NeftError, match="mask: all its neurons are in modules_to_save, which"):
+        get_peft_model(Deep(), deep("two", keep=["two"]))
+
+
+def test_neurons_of_a_module_that_another_adapter_trains_as_a_whole_are_refused():
+    model = get_peft_model(Deep(), deep("one", keep=["two"]))
+    before = list(model.state_dict())
+    with pytest.raises(NeftError, match=r"mask: two trains as a whole in another adapter of this"):
+        model.add_adapter("b", deep("one", "two"))
+    assert list(model.peft_config) == ["default"]
+    assert list(model.state_dict()) == before
 
 
 def test_layers_look_like_linear_ones():
