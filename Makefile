@@ -1,8 +1,9 @@
 # make demo: set up and run the default job; make test: set up and pass the tests;
 # make install: set up alone; make lint: style and types; make check: lint and test;
 # make up: Prefect, MLflow and a worker, left running; make deploy: their deployments; make down: stop
-# exactly these; make bench: the cost of a training step, every method side by side, and of scoring and analyses
-# beside reading (on an idle machine).
+# exactly these; make test-peft: PEFT's own tests, with adapters of this method; make bench: the cost
+# of a training step, every method side by side, and of scoring and analyses beside reading (on an
+# idle machine).
 # The first of these names that is Python 3.11 or newer; PYTHON=... chooses another.
 PYTHON ?= $(shell for name in python3.11 python3; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
@@ -15,7 +16,7 @@ STAMP := $(VENV)/installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
 export DO_NOT_TRACK := true
 
-.PHONY: install demo test test-slow check lint bench up down deploy clean
+.PHONY: install demo test test-slow test-peft check lint bench up down deploy clean
 
 install: $(STAMP)
 
@@ -58,6 +59,9 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
+
+test-peft: install
+	$(BIN)/python tests/peft_suite.py
 
 check: lint test
 
