@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from neft_core.tuner import NeftConfig
 
 
+def trains_whole(config: "NeftConfig", module: str) -> bool:
+    """Whether a module is one of the config's `modules_to_save`, or in one."""
+    return any(f".{whole}." in f".{module}." for whole in config.modules_to_save or ())
+
+
 def leave_out_whole(config: "NeftConfig") -> None:
     """Leave out the neurons of modules that the config has trained as a whole, as PEFT does.
 
@@ -24,11 +29,8 @@ def leave_out_whole(config: "NeftConfig") -> None:
     """
     if not config.modules:
         raise NeftError(f"{config.source}: has no neurons; give NeftConfig a mask of some")
-    whole = config.modules_to_save or []
     config.modules = {
-        name: entry
-        for name, entry in config.modules.items()
-        if not any(f".{module}." in f".{name}." for module in whole)
+        name: entry for name, entry in config.modules.items() if not trains_whole(config, name)
     }
     if not config.modules:
         raise NeftError(

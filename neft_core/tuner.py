@@ -24,7 +24,7 @@ from neft_core.expert_layer import NeftExperts, add_to_experts
 from neft_core.groups import Group
 from neft_core.layer import NeftLayer, NeftLinear
 from neft_core.masks import NeuronMask
-from neft_core.refusals import check_model, leave_out_whole
+from neft_core.refusals import check_model, leave_out_whole, trains_whole
 from neft_core.rounding import Rounding, Tally
 
 _LOG = logging.getLogger(__name__)
@@ -111,6 +111,8 @@ class NeftConfig(PeftConfig):  # type: ignore[misc]
 
     def named(self, module: str) -> str | None:
         """The key of `modules` that means a model's module; a prefix of its name may be missing."""
+        if trains_whole(self, module):
+            return None
         while module not in self.modules:
             _, dot, module = module.partition(".")
             if not dot:

@@ -52,10 +52,6 @@ EXPECTED: dict[str, tuple[int, str]] = {
     "test_mixed_adapter_batches_training_mode_raises": (1, _MIXED),
     "test_multiple_adapters_mixed_modules_to_save_merging_adapters": (1, _WEIGHTED),
     "test_multiple_adapters_same_modules_to_save_merging_adapters_raises": (1, _WEIGHTED),
-    "test_nested_ignores_modules_to_save": (
-        1,
-        "a mask's name that ends the names of two modules is refused",
-    ),
     "test_requires_grad_lora_emb_conv1d": (1, "an embedding has no neurons"),
     "test_targeting_module_to_save_raises": (1, "refused too, in words of our own"),
 }

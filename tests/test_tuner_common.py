@@ -403,6 +403,12 @@ def test_a_module_that_trains_as_a_whole_has_no_neurons_beside(tmp_path):
         get_peft_model(Deep(), deep("two", keep=["two"]))
 
 
+def test_a_module_that_trains_as_a_whole_may_end_in_the_name_of_one_with_neurons():
+    inner = nn.ModuleDict({"one": nn.Linear(4, 4), "two": nn.ModuleDict({"one": nn.Linear(4, 4)})})
+    model = get_peft_model(inner, deep("one", keep=["two.one"]))
+    assert list(neft_layers(model)) == ["base_model.model.one"]
+
+
 def test_neurons_of_a_module_that_another_adapter_trains_as_a_whole_are_refused():
     model = get_peft_model(Deep(), deep("one", keep=["two"]))
     before = list(model.state_dict())
