@@ -66,6 +66,19 @@ class Findings:
         assert self.params.study is not None
         return self.params.study.part_name(part)
 
+    @cached_property
+    def tasks(self) -> list[str]:
+        """The tasks to be shown: of a study those that its runs are about, if any; else all.
+
+        A study also has tasks whose pre-training rows alone it needs.
+        """
+        every = list(self.params.tasks)
+        if self.params.study is None:
+            return every
+        about = {run.task for run in self.params.runs.values()}
+        about |= {transfer.task for transfer in self.params.transfers.values()}
+        return [task for task in every if task in about] or every
+
     def runs(self, task: str) -> list[str]:
         """Names of a task's runs."""
         return [name for name, run in self.params.runs.items() if run.task == task]

@@ -48,7 +48,7 @@ def verdict(found: Findings) -> Html:
 def results(found: Findings, gallery: Gallery) -> Html | str:
     """The result table of each task, and its metric against what is trained."""
     parts = []
-    for task in found.params.tasks:
+    for task in found.tasks:
         if rows := found.rows(task):
             parts += [fill("<h3>{task}</h3>", task=task), _results(found, task, rows)]
             parts += list(_trade_off(found, task, gallery))

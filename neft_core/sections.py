@@ -19,7 +19,7 @@ LOSS = "loss (nats per token)"
 def training(found: Findings, gallery: Gallery) -> Html | str:
     """Learning curves."""
     pieces = []
-    for task in found.params.tasks:
+    for task in found.tasks:
         own = {run: found.families[run] for run in found.runs(task)}
         looks = figures.styles(own, list(found.families.values()))
         for kind, split in (("train", "training"), ("dev", "dev")):
@@ -136,7 +136,7 @@ def _size(amount: float | None) -> str:
 def samples(found: Findings, _gallery: Gallery) -> Html | str:
     """Test rows with what each model made of them."""
     parts = []
-    for task in found.params.tasks:
+    for task in found.tasks:
         rows = found.samples(task, SAMPLES)
         if rows:
             parts += [fill("<h3>{task}</h3>", task=task), *map(_sample, rows)]

@@ -272,6 +272,24 @@ def test_runs_of_another_task_are_told_apart(tmp_path):
     assert [name for name in names if f">{name}</text>" in other] == list(names)
 
 
+def test_a_study_leaves_out_tasks_that_none_of_its_runs_is_about(tmp_path):
+    ws = by_hand(tmp_path)
+    edit(ws, ("  other:\n    task: fr-en\n", "  other:\n    task: en-fr\n"))
+    summarise(ws)
+
+    def shown() -> list[str]:
+        return re.findall(
+            "<h3>(.*?)</h3>", str(result_sections.results(Findings.read(ws), Gallery()))
+        )
+
+    assert shown() == ["en-fr", "fr-en"], "no study"
+    with ws.params_file.open("a") as handle:
+        handle.write(STUDY)
+    assert shown() == ["en-fr"]
+    edit(ws, ("evaluation:", "transfers: {moved: {run: other, task: fr-en}}\nevaluation:"))
+    assert shown() == ["en-fr", "fr-en"]
+
+
 # Neurons
 
 UP, DOWN = Group("m.layers.0.up_proj", 0, 0, 4, 8), Group("m.layers.1.up_proj", 0, 10, 6, 8, step=2)
