@@ -1,9 +1,9 @@
 """Whether a stage can start here: memory and disk against its forecast, and what would fit."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from neft_core import launching, links, passes
@@ -13,6 +13,7 @@ from neft_core.errors import NeftError
 from neft_core.forecast import Need, Training
 from neft_core.passes import Pass
 from neft_core.planner import MARGIN, SHORT, WHAT_IF, Planner, other_warmups, size
+from neft_core.simulation import Batch
 from neft_core.workspace import Workspace
 
 SKIP = "NEFT_CHECK_FIT"
@@ -108,8 +109,8 @@ def _plenty(planner: Planner, stage: str, item: str) -> bool:
 def refusals(planner: Planner, stage: str, item: str) -> Iterator[str]:
     """One line for each thing that a training stage lacks here."""
     training, need = planner.ask(stage, item)
-    if stage == "base" and (tokens := _longest_text(planner)) < training.batch.tokens:
-        training = replace(training, batch=replace(training.batch, tokens=tokens))
+    if stage == "base":
+        training = replace(training, batch=_known_texts(planner, training.batch))
         need = planner.need(training)
     where = f"{Params.FILE}: {SECTIONS.get(stage, f'runs.{item}')}"
     for kind, room, wanted in _rooms(planner, stage):
@@ -133,23 +134,21 @@ def refusals(planner: Planner, stage: str, item: str) -> Iterator[str]:
         )
 
 
-def _longest_text(planner: Planner) -> int:
-    """Tokens that the longest text of pre-training has at least: of a word one, and two around.
+def _known_texts(planner: Planner, batch: Batch) -> Batch:
+    """The batch of pre-training, no larger than the texts that are there.
 
-    The tokenizer isn't made yet. Where the texts aren't there, they count as short.
+    The tokenizer isn't made yet: a text has at least a token for each word, and two around. Where
+    the texts aren't there, they count as one, and short.
     """
-    from neft_core.rows import read_rows
-    from neft_core.tasks import pretraining_texts
+    from neft_core import pretraining
 
-    longest = SHORT
-    if planner.data is None or planner.least:
-        return longest
-    files = (planner.data.path("pretrain", f"{task}.jsonl") for task in planner.params.tasks)
-    for file in filter(Path.is_file, files):
-        for row in read_rows(file):
-            texts = pretraining_texts(row, tuple(row["languages"]))
-            longest = max(longest, *(len(text.split()) + 2 for text in texts))
-    return longest
+    found: list[str] = []
+    if planner.data is not None and not planner.least:
+        with contextlib.suppress(NeftError):  # the stage will tell
+            found = pretraining.all_texts(planner.data, planner.params)
+    longest = max((len(text.split()) + 2 for text in found), default=SHORT)
+    rows = min(batch.rows, max(1, len(found)))
+    return replace(batch, rows=rows, tokens=min(batch.tokens, max(SHORT, longest)))
 
 
 def _lacks(planner: Planner, stage: str, item: str, need: Pass) -> Iterator[str]:

@@ -55,7 +55,7 @@ def copies(compute: Compute, root: Path) -> int | str:
         return compute.processes
     try:
         found = read_yaml(root / Path(compute.accelerate_config).expanduser())
-    except NeftError:
+    except (NeftError, RuntimeError):  # RuntimeError: a user's home that there isn't
         return "can't be read"  # the launcher's refusal tells more
     kind = str(found.get("distributed_type", "NO"))
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from neft_core import __version__, models, training
+from neft_core import __version__, config, models, tasks, training
+from neft_core.config import Params
+from neft_core.rows import read_rows
 from neft_core.steps import Recipe, digest, fingerprint, steps_in_epoch
+from neft_core.workspace import Workspace
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, longest: int) -> dict[str, np.ndarray]:
@@ -33,6 +36,16 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, longest: int) -> dict[str
         "trained": np.ones(len(tokens), np.uint8),
         "offsets": np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
     }
+
+
+def all_texts(ws: Workspace, params: Params) -> list[str]:
+    """All texts on which a built base learns, of the tasks that have some."""
+    found: list[str] = []
+    for name, task in params.tasks.items():
+        if task.format.task != "instruction" and config.has_pretraining(task.source):
+            for row in read_rows(ws.path("pretrain", f"{name}.jsonl")):
+                found += tasks.pretraining_texts(row, tuple(row["languages"]))
+    return found
 
 
 def build(

@@ -29,6 +29,9 @@ def leave_out_whole(config: "NeftConfig") -> None:
     """
     if not config.modules:
         raise NeftError(f"{config.source}: has no neurons; give NeftConfig a mask of some")
+    whole: Any = config.modules_to_save
+    if isinstance(whole, str):  # PEFT would save it, and not load it again
+        config.modules_to_save = [whole]
     config.modules = {
         name: entry for name, entry in config.modules.items() if not trains_whole(config, name)
     }

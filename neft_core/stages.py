@@ -175,17 +175,11 @@ def base(ws: Workspace) -> None:
 
 
 def _pretrain(ws: Workspace, params: Params, choice: config.BuiltModel, folder: Path) -> None:
-    from neft_core import pretraining, tasks
-    from neft_core.rows import read_rows
+    from neft_core import pretraining
 
-    texts: list[str] = []
-    for name, task in params.tasks.items():
-        if task.format.task != "instruction" and config.has_pretraining(task.source):
-            for row in read_rows(ws.path("pretrain", f"{name}.jsonl")):
-                texts += tasks.pretraining_texts(row, tuple(row["languages"]))
     how = choice.pretraining
     pretraining.build(
-        texts,
+        pretraining.all_texts(ws, params),
         folder,
         vocabulary=choice.vocabulary,
         sizes=choice.model_dump(include={"hidden", "intermediate", "layers", "heads", "context"}),

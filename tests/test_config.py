@@ -156,6 +156,7 @@ def test_several_faults_are_several_lines(tmp_path):
         ("", "params.yaml: holds no mapping; see the README for its sections"),
         ("- a\n", "params.yaml: holds no mapping; see the README for its sections"),
         ("a: 1\nb: [\n", "params.yaml: line 3: did not find expected node content; mend the YAML"),
+        ("a: 2024-13-45\n", "params.yaml: month must be in 1..12; mend the YAML"),
         ("a: 1\n\tb: 2\n", "params.yaml: line 2: found"),
         ("a: 1\na: 2\n", 'params.yaml: line 2: found duplicate key "a" with value "2" (original'),
     ],

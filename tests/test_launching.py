@@ -170,7 +170,8 @@ def test_what_each_process_holds_is_known_where_none_divides_it(tmp_path, text, 
 
 def test_without_a_configuration_params_say_how_many(tmp_path):
     assert launching.copies(Compute(processes=3), tmp_path) == 3
-    assert launching.copies(Compute(accelerate_config="none.yaml"), tmp_path) == "can't be read"
+    for path in ("none.yaml", "~nobody-here/x.yaml"):
+        assert launching.copies(Compute(accelerate_config=path), tmp_path) == "can't be read"
     docs = launching.Path(launching.__file__).parents[1] / "docs/accelerate"
     for file in ("fsdp2", "two-machines", "zero2"):
         assert "has " in str(launching.copies(Compute(accelerate_config=f"{file}.yaml"), docs))

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from conftest import edit, tiny_workspace
 
-from neft_core import capacity, config, fit, forecast, passes, plan_report, planner
+from neft_core import capacity, config, fit, forecast, passes, plan_report, planner, pretraining
 from neft_core.capacity import Rates
 from neft_core.config import load_params
 from neft_core.errors import NeftError
 from neft_core.fit import check, refusals
 from neft_core.forecast import Training
 from neft_core.patterns import Patterns
-from neft_core.planner import Planner, size
+from neft_core.planner import SHORT, Planner, size
 from neft_core.simulation import Batch
 from neft_core.tracker import Work
 from neft_core.warmups import Warmup
@@ -413,7 +413,7 @@ def test_a_built_base_is_refused_with_rows_that_fit(finished, room):
     training = planned.training("base", "")
     assert training.batch == Batch(16, 160)
     # Texts have four words and the names of their languages, the tokenizer has to be made.
-    tokens = fit._longest_text(planned)
+    tokens = fit._known_texts(planned, training.batch).tokens
     assert 10 < tokens < 60
     small = [replace(training, batch=Batch(rows, tokens)) for rows in (16, 4)]
     needs = [planned.need(one).peak for one in small]
@@ -428,6 +428,11 @@ def test_a_built_base_is_refused_with_rows_that_fit(finished, room):
     )
     room(memory=int(needs[0] * 1.05) + 1)
     check(finished, [("base", "")])
+    # No batch holds more than there is; of texts that aren't there one, and short.
+    most = fit._known_texts(planned, Batch(10**6, 160))
+    assert 16 < most.rows == len(pretraining.all_texts(finished, finished.params())) < 1000
+    before = Planner(finished.params(), finished.root, finished, least=True)
+    assert fit._known_texts(before, Batch(10**6, 160)) == Batch(1, SHORT)
     params = finished.params()
     other = config.LocalModel(kind="local", path="base")
     assert not fit._holds(params.model_copy(update={"model": other}), "base", "")

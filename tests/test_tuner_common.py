@@ -77,7 +77,7 @@ def with_two() -> PeftModel:
     return perturbed(perturbed(model), "b", seed=1).eval()
 
 
-def deep(*modules: str, keep: list[str] | None = None) -> NeftConfig:
+def deep(*modules: str, keep: list[str] | str | None = None) -> NeftConfig:
     """Rows 1 and 3 of some of the layers of `Deep`."""
     groups = {name: Group(name, 0, 0, 4, 4) for name in modules}
     indices = {name: torch.tensor([1, 3]) for name in modules}
@@ -401,6 +401,13 @@ def test_a_module_that_trains_as_a_whole_has_no_neurons_beside(tmp_path):
     torch.testing.assert_close(model.merge_and_unload()(x), want)
     with pytest.raises(NeftError, match="mask: all its neurons are in modules_to_save, which"):
         get_peft_model(Deep(), deep("two", keep=["two"]))
+
+
+def test_a_single_module_that_trains_as_a_whole_needs_no_list(tmp_path):
+    model = get_peft_model(Deep(), deep("one", keep="two"))
+    model.save_pretrained(tmp_path)
+    x = torch.linspace(-1, 1, 8).reshape(2, 4)
+    assert torch.equal(PeftModel.from_pretrained(Deep(), tmp_path)(x), model(x))
 
 
 def test_a_module_that_trains_as_a_whole_may_end_in_the_name_of_one_with_neurons():

@@ -29,10 +29,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise NeftError(f"{path}: not found; run 'neft init DIR' to make a workspace") from None
     except OSError as fault:
         raise NeftError(f"{path}: {fault.strerror}; give a file that can be read") from None
-    except (YAMLError, UnicodeDecodeError) as fault:
+    except (YAMLError, ValueError) as fault:  # ValueError: also a date or a number that is none
         line = getattr(getattr(fault, "problem_mark", None), "line", None)
         at = "" if line is None else f"line {line + 1}: "
-        what = getattr(fault, "problem", None) or "not UTF-8 text"
+        plain = "not UTF-8 text" if isinstance(fault, UnicodeDecodeError) else str(fault)
+        what = getattr(fault, "problem", None) or plain
         raise NeftError(f"{path}: {at}{what}; mend the YAML") from None
     if not isinstance(data, dict):
         raise NeftError(f"{path}: holds no mapping; see the README for its sections")
