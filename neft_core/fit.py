@@ -108,10 +108,12 @@ def _plenty(planner: Planner, stage: str, item: str) -> bool:
 
 def refusals(planner: Planner, stage: str, item: str) -> Iterator[str]:
     """One line for each thing that a training stage lacks here."""
-    training, need = planner.ask(stage, item)
     if stage == "base":
+        training = planner.training(stage, item)
         training = replace(training, batch=_known_texts(planner, training.batch))
         need = planner.need(training)
+    else:
+        training, need = planner.ask(stage, item)
     where = f"{Params.FILE}: {SECTIONS.get(stage, f'runs.{item}')}"
     for kind, room, wanted in _rooms(planner, stage):
         if room is not None and wanted(need) * MARGIN > room:
@@ -182,10 +184,9 @@ def _rooms(
     planner: Planner, stage: str
 ) -> list[tuple[str, int | None, Callable[[Need | Pass], int]]]:
     """Kinds of memory, what is free of each, and what a need takes of it."""
-    several = _copies(planner, stage)
-    if isinstance(several, str):
+    copies = _copies(planner, stage)
+    if isinstance(copies, str):
         return []  # it may divide what a process holds, or reach other machines
-    copies = several
 
     def held(need: Need | Pass) -> int:
         # Each process keeps its gradients a second time, in the buckets that are exchanged.

@@ -10,7 +10,7 @@ from torch import nn
 from neft_core import frozen
 from neft_core.errors import NeftError
 from neft_core.expert_layer import check_experts
-from neft_core.layer import NeftLinear
+from neft_core.layer import NeftLayer, NeftLinear
 
 if TYPE_CHECKING:
     from neft_core.tuner import NeftConfig
@@ -54,6 +54,11 @@ def check_model(config: "NeftConfig", model: nn.Module) -> dict[str, int]:
     sizes, keys = {}, list(dict(model.named_modules()))
     found: dict[str, list[str]] = {name: [] for name in config.modules}
     for key in keys:
+        if trains_whole(config, key) and isinstance(model.get_submodule(key), NeftLayer):
+            raise NeftError(
+                f"{config.source}: {key}: neurons of another adapter train in it; take it out of "
+                "modules_to_save, or use a model of its own"
+            )
         name = config.named(key)
         if name is not None and not config.modules[name]["experts"]:
             found[name].append(key)

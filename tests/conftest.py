@@ -232,3 +232,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def few_ways(monkeypatch):
+    """Three ways to warm up: each is a simulation of its own."""
+    from neft_core import planner
+
+    monkeypatch.setattr(planner, "WARMUPS", tuple(planner.WARMUPS[i] for i in (0, 3, 6)))

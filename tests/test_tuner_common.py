@@ -416,6 +416,15 @@ def test_a_module_that_trains_as_a_whole_may_end_in_the_name_of_one_with_neurons
     assert list(neft_layers(model)) == ["base_model.model.one"]
 
 
+def test_a_module_with_another_adapter_s_neurons_does_not_train_as_a_whole():
+    model = get_peft_model(Deep(), deep("one", "two"))
+    before = list(model.state_dict())
+    with pytest.raises(NeftError, match=r"mask: .*two: neurons of another adapter train in it; "):
+        model.add_adapter("b", deep("one", keep=["two"]))
+    assert list(model.peft_config) == ["default"]
+    assert list(model.state_dict()) == before
+
+
 def test_neurons_of_a_module_that_another_adapter_trains_as_a_whole_are_refused():
     model = get_peft_model(Deep(), deep("one", keep=["two"]))
     before = list(model.state_dict())
