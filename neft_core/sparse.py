@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neft_core.again import factors, formed
+from neft_core.again import factors, formed, picked
 from neft_core.groups import ROWS, read_neurons
 from neft_core.overlay import Overlay
 
@@ -86,7 +86,7 @@ class NeuronLinear(torch.autograd.Function):
             grad_x = grad @ weight.to(grad.dtype)
         if ctx.needs_input_grad[1]:
             if ctx.axis == ROWS:
-                pair = grad.index_select(-1, indices), formed(sources, ctx.recipe)
+                pair = picked(grad, indices), formed(sources, ctx.recipe)
             else:
                 pair = formed(sources, ctx.recipe, indices), grad
             grad_values = _outer(*pair, ctx.values_dtype)
@@ -152,7 +152,8 @@ class PackedLinear(torch.autograd.Function):
             else:
                 grad_x = _in_order(F.linear(grad, neurons.to(grad.dtype)), place, indices)
         if ctx.needs_input_grad[1]:
-            x = formed(sources, ctx.recipe, None if rows else indices)
+            whole = rows or len(indices) == len(order)
+            x = formed(sources, ctx.recipe, None if whole else indices)
             pair = (placed[..., : len(indices)], x) if rows else (x, grad)
             grad_values = _outer(*pair, ctx.values_dtype)
         return grad_x, grad_values, *[None] * 8
@@ -162,14 +163,14 @@ def _inputs(ctx: Any, x: Tensor, indices: Tensor) -> Sequence[Tensor]:
     """What the gradient of the neurons needs of the input; `ctx.recipe` says how it is formed."""
     sources, ctx.recipe = factors(x)
     if ctx.recipe is None and ctx.axis != ROWS:
-        return [x.index_select(-1, indices)]
+        return [picked(x, indices)]
     return sources
 
 
 def _in_order(x: Tensor, places: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
     """Entries of the last axis at `places`, [..., n], which are all in order if all train."""
     if len(indices) < len(places):
-        x = x.index_select(-1, places)
+        x = picked(x, places)
     return x if bias is None else x + bias.to(x.dtype)
 
 
@@ -223,7 +224,7 @@ def corrected(
     if axis == ROWS:
         part = Correction.apply(x.to(output.dtype), values, held, indices, axis, whole)
         return output.index_add(-1, indices, part)
-    seen = x.index_select(-1, indices).to(output.dtype)
+    seen = picked(x, indices).to(output.dtype)
     total: Tensor = output + Correction.apply(seen, values, held, indices, axis, whole)
     return total
 
