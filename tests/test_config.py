@@ -313,3 +313,14 @@ def test_the_same_transfer_twice_is_refused(tmp_path):
         tmp_path, ("compute:", task.replace("en-fr", "hi-zh", 1) + "compute:"), (MORE, twice + MORE)
     )
     assert found == ["params.yaml: transfers.b: the same as transfers.a; give it once"]
+
+
+@pytest.mark.parametrize("key", ["any_size", "per_module"])
+def test_a_false_option_of_a_selection_is_as_if_it_was_not_said(tmp_path, key):
+    found = []
+    for number, more in enumerate((f", {key}: false", "")):
+        file = tmp_path / f"{number}.yaml"
+        new = f"runs:\n  low: {{task: en-fr, method: {{name: neft, percent: 9{more}}}}}\n"
+        file.write_text(TINY_PARAMS.replace("runs:\n", new, 1))
+        found.append(load_params(file).runs["low"].model_dump())
+    assert found[0] == found[1]

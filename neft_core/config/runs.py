@@ -96,6 +96,12 @@ class Selection(Section):
     per_module: Literal[True] | None = None
     """The same share of each module's candidates is taken, in place of one ranking of all."""
 
+    @field_validator("any_size", "per_module", mode="before")
+    @classmethod
+    def _false_is_none(cls, value: object) -> object:
+        """What is said of the default changes no run."""
+        return None if value is False else value
+
     @model_validator(mode="after")
     def _one_budget(self) -> "Selection":
         if isinstance(self, Neft) and self.parts is not None:
