@@ -152,8 +152,9 @@ class PackedLinear(torch.autograd.Function):
             else:
                 grad_x = _in_order(F.linear(grad, neurons.to(grad.dtype)), place, indices)
         if ctx.needs_input_grad[1]:
-            whole = rows or len(indices) == len(order)
-            x = formed(sources, ctx.recipe, None if whole else indices)
+            x = formed(sources, ctx.recipe)
+            if not rows and ctx.recipe is not None and len(indices) < len(order):
+                x = picked(x, indices)
             pair = (placed[..., : len(indices)], x) if rows else (x, grad)
             grad_values = _outer(*pair, ctx.values_dtype)
         return grad_x, grad_values, *[None] * 8
