@@ -6,6 +6,7 @@ import pytest
 from conftest import edit, tiny_workspace
 
 from neft_core import config, fit, forecast, passes, planner, pretraining
+from neft_core.encoding import load_encoded
 from neft_core.errors import NeftError
 from neft_core.fit import check, refusals
 from neft_core.planner import SHORT, Planner, size
@@ -195,6 +196,16 @@ def test_a_stage_that_trains_nothing_is_refused_with_rows_that_fit(copied, room,
     room(memory=1000)
     with pytest.raises(NeftError, match=r"the least that was tried, .*1.*, needs "):
         check(copied, [(stage, item)])
+
+
+def test_no_batch_is_forecast_with_more_rows_than_there_are(copied):
+    planned = Planner(with_scores(copied).params(), copied.root, copied)
+    test = len(load_encoded(copied.path("prepared", "en-fr") / "test.safetensors")[0]["prompts"])
+    found = [
+        passes.ask(planned, stage, item, 10**6).rows
+        for stage, item in (("evaluate", "neft"), ("scores", "grad"), ("activations", "act"))
+    ]
+    assert found == [test, 12, 4]
 
 
 def test_sums_of_gradients_can_have_less_memory(copied, room):
