@@ -198,6 +198,19 @@ def test_a_stage_that_trains_nothing_is_refused_with_rows_that_fit(copied, room,
         check(copied, [(stage, item)])
 
 
+def test_of_stages_that_one_key_sets_the_neediest_is_told(copied, room):
+    planned = Planner(copied.params(), copied.root, copied)
+    stages = [("evaluate", "neft"), ("baseline", "en-fr")]
+    peaks = [passes.ask(planned, *stage).peak for stage in stages]
+    assert peaks[0] > peaks[1]
+    room(memory=1000)
+    for order in (stages, stages[::-1]):
+        with pytest.raises(NeftError) as refused:
+            check(copied, order)
+        (line,) = str(refused.value).splitlines()
+        assert f": evaluate neft needs {size(peaks[0] * 1.05)} " in line
+
+
 def test_no_batch_is_forecast_with_more_rows_than_there_are(copied):
     planned = Planner(with_scores(copied).params(), copied.root, copied)
     test = len(load_encoded(copied.path("prepared", "en-fr") / "test.safetensors")[0]["prompts"])
