@@ -405,8 +405,14 @@ def test_a_module_that_trains_as_a_whole_has_no_neurons_beside(tmp_path):
 
 def test_a_single_module_that_trains_as_a_whole_needs_no_list(tmp_path):
     model = get_peft_model(Deep(), deep("one", keep="two"))
-    model.save_pretrained(tmp_path)
     x = torch.linspace(-1, 1, 8).reshape(2, 4)
+    before = model(x)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(2)
+    assert not torch.equal(model(x), before)
+    model.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(Deep(), tmp_path)(x), model(x))
 
 
