@@ -30,7 +30,7 @@ def leave_out_whole(config: "NeftConfig") -> None:
     if not config.modules:
         raise NeftError(f"{config.source}: has no neurons; give NeftConfig a mask of some")
     whole: Any = config.modules_to_save
-    if isinstance(whole, str):  # PEFT would save it, and not load it again
+    if isinstance(whole, str):  # a name, not its letters
         config.modules_to_save = [whole]
     config.modules = {
         name: entry for name, entry in config.modules.items() if not trains_whole(config, name)

@@ -404,7 +404,7 @@ def test_a_module_that_trains_as_a_whole_has_no_neurons_beside(tmp_path):
 
 
 def test_a_single_module_that_trains_as_a_whole_needs_no_list(tmp_path):
-    model = get_peft_model(Deep(), deep("one", keep="two"))
+    model = get_peft_model(Deep(), deep("one", "two", keep="two"))
     x = torch.linspace(-1, 1, 8).reshape(2, 4)
     before = model(x)
     with torch.no_grad():
