@@ -123,6 +123,13 @@ def test_the_worst_p_of_the_seeds_and_the_mean_difference(ws):
     assert float(full["p_base"]) < 0.05
 
 
+def test_each_seed_stands_against_the_same_one_of_the_other_run(ws):
+    add_run(ws, "full", {1: (30.0, 1.0, 2), 2: (24.0, 1.0, 8)}, 10)
+    summarise(ws)
+    row = table(ws)["en-fr", "neft"]
+    assert (float(row["delta_full"]), float(row["p_full"])) == p_values(2, 2) == p_values(8, 8)
+
+
 def test_seeds_that_contradict_each_other_show_nothing(ws):
     add_run(ws, "neft", {1: (20.0, 1.0, 2), 2: (26.0, 2.0, 11)}, 4)
     summarise(ws)
