@@ -77,7 +77,8 @@ def in_one_memory(layer: NeftLinear) -> bool:
 
 @pytest.mark.parametrize(("axis", "transposed"), KINDS)
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 1.0])
-def test_a_weight_trains_as_a_dense_one_with_masked_gradients(axis, transposed, share):
+@pytest.mark.parametrize("product", [False, True])
+def test_a_weight_trains_as_a_dense_one_with_masked_gradients(axis, transposed, share, product):
     layer = layer_of(axis, transposed, share, torch.float64)
     base = plain(transposed, torch.float64)
     weight = dense(layer, base).requires_grad_()
@@ -88,7 +89,10 @@ def test_a_weight_trains_as_a_dense_one_with_masked_gradients(axis, transposed, 
     for step in range(5):
         x = inputs(step, torch.float64).requires_grad_()
         y = inputs(step, torch.float64).requires_grad_()
-        want, got = nn.functional.linear(x, weight, base.bias), layer(y)
+        seen = [x, y]
+        if product:  # whose factors autograd keeps, of which the layer forms its input again
+            seen = [one * (one.detach() + 1).requires_grad_() for one in seen]
+        want, got = nn.functional.linear(seen[0], weight, base.bias), layer(seen[1])
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
         for output in (want, got):
             output.square().mean().backward()

@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from conftest import TINY_PARAMS
+from conftest import TINY_PARAMS, edit
 
 from neft_core.course import DEV_COLUMNS, TRAIN_COLUMNS, write_table
 from neft_core.errors import NeftError
@@ -124,6 +124,7 @@ def test_the_worst_p_of_the_seeds_and_the_mean_difference(ws):
 
 
 def test_each_seed_stands_against_the_same_one_of_the_other_run(ws):
+    edit(ws, ("{name: full}", "{name: full}\n    seeds: [1, 2]"))
     add_run(ws, "full", {1: (30.0, 1.0, 2), 2: (24.0, 1.0, 8)}, 10)
     summarise(ws)
     row = table(ws)["en-fr", "neft"]
