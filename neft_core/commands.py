@@ -175,7 +175,7 @@ def stage(options: argparse.Namespace) -> int:
             except launching.LaunchFailed as fault:
                 return say(str(fault), 1)
             return 0
-        with launching.taking_part(options.name):
+        with launching.taking_part(ws, stage):
             STAGES[options.name](ws, *stage[1:])
     return 0
 

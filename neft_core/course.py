@@ -61,9 +61,22 @@ def save_checkpoint(folder: Path, course: Course, tensors: Mapping[str, Tensor])
     for old in folder.glob("checkpoint-*"):
         if old != target:
             shutil.rmtree(old)
+    drop_bests(folder, course)
+
+
+def drop_bests(folder: Path, course: Course) -> None:
+    """Remove best values that later ones replace."""
     for old in folder.glob("best-*.safetensors"):
-        if old != best:
+        if old != best_file(folder, course.best_step):
             old.unlink()
+
+
+def start_anew(folder: Path) -> None:
+    """Remove what an interrupted training would go on from."""
+    for old in folder.glob("checkpoint-*"):
+        shutil.rmtree(old)
+    for old in folder.glob("best-*.safetensors"):
+        old.unlink()
 
 
 def load_checkpoint(folder: Path, label: str) -> tuple[Course, dict[str, Tensor]] | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from neft_core import processes, ranks
+from neft_core import __version__, loading, processes, ranks
 from neft_core.config import Compute, read_yaml
 from neft_core.errors import NeftError
 from neft_core.workspace import Workspace
@@ -29,6 +29,10 @@ FAULTS = "NEFT_FAULTS"
 
 DIVIDING = ("fsdp_config", "deepspeed_config", "megatron_lm_config", "parallelism_config")
 """Sections of an Accelerate configuration with which a process holds a part of the values."""
+
+
+LOST = re.compile(r"Connection (closed|reset) by peer")
+"""What gloo says of a process that is gone."""
 
 
 class LaunchFailed(Exception):  # noqa: N818
@@ -93,6 +97,8 @@ def launch(ws: Workspace, compute: Compute, stage: list[str]) -> None:
             "PYTHONUNBUFFERED": "1",
         }
         with processes.group(command, cwd=ws.root, env=env) as child:
+            if others := _others(ws, compute):
+                print(f"stage {' '.join(stage)}: waits for {others}", flush=True)
             for line in processes.lines(child):
                 print(line, flush=True)
             status = child.wait()
@@ -115,20 +121,38 @@ def _command(ws: Workspace, compute: Compute, stage: list[str]) -> list[str]:
     return [*launcher, "-m", "neft_core.cli", "stage", *stage]
 
 
+def _others(ws: Workspace, compute: Compute) -> str:
+    """Which other machines have to be told, in words; empty where there are none."""
+    if compute.accelerate_config is None:
+        return ""
+    count = read_yaml(ws.input(compute.accelerate_config)).get("num_machines", 1)
+    if type(count) is not int or count < 2:
+        return ""
+    return (
+        f"{count - 1} other {'machine' if count == 2 else 'machines'}; run the same stage there, "
+        f"under --machine_rank {'1' if count == 2 else f'1 to {count - 1}'} (docs/architecture.md)"
+    )
+
+
 @contextmanager
-def taking_part(stage: str) -> Iterator[None]:
+def taking_part(ws: Workspace, stage: list[str]) -> Iterator[None]:
     """What a process does around a stage that several share: the first speaks, each tells faults.
 
+    Args:
+        ws: the workspace.
+        stage: name and item.
+
     Raises:
-        NeftError: the stage runs in one process, but several were started.
+        NeftError: the stage runs in one process, but several were started, or for different things.
     """
-    if ranks.world() > 1 and stage not in STAGES:
+    if ranks.world() > 1 and stage[0] not in STAGES:
         raise NeftError(
-            f"stage {stage}: got {ranks.world()} processes; start it without a launcher"
+            f"stage {stage[0]}: got {ranks.world()} processes; start it without a launcher"
         )
     if not ranks.main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
+        _agree(ws, stage)
         yield
         ranks.leave()
     except (Exception, KeyboardInterrupt) as fault:
@@ -137,6 +161,35 @@ def taking_part(stage: str) -> Iterator[None]:
             # A clean end would wait for the others, who may wait for this one.
             os._exit(1)
         raise
+
+
+def _agree(ws: Workspace, stage: list[str]) -> None:
+    """Refuse to share a stage with a process that would do something else, and wait for ever.
+
+    Each machine's processes are started by a command of their own, which may differ.
+    """
+    if ranks.world() == 1:
+        return
+    params = ws.params()
+    loading.device(params)
+    sharing = ("ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "FSDP_")
+    mine = {
+        "another stage": stage,
+        "another version of neft": __version__,
+        "another workspace": str(ws.root),
+        "another params.yaml": params.model_dump() | {"compute": loading.arithmetic(params)},
+        "another Accelerate configuration": {
+            key: value for key, value in os.environ.items() if key.startswith(sharing)
+        },
+    }
+    all_of_them = ranks.gather(mine)
+    for number, told in enumerate(all_of_them):
+        for what, value in told.items():
+            if value != all_of_them[0][what]:
+                raise NeftError(
+                    f"stage {' '.join(stage)}: process {number} has {what} than process 0; "
+                    "start the same on every machine"
+                )
 
 
 def _tell(fault: BaseException) -> None:
@@ -164,7 +217,19 @@ def _failure(stage: str, folder: Path, log: Path, status: int) -> Exception:
             f"stage {stage}: process {killed[1]} was killed by {signal.Signals(number).name}"
             f"{', as when memory runs out' if number == signal.SIGKILL else ''}; run again"
         )
+    if came := re.search(r"after (\d+) seconds waiting for clients. (\d+)/(\d+) clients", told):
+        return LaunchFailed(
+            f"stage {stage}: {came[2]} of {came[3]} machines were there after "
+            f"{int(came[1]) // 60} minutes; start it on each of them"
+        )
     if faults:
+        # Who lost another process complains too, and may be the first to.
+        faults.sort(key=lambda fault: bool(LOST.search(fault["text"])))
+        if LOST.search(faults[0]["text"]):
+            return LaunchFailed(
+                f"stage {stage}: process {faults[0]['rank']} lost another one; what ended that "
+                "is told on its machine; run again"
+            )
         return LaunchFailed(f"stage {stage}: process {faults[0]['rank']}:\n{faults[0]['text']}")
     last = "\n".join(told.splitlines()[-20:])
     return LaunchFailed(f"{last}\nstage {stage}: accelerate launch ended with status {status}")

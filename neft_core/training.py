@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neft_core import ranks
+from neft_core import ranks, sharing
 from neft_core.course import (
     DEV_COLUMNS,
     TRAIN_COLUMNS,
     Course,
     best_file,
+    drop_bests,
     load_checkpoint,
     save_checkpoint,
+    start_anew,
     write_table,
 )
 from neft_core.errors import NeftError
@@ -90,8 +92,11 @@ class Trainer:
             find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
         )
         self.accelerator = Accelerator(
-            cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[ddp]
+            cpu=cpu,
+            mixed_precision="no" if sharing.deepspeed(cpu) else mixed_precision,
+            kwargs_handlers=[ddp],
         )
+        self._deepspeed = self.accelerator.distributed_type == "DEEPSPEED"
         if in_backward and (recipe.accumulation > 1 or self.accelerator.num_processes > 1):
             raise NeftError(
                 f"{label}: updates in the backward pass keep no gradient to add to; "
@@ -106,7 +111,9 @@ class Trainer:
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
         )
-        self._check_kind()
+        sharing.check(self.accelerator, recipe, label, values, mixed_precision)
+        if self._deepspeed:
+            sharing.autocast(model, self.accelerator.device, mixed_precision)
         if recipe.gradient_checkpointing:
             # Reentrant checkpointing gives no gradient behind a frozen embedding.
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -120,22 +127,6 @@ class Trainer:
         now = {name.replace(wrapped, ""): p for name, p in model.named_parameters()}
         self.trained = {name: now[name] for name in trained}
         self.course = Course()
-
-    def _check_kind(self) -> None:
-        """Refuse ways to share a training that this loop can't take; prepare for DeepSpeed's."""
-        where, kind = "params.yaml: compute.accelerate_config", self.accelerator.distributed_type
-        if kind == "FSDP" and not self.accelerator.is_fsdp2:
-            raise NeftError(f"{where}: its fsdp_version is 1; set fsdp_version: 2")
-        if kind == "DEEPSPEED":
-            plugin = self.accelerator.state.deepspeed_plugin
-            if plugin.zero_stage == 3:
-                raise NeftError(f"{where}: its zero_stage is 3; at most 2, or FSDP2")
-            # It clips and steps in the backward pass of a step's last micro-batch.
-            plugin.deepspeed_config["gradient_clipping"] = self.recipe.max_grad_norm
-            plugin.deepspeed_config["gradient_accumulation_steps"] = 1
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.recipe.batch_size
-            if ranks.main():
-                print(f"{self.label}: under DeepSpeed an interrupted training starts anew")
 
     def run(self) -> Course:
         """Train to the end, from the last checkpoint where there is one.
@@ -190,6 +181,8 @@ class Trainer:
         """
         if self._skeleton is None:
             model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            if self._deepspeed:
+                sharing.bare(model)
         else:
             model = ranks.fill(self._skeleton, self.accelerator.get_state_dict(self.model))
         self.accelerator.free_memory()
@@ -232,6 +225,7 @@ class Trainer:
                 with nullcontext() if last else accelerator.no_sync(self.model):
                     batch = collate_share(self.train_rows, share, rows, self.pad)
                     moved = {name: values.to(accelerator.device) for name, values in batch.items()}
+                    accelerator.sync_gradients = last  # else DeepSpeed would step after each
                     loss, _ = loss_sum(self.model, moved)
                     if self.in_backward is not None:  # nothing may move after a loss like that
                         self._check_loss(loss.item())
@@ -310,7 +304,9 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Write all that the next step depends on: whole tensors, whatever they are split into."""
-        if self.accelerator.distributed_type == "DEEPSPEED":
+        if self._deepspeed:
+            if ranks.main():
+                drop_bests(self.folder, self.course)
             return  # it keeps its states in flat parts of its own
         tensors = {f"value/{name}": value for name, value in self._values().items()}
         for name, parameter in self.trained.items():
@@ -322,7 +318,17 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go on from the newest whole checkpoint, with any number of processes."""
+        if self._deepspeed:
+            if ranks.main():  # what another way to share left is not of this training
+                start_anew(self.folder)
+            return
         found = load_checkpoint(self.folder, self.label)
+        steps = ranks.gather(found[0].step if found else 0)
+        if len(set(steps)) > 1:
+            raise NeftError(
+                f"{self.folder}: its checkpoints are after step {steps[0]} to one process and "
+                f"{max(steps, key=lambda step: step != steps[0])} to another; share the workspace"
+            )
         if found is None:
             return
         self.course, tensors = found

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -56,6 +57,7 @@ def train(
     broken: bool = False,
     dropout: float = 0.0,
     stop: int | None = None,
+    precision: str = "no",
     **changes,
 ) -> None:
     """Train in this process, or in all that share it; the main one writes what came of it.
@@ -68,6 +70,7 @@ def train(
         broken: let a norm train that `neft` has to leave alone.
         dropout: of LoRA.
         stop: end after so many steps, as if interrupted.
+        precision: mixed precision.
         changes: of the recipe.
     """
     torch.manual_seed(5)
@@ -91,6 +94,7 @@ def train(
         folder=folder,
         live=folder,
         label=f"{method} {dtype}",
+        mixed_precision=precision,
         cpu=not SHARDED,
     )
     step = trainer._step
@@ -127,6 +131,9 @@ def shard_on_cpu() -> None:
 
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        # Its operation for processes of one machine would be compiled, for minutes.
+        import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 def main(folder: Path, cases: dict[str, dict]) -> None:

@@ -38,6 +38,9 @@ Root Cause (first observed failure):
   exitcode  : 1 (pid: 14966)
 """
 MISTAKE = {"mistake": True, "time": 3.0, "rank": 1, "text": "a: found; do"}
+ALONE = "DistStoreError: Timed out after 901 seconds waiting for clients. 1/2 clients joined."
+LOST = "Traceback\nRuntimeError: pair.cc:553] Connection closed by peer [127.0.0.1]:34706."
+LEFT = {"mistake": False, "time": 0.5, "rank": 0, "text": LOST}
 DEFECT = {"mistake": False, "time": 2.0, "rank": 0, "text": "Traceback\nValueError: b"}
 EARLIER = {"mistake": False, "time": 1.0, "rank": 2, "text": "Traceback\nKeyError: c"}
 
@@ -107,6 +110,21 @@ def test_the_configuration_is_the_users_own_where_there_is_one(tmp_path):
             KILLED.replace("-9 ", "-11 "),
             LaunchFailed,
             "stage train full: process 1 was killed by SIGSEGV; run again",
+        ),
+        (
+            [LEFT],
+            "",
+            LaunchFailed,
+            "stage train full: process 0 lost another one; what ended that is told on its "
+            "machine; run again",
+        ),
+        ([LEFT, EARLIER], "", LaunchFailed, f"stage train full: process 2:\n{EARLIER['text']}"),
+        (
+            [],
+            ALONE,
+            LaunchFailed,
+            "stage train full: 1 of 2 machines were there after 15 minutes; "
+            "start it on each of them",
         ),
         (
             [],

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,6 +41,15 @@ CASES: dict[str, dict] = {
     "patience": {"method": "neft", "lr": 0.5, "evaluate_every": 1, "patience": 2},
 }
 SHARDED = ("full", "lora", "neft", "float32")
+PLAIN = {"dtype": "float32"}
+DEEPSPEED: dict[str, dict] = {
+    "full": PLAIN | {"method": "full", "tied": True, "gradient_checkpointing": True},
+    "lora": PLAIN | {"method": "lora", "gradient_checkpointing": True},
+    "neft": PLAIN | {"method": "neft", "gradient_checkpointing": True},
+    "unclipped": PLAIN | {"method": "neft", "max_grad_norm": math.inf, "batch_size": 2},
+}
+"""Their steps have several micro-batches."""
+MIXED = {"method": "neft", "dtype": "bfloat16", "precision": "bf16"}
 BROKEN = {"method": "neft", "broken": True}
 DROPOUT = {"method": "lora", "dropout": 0.5}
 
@@ -124,6 +135,81 @@ def test_two_processes_that_shard_equal_one(one, sharded, name):
     check(result(one / name), result(sharded / name), exact=name != "float32")
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    command = [sys.executable, str(TESTS / "several.py"), str(folder)]
+    cases = DEEPSPEED | {"mixed": MIXED}  # Accelerate keeps one precision for a process
+    for chosen in (DEEPSPEED, {"mixed": MIXED}):
+        subprocess.run([*command, json.dumps(chosen)], cwd=TESTS, env=ENV, check=True)
+    assert all((folder / name / "result.json").is_file() for name in cases)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def zero(request, tmp_path_factory):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    folder = tmp_path_factory.mktemp("zero")
+    text = (TESTS.parent / "docs/accelerate/zero2.yaml").read_text()
+    (folder / "zero.yaml").write_text(text.replace("stage: 2", f"stage: {request.param}"))
+    several.main(folder, {"begun": {"method": "neft", "dtype": "float32", "stop": 5}})
+    cases = DEEPSPEED | {"mixed": MIXED, "begun": DEEPSPEED["neft"]}
+    broken = {"broken": BROKEN | PLAIN}
+    told = launch(["--config_file", str(folder / "zero.yaml")], folder, cases | broken)
+    assert "goes on after step" not in told
+    return folder
+
+
+@pytest.mark.parametrize("name", DEEPSPEED)
+def test_two_processes_under_deepspeed_equal_one(plain, zero, name):
+    check(result(plain / name), result(zero / name), exact=False)
+
+
+def test_deepspeed_leaves_what_trains_in_fp32(plain, zero):
+    alone, shared = result(plain / "mixed"), result(zero / "mixed")
+    np.testing.assert_allclose(shared["train"], alone["train"], rtol=1e-2)
+    for key, value in alone["adapter"].items():
+        assert shared["adapter"][key].dtype == value.dtype
+        if value.is_floating_point():
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(shared["adapter"][key], value, rtol=1e-2, atol=1e-2)
+    assert shared["moved"] == []
+
+
+def test_deepspeed_starts_anew_and_keeps_one_best(plain, zero):
+    check(result(plain / "neft"), result(zero / "begun"), exact=False)
+    assert not list((zero / "begun").glob("checkpoint-*"))
+    assert len(list((zero / "begun").glob("best-*"))) == 1
+    assert result(zero / "broken")["moved"] == ["model.norm.weight"]
+
+
+REFUSED = {
+    "zero_stage is 3; at most 2, or FSDP2": ("3", {"method": "full", "dtype": "float32"}),
+    "got float64; what trains under DeepSpeed is float32": ("2", {"method": "full"}),
+    "got fp16; under DeepSpeed no or bf16": ("2", MIXED | {"precision": "fp16"}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_deepspeed_is_not_given_is_one_line(tmp_path, reason):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    number, case = REFUSED[reason]
+    command = [sys.executable, str(TESTS / "several.py"), str(tmp_path), json.dumps({"a": case})]
+    alone = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": number,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+    }
+    done = subprocess.run(command, cwd=TESTS, env=ENV | alone, text=True, stderr=subprocess.PIPE)
+    assert done.returncode
+    assert done.stderr.splitlines()[-1].startswith("neft_core.errors.NeftError: params.yaml: ")
+    assert done.stderr.splitlines()[-1].endswith(reason)
+
+
 def test_the_last_of_nine_steps_stops_early_and_the_best_is_kept(one):
     found = result(one / "patience")
     assert found["stopped_early"]
@@ -195,6 +281,70 @@ def test_stages_in_two_processes_equal_those_in_one(finished, copied):
         name = f"evaluation/neft/seed-{seed}.jsonl"
         assert copied.path(name).read_bytes() == finished.path(name).read_bytes()
     assert not list(copied.state("checkpoints").glob("*"))
+
+
+MACHINES = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_machines: 2
+num_processes: 2
+machine_rank: 0
+main_process_ip: 127.0.0.1
+main_process_port: {port}
+same_network: true
+mixed_precision: "no"
+"""
+
+
+def on_two_machines(
+    ws, here: tuple[str, ...], there: tuple[str, ...]
+) -> list[tuple[int, str, str]]:
+    """A stage of two machines, both of which are this one; exit code, stdout, stderr of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (ws.root / "mine.yaml").write_text(MACHINES.format(port=port))
+    command = [*LAUNCH, "--config_file", "mine.yaml", "--machine_rank", "1"]
+    other = subprocess.Popen(
+        [*command, "-m", "neft_core.cli", "stage", *there],
+        cwd=ws.root,
+        env=ENV,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    first = stage(ws, *here)
+    try:
+        said = [process.communicate(timeout=240) for process in (first, other)]
+    finally:
+        for process in (first, other):
+            process.terminate()
+    return [(first.returncode, *said[0]), (other.returncode, *said[1])]
+
+
+def test_two_machines_equal_one(finished, copied):
+    edit(copied, ("threads: 1", "threads: 1, accelerate_config: mine.yaml"))
+    (code, out, err), (other, told, warned) = on_two_machines(copied, *[("train", "neft")] * 2)
+    assert (code, err, other, told) == (0, "", 0, ""), err + warned
+    assert len(out.splitlines()) == 7
+    assert out.startswith(
+        "stage train neft: waits for 1 other machine; run the same stage there, under "
+        "--machine_rank 1 (docs/architecture.md)\n"
+    )
+    for seed in (1, 2):
+        for name in (f"seed-{seed}/train.csv", f"seed-{seed}/dev.csv"):
+            found, expected = (table(ws.path("train", "neft", name)) for ws in (copied, finished))
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert not list(copied.state("checkpoints").glob("*"))
+
+
+def test_machines_that_were_told_different_things_say_so(copied):
+    edit(copied, ("threads: 1", "threads: 1, accelerate_config: mine.yaml"))
+    (code, _, err), (other, _, told) = on_two_machines(copied, ("train", "neft"), ("train", "full"))
+    line = "process 1 has another stage than process 0; start the same on every machine\n"
+    assert (code, err) == (2, f"neft: stage train neft: {line}")
+    assert other
+    assert f"neft: stage train full: {line}" in told
 
 
 def children(pid: int) -> list[int]:
