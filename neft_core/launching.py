@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from neft_core import __version__, loading, processes, ranks
@@ -115,6 +116,12 @@ def _command(ws: Workspace, compute: Compute, stage: list[str]) -> list[str]:
             raise NeftError(
                 f"params.yaml: compute.accelerate_config: {file} is no file; "
                 "make it with 'accelerate config --config_file FILE'"
+            )
+        kind = read_yaml(file).get("distributed_type")
+        if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
+            raise NeftError(
+                f"params.yaml: compute.accelerate_config: {file} shares by DeepSpeed, which is not "
+                "installed; pip install deepspeed, or use FSDP2"
             )
         how = ["--config_file", str(file)]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *how]

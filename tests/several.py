@@ -132,6 +132,7 @@ def shard_on_cpu() -> None:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        os.environ["DS_ACCELERATOR"] = "cpu"
         # Its operation for processes of one machine would be compiled, for minutes.
         import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 

@@ -65,7 +65,7 @@ def test_a_launcher_is_started_once_and_only_where_asked(
     assert launching.wanted(Compute(**compute)) is expected
 
 
-def test_the_configuration_is_the_users_own_where_there_is_one(tmp_path):
+def test_the_configuration_is_the_users_own_where_there_is_one(tmp_path, monkeypatch):
     ws = Workspace(tmp_path)
     command = launching._command(ws, Compute(processes=3), ["train", "full"])
     assert command[command.index("--num_processes") + 1] == "3"
@@ -77,7 +77,15 @@ def test_the_configuration_is_the_users_own_where_there_is_one(tmp_path):
         f"params.yaml: compute.accelerate_config: {tmp_path}/mine.yaml is no file; "
         "make it with 'accelerate config --config_file FILE'"
     )
-    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "mine.yaml").write_text("distributed_type: DEEPSPEED\n")
+    monkeypatch.setattr(launching, "find_spec", lambda _: None)
+    with pytest.raises(NeftError) as fault:
+        launching._command(ws, compute, ["train", "full"])
+    assert str(fault.value) == (
+        f"params.yaml: compute.accelerate_config: {tmp_path}/mine.yaml shares by DeepSpeed, which "
+        "is not installed; pip install deepspeed, or use FSDP2"
+    )
+    (tmp_path / "mine.yaml").write_text("distributed_type: MULTI_GPU\n")
     command = launching._command(ws, compute, ["train", "full"])
     assert command[3:5] == ["--config_file", f"{tmp_path}/mine.yaml"]
     assert "--num_processes" not in command

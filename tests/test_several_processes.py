@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ DEEPSPEED: dict[str, dict] = {
     "unclipped": PLAIN | {"method": "neft", "max_grad_norm": math.inf, "batch_size": 2},
 }
 """Their steps have several micro-batches."""
+NEEDED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 MIXED = {"method": "neft", "dtype": "bfloat16", "precision": "bf16"}
 BROKEN = {"method": "neft", "broken": True}
 DROPOUT = {"method": "lora", "dropout": 0.5}
@@ -146,9 +148,10 @@ def plain(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=NEEDED), pytest.param(2, marks=NEEDED)]
+)
 def zero(request, tmp_path_factory):
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     folder = tmp_path_factory.mktemp("zero")
     text = (TESTS.parent / "docs/accelerate/zero2.yaml").read_text()
     (folder / "zero.yaml").write_text(text.replace("stage: 2", f"stage: {request.param}"))
@@ -190,9 +193,9 @@ REFUSED = {
 }
 
 
+@NEEDED
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_deepspeed_is_not_given_is_one_line(tmp_path, reason):
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     number, case = REFUSED[reason]
     command = [sys.executable, str(TESTS / "several.py"), str(tmp_path), json.dumps({"a": case})]
     alone = {
