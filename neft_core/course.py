@@ -58,24 +58,14 @@ def save_checkpoint(folder: Path, course: Course, tensors: Mapping[str, Tensor])
         files = [temporary / "state.safetensors", best]
         sums = {file.name: _sum(file) for file in files if file.exists()}
         write_json(temporary / "sums.json", sums)
-    for old in folder.glob("checkpoint-*"):
-        if old != target:
-            shutil.rmtree(old)
-    drop_bests(folder, course)
+    keep_only(folder, target, best)
 
 
-def drop_bests(folder: Path, course: Course) -> None:
-    """Remove best values that later ones replace."""
-    for old in folder.glob("best-*.safetensors"):
-        if old != best_file(folder, course.best_step):
-            old.unlink()
-
-
-def start_anew(folder: Path) -> None:
-    """Remove what an interrupted training would go on from."""
-    for old in folder.glob("checkpoint-*"):
+def keep_only(folder: Path, *kept: Path) -> None:
+    """Remove checkpoints and best values but these."""
+    for old in {*folder.glob("checkpoint-*")} - {*kept}:
         shutil.rmtree(old)
-    for old in folder.glob("best-*.safetensors"):
+    for old in {*folder.glob("best-*.safetensors")} - {*kept}:
         old.unlink()
 
 

@@ -20,10 +20,9 @@ from neft_core.course import (
     TRAIN_COLUMNS,
     Course,
     best_file,
-    drop_bests,
+    keep_only,
     load_checkpoint,
     save_checkpoint,
-    start_anew,
     write_table,
 )
 from neft_core.errors import NeftError
@@ -306,7 +305,7 @@ class Trainer:
         """Write all that the next step depends on: whole tensors, whatever they are split into."""
         if self._deepspeed:
             if ranks.main():
-                drop_bests(self.folder, self.course)
+                keep_only(self.folder, best_file(self.folder, self.course.best_step))
             return  # it keeps its states in flat parts of its own
         tensors = {f"value/{name}": value for name, value in self._values().items()}
         for name, parameter in self.trained.items():
@@ -320,7 +319,7 @@ class Trainer:
         """Go on from the newest whole checkpoint, with any number of processes."""
         if self._deepspeed:
             if ranks.main():  # what another way to share left is not of this training
-                start_anew(self.folder)
+                keep_only(self.folder)
             return
         found = load_checkpoint(self.folder, self.label)
         steps = ranks.gather(found[0].step if found else 0)
