@@ -1,8 +1,8 @@
 """The methods of `train_step`, each as a rival: a model, what trains in it, and its step.
 
 `full`, `neft` and `lora` are this package's own methods. `floor` trains nothing: forward, and the
-gradient of every layer's input. `masked` is how the paper's code does it: gradients of whole up and
-down projections, multiplied by a mask before AdamW updates them whole. `shira` is PEFT's.
+gradient of every layer's input. `masked` is how the paper's code does it: gradients of the
+layout's whole projections, multiplied by a mask before AdamW updates them whole. `shira` is PEFT's.
 """
 
 import warnings
@@ -59,8 +59,8 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
     return model.train()
 
 
-def random_mask(model: nn.Module, percent: float, skew: float) -> NeuronMask:
-    """Neurons of the up and down projections, at most `percent` of all parameters.
+def random_mask(model: nn.Module, percent: float, layout: str, skew: float) -> NeuronMask:
+    """Neurons of a layout's projections, at most `percent` of all parameters.
 
     Args:
         model: a Llama.
@@ -69,7 +69,7 @@ def random_mask(model: nn.Module, percent: float, skew: float) -> NeuronMask:
             factor, whose logarithm has this standard deviation: real masks crowd in some layers.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    groups = {group.module: group for group in candidates(shapes, FAMILY, "mlp")}
+    groups = {group.module: group for group in candidates(shapes, FAMILY, layout)}
     random = torch.Generator().manual_seed(SEED)
     total = sum(parameter.numel() for parameter in model.parameters())
     scores = NeuronScores(
@@ -98,20 +98,20 @@ def rank_for(model: nn.Module, parameters: int) -> int:
     return max(1, parameters // sides)
 
 
-def _floor(model: Any, _mask: NeuronMask) -> Any:
+def _floor(model: Any, _mask: NeuronMask, _rank: int) -> Any:
     return model.requires_grad_(False)
 
 
-def _full(model: Any, _mask: NeuronMask) -> Any:
+def _full(model: Any, _mask: NeuronMask, _rank: int) -> Any:
     return METHODS["full"].prepare(model, {}, None, FAMILY)
 
 
-def _neft(model: Any, mask: NeuronMask) -> Any:
+def _neft(model: Any, mask: NeuronMask, _rank: int) -> Any:
     return METHODS["neft"].prepare(model, {}, mask, FAMILY)
 
 
-def _masked(model: Any, mask: NeuronMask) -> Any:
-    """Whole up and down projections train; each keeps what its gradient is multiplied by."""
+def _masked(model: Any, mask: NeuronMask, _rank: int) -> Any:
+    """Whole projections of the layout train; each keeps what its gradient is multiplied by."""
     model.requires_grad_(False)
     for name, group in mask.groups.items():
         weight = model.get_submodule(name).weight
@@ -124,21 +124,20 @@ def _masked(model: Any, mask: NeuronMask) -> Any:
     return model
 
 
-def _lora(model: Any, mask: NeuronMask) -> Any:
-    return METHODS["lora"].prepare(model, {"rank": rank_for(model, mask.parameters)}, None, FAMILY)
+def _lora(model: Any, _mask: NeuronMask, rank: int) -> Any:
+    return METHODS["lora"].prepare(model, {"rank": rank}, None, FAMILY)
 
 
-def _shira(model: Any, mask: NeuronMask) -> Any:
+def _shira(model: Any, _mask: NeuronMask, rank: int) -> Any:
     from peft import ShiraConfig, get_peft_model
 
-    rank = rank_for(model, mask.parameters)
     config = ShiraConfig(
         r=rank, random_seed=SEED, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     return get_peft_model(model, config)
 
 
-PREPARE: dict[str, Callable[[Any, NeuronMask], Any]] = {
+PREPARE: dict[str, Callable[[Any, NeuronMask, int], Any]] = {
     "floor": _floor,
     "full": _full,
     "masked": _masked,
@@ -171,8 +170,9 @@ class Rival:
         dtype: torch.dtype = getattr(torch, spec.dtype)
         model = random_model(spec.shape, dtype, self.device)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.mask = random_mask(model, spec.percent, spec.skew)
-        self.model = PREPARE[spec.method](model, self.mask)
+        self.mask = random_mask(model, spec.percent, spec.layout, spec.skew)
+        rank = spec.rank or rank_for(model, self.mask.parameters)
+        self.model = PREPARE[spec.method](model, self.mask, rank)
         self.trained = trained_parameters(self.model)
         self.optimizer = (
             torch.optim.AdamW(

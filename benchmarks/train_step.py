@@ -50,6 +50,8 @@ class Spec:
 
     Attributes:
         percent: trained parameters of all, at most; more than all candidates have means all.
+        layout: whose neurons may be selected.
+        rank: of `lora` and `shira`; 0 for the highest with no more parameters than `neft` trains.
         skew: standard deviation of the logarithm of how likely a module's neurons are selected; 0
             for all modules alike.
         clip: norm that the gradient of what trains is clipped to; 0 for none.
@@ -59,6 +61,8 @@ class Spec:
     method: str
     shape: Shape
     percent: float
+    layout: str
+    rank: int
     skew: float
     batch: int
     length: int
@@ -171,9 +175,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         print(f"{options.shape}, {percent:g} %", file=sys.stderr, flush=True)
         specs = {
             method: Spec(
-                method, SHAPES[options.shape], percent, options.skew, options.batch,
-                options.length, options.dtype, options.device, options.threads, options.clip,
-                options.adamw, options.warmup,
+                method, SHAPES[options.shape], percent, options.layout, options.rank, options.skew,
+                options.batch, options.length, options.dtype, options.device, options.threads,
+                options.clip, options.adamw, options.warmup,
             )
             for method in options.methods
         }  # fmt: skip
@@ -206,6 +210,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=2)
     add("--length", type=int, default=256, help="tokens of each sequence")
     add("--percent", type=_floats, default=[9.0], help="budgets, such as 0.4,1,3,6,9,12,43")
+    add("--layout", choices=["mlp", "mlp+gate", "attention", "all"], default="mlp")
+    add("--rank", type=int, default=0, help="of lora and shira; default: parameters as neft has")
     add("--methods", type=lambda text: text.split(","), default=methods, help=",".join(methods))
     add("--repeats", type=int, default=20)
     add("--warmup", type=int, default=3, help="steps before the first that counts")

@@ -181,9 +181,9 @@ def spec(method: str, shape=MICRO, **changes) -> train_step.Spec:
     """Two sequences of eight tokens, 9 %, no clipping."""
     return train_step.Spec(
         **{
-            "method": method, "shape": shape, "percent": 9.0, "skew": 0.0, "batch": 2,
-            "length": 8, "dtype": "float32", "device": "cpu", "threads": 1, "clip": 0.0,
-            "adamw": "fused", "warmup": 0,
+            "method": method, "shape": shape, "percent": 9.0, "layout": "mlp", "rank": 0,
+            "skew": 0.0, "batch": 2, "length": 8, "dtype": "float32", "device": "cpu", "threads": 1,
+            "clip": 0.0, "adamw": "fused", "warmup": 0,
         } | changes
     )  # fmt: skip
 
@@ -223,9 +223,11 @@ def test_a_block_costs_what_arithmetic_says():
     assert facts["neft"]["flops"] == (4 * products + 2 * facts["neft"]["trained"]) * 16
 
 
-@pytest.mark.parametrize("shape", [MICRO, BLOCK])
-def test_masked_and_neft_train_the_same(shape):
-    both = [rivals.Rival(spec(name, shape, warmup=3)) for name in ("masked", "neft")]
+@pytest.mark.parametrize(("shape", "layout"), [(MICRO, "mlp"), (MICRO, "all"), (BLOCK, "mlp")])
+def test_masked_and_neft_train_the_same(shape, layout):
+    changes = {"layout": layout, "warmup": 3}
+    both = [rivals.Rival(spec(name, shape, **changes)) for name in ("masked", "neft")]
+    assert len(both[0].mask.groups) == shape.layers * {"mlp": 2, "all": 7}[layout]
     before = dict(rivals.Rival(spec("floor", shape)).model.named_parameters())
     models = both[0].model, both[1].model.merge_and_unload()
     weights = [dict(model.named_parameters()) for model in models]
@@ -258,12 +260,14 @@ def test_the_rank_of_as_many_parameters():
     model = rivals.random_model(MICRO, torch.float32, torch.device("cpu"))
     ranks = [rivals.rank_for(model, count) for count in (0, SIDES, 10 * SIDES - 1, 10 * SIDES)]
     assert ranks == [1, 1, 9, 10]
+    given = [rivals.Rival(spec(name, rank=3)).facts()["trained"] for name in ("lora", "shira")]
+    assert given == [3 * SIDES] * 2
 
 
 def test_a_mask_for_more_than_all_takes_all_and_skew_crowds_it():
     model = rivals.random_model(MICRO, torch.float32, torch.device("cpu"))
-    assert rivals.random_mask(model, 43.0, 0.0).neurons == L * 2 * M == 96
-    even, skewed = (rivals.random_mask(model, 9.0, skew) for skew in (0.0, 2.0))
+    assert rivals.random_mask(model, 43.0, "mlp", 0.0).neurons == L * 2 * M == 96
+    even, skewed = (rivals.random_mask(model, 9.0, "mlp", skew) for skew in (0.0, 2.0))
     assert even.neurons == skewed.neurons
     largest = [max(c.selected for c in mask.by_module().values()) for mask in (even, skewed)]
     assert largest[1] > largest[0] + 4

@@ -369,7 +369,7 @@ def test_never_more_memory_than_with_masked_gradients(percent):
     peaks = {}
     for method in ("masked", "neft"):
         spec = train_step.Spec(
-            method, SHAPE, percent, 0.0, 2, 32, "float32", "cpu", 1, 1.0, "fused", 1
+            method, SHAPE, percent, "mlp", 0, 0.0, 2, 32, "float32", "cpu", 1, 1.0, "fused", 1
         )  # fmt: skip
         peaks[method] = rivals.Rival(spec).answer("memory")["peak"]
     assert peaks["neft"] <= peaks["masked"]
