@@ -364,12 +364,16 @@ def test_memory_stays_flat_over_many_steps():
 SHAPE = train_step.Shape(64, 172, 4, 4, 4, 256)
 
 
-@pytest.mark.parametrize("percent", [3.0, 9.0, 20.0, 28.0, 32.0, 36.0, 43.0])
-def test_never_more_memory_than_with_masked_gradients(percent):
+@pytest.mark.parametrize(
+    ("layout", "percent"),
+    [("mlp", p) for p in (3.0, 9.0, 20.0, 28.0, 32.0, 36.0, 43.0)]
+    + [("mlp+gate", 36.0), ("all", 9.0), ("all", 60.0), ("all", 99.0)],
+)
+def test_never_more_memory_than_with_masked_gradients(layout, percent):
     peaks = {}
     for method in ("masked", "neft"):
         spec = train_step.Spec(
-            method, SHAPE, percent, "mlp", 0, 0.0, 2, 32, "float32", "cpu", 1, 1.0, "fused", 1
+            method, SHAPE, percent, layout, 0, 0.0, 2, 32, "float32", "cpu", 1, 1.0, "fused", 1
         )  # fmt: skip
         peaks[method] = rivals.Rival(spec).answer("memory")["peak"]
     assert peaks["neft"] <= peaks["masked"]
