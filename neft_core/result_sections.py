@@ -57,12 +57,12 @@ def results(found: Findings, gallery: Gallery) -> Html | str:
     bootstrap = found.params.evaluation.bootstrap
     note = (
         "Scores and losses are means over seeds, ± one standard deviation (n − 1). Bold: the best "
-        "of the runs trained on the same task. Δ: difference of the first metric to that task's "
-        "full fine-tuning, to the LoRA that trains about as many parameters (of several alike the "
-        "one with the lowest dev loss) and to the base; significance by paired bootstrap over the "
-        f"test rows ({bootstrap:,} samples), seed by seed, of which the largest p counts, and 1 "
-        "where seeds differ in sign. * p < 0.05, ** p < 0.01; without a mark the difference may "
-        "be chance."
+        "of the runs trained on the same task. Δ: difference (of BLEU, ROUGE-L or accuracy) to "
+        "that task's full fine-tuning, to the LoRA that trains about as many parameters (of "
+        "several alike the one with the lowest dev loss) and to the base; significance by paired "
+        f"bootstrap over the test rows ({bootstrap:,} samples), seed by seed, of which the largest "
+        "p counts, and 1 where seeds differ in sign. * p < 0.05, ** p < 0.01; without a mark the "
+        "difference may be chance."
     )
     return join([*parts, paragraph(note, kind="note"), _signatures(found)])
 

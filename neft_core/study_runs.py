@@ -151,9 +151,12 @@ def differences(
         if any(cell.value is not None for cell in cells)
     ]
     samples = found.params.evaluation.bootstrap
+    measured = [row for _, of_task in rows for row in of_task if row]
+    firsts = dict.fromkeys(first for first, *_ in OF_TASK.values())
+    tested = [TITLES[first] for first in firsts if any(row.get(first) for row in measured)]
     note = (
-        "Difference of the first metric to full fine-tuning, and to the LoRA that trains about as "
-        "many parameters; of several alike to the one with the lowest dev loss. p: paired "
+        f"Difference of {' and '.join(tested)} to full fine-tuning, and to the LoRA that trains "
+        "about as many parameters; of several alike to the one with the lowest dev loss. p: paired "
         f"bootstrap over the test rows ({samples:,} samples), seed by seed, of which the largest "
         "counts, and 1 where seeds differ in sign; * p < 0.05, ** p < 0.01."
     )

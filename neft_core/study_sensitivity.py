@@ -1,4 +1,4 @@
-"""Part `sensitivity`: what a selection owes to criterion, threshold and warm-up (the review's)."""
+"""Part `sensitivity`: what a selection owes to criterion, threshold and warm-up."""
 
 from neft_core import figures
 from neft_core.config.shown import SensitivitySection

@@ -12,6 +12,7 @@ from neft_core.errors import NeftError
 from neft_core.findings import Findings
 from neft_core.page import Gallery
 from neft_core.report import report
+from neft_core.study_runs import differences
 from neft_core.study_tables import Table
 from neft_core.summary import summarise
 from neft_core.workspace import Workspace
@@ -126,7 +127,17 @@ def test_differences_to_full_and_to_the_lora_of_like_size(folder):
     assert found["NeFT"][0].startswith("−")
     told = study_parts.made(Findings.read(Workspace(folder)), Gallery())[1]
     assert [cell.run for cell in told.rows[-1][1:]] == ["neft-en-fr"] * 2 + ["neft-fr-en"] * 2
+    assert told.notes[0].startswith("Difference of BLEU to full fine-tuning, ")
     assert not any(cell.best for row in told.rows for cell in row)
+
+
+def test_differences_name_the_metric_that_they_are_of(folder):
+    """Of summaries it isn't the column that stands first."""
+    found = Findings.read(made(folder, [TABLE]))
+    scores = {"rouge1": "30.0", "rougeL": "29.0", "delta_full": "-2.0", "p_full": "0.01"}
+    rows = [("NeFT", [{"name": "neft-en-fr", "bleu": "", **scores}])]
+    (told,) = differences(found, "t", "T", ["Summaries"], rows)
+    assert told.notes[0].startswith("Difference of ROUGE-L to full fine-tuning, ")
 
 
 def test_runs_of_one_task_tested_on_others(folder):
