@@ -16,6 +16,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from neft_core import loading
 from neft_core.config import NO_FILE, Params, parse_params, read_yaml
@@ -176,9 +177,9 @@ def absolute(node: Any, folder: Path) -> None:
     if isinstance(node, dict):
         for key, value in node.items():
             if key == "path" and isinstance(value, str) and value != NO_FILE:
-                node[key] = os.path.normpath(folder / Path(value).expanduser())
+                node[key] = _quoted(os.path.normpath(folder / Path(value).expanduser()))
             elif key == "id" and isinstance(value, str) and (folder / value).is_dir():
-                node[key] = os.path.normpath(folder / value)
+                node[key] = _quoted(os.path.normpath(folder / value))
             else:
                 absolute(value, folder)
     elif isinstance(node, list):
@@ -223,8 +224,21 @@ def assign(document: Any, setting: str) -> str:
     if before == wanted and last in node:
         return ""
     was = _shown(before) if last in node else "unset"
-    node[last] = wanted
+    node[last] = _quoted(wanted)
     return f"{key}: {was} is now {_shown(wanted)}"
+
+
+def _quoted(value: Any) -> Any:
+    """A value with its texts in quotes where they have a colon.
+
+    YAML 1.2, which is written here, has it plain between braces; 1.1, which DVC reads, doesn't.
+    """
+    if isinstance(value, dict):
+        return {_quoted(key): _quoted(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_quoted(entry) for entry in value]
+    plain = not isinstance(value, str) or ":" not in value
+    return value if plain else DoubleQuotedScalarString(value)
 
 
 def _shown(value: Any) -> str:

@@ -74,6 +74,10 @@ def refused(tmp_path: Path, *changes: tuple[str, str], text: str = TINY_PARAMS) 
         ("dtype: auto", "dtype: int8",
          "compute.dtype: got 'int8'; allowed are auto, float32, bfloat16, float16, float64"),
         ("threads: 1", "processes: 0", "compute.processes: got 0; at least 1"),
+        ("threads: 1", "threads: 4097", "compute.threads: got 4097; at most 4096"),
+        ("bootstrap: 100", "bootstrap: 100001", "evaluation.bootstrap: got 100001; at most 100000"),
+        ("seeds: [1, 2]", f"seeds: [1, {2**63}]",
+         f"runs.neft.seeds.1: got {2**63}; at most {2**63 - 1}"),
         ("threads: 1", "processes: 2, accelerate_config: a.yaml", "compute.processes: got 2 beside "
          "accelerate_config; num_processes of that file says how many"),
         (LOCAL, GENERATED.format("[en]"),

@@ -6,7 +6,7 @@ import pytest
 from conftest import TINY_PARAMS
 
 from neft_core import overrides, study_files
-from neft_core.config import load_params
+from neft_core.config import load_params, read_yaml
 from neft_core.errors import NeftError
 from neft_core.workspace import Workspace, cache_of, init_workspace
 
@@ -50,6 +50,18 @@ def test_a_whole_run_can_be_set(ws):
     overrides.apply(None, ["runs.more={task: en-fr, method: {name: embed}, seeds: [3]}"])
     assert ws.params().runs["more"].seeds == [3]
     assert list(ws.params().runs) == ["full", "lora", "neft", "more"]
+
+
+@pytest.mark.parametrize("value", ["team:a", "'team: a'", "12:30:00", "/mnt/a:b"])
+def test_a_text_with_a_colon_is_read_as_it_was_set(ws, value):
+    """Between braces YAML 1.1, which DVC reads, has it in quotes alone."""
+    overrides.apply(None, [f"tracking.experiment={value}"])
+    assert read_yaml(ws.params_file)["tracking"]["experiment"] == value.strip("'")
+
+
+def test_a_list_of_texts_with_colons_is_read_as_it_was_set(ws):
+    overrides.apply(None, ["scoring={layout: patterns, rows: ['x:y']}"])
+    assert read_yaml(ws.params_file)["scoring"] == {"layout": "patterns", "rows": ["x:y"]}
 
 
 def test_the_same_value_again_writes_nothing(ws, capsys):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from neft_core.config.section import NO_FILE, Section, refuse
+from neft_core.config.section import NO_FILE, Section, Seed, refuse
 
 
 class Pretraining(Section):
@@ -16,7 +16,7 @@ class Pretraining(Section):
     """Sequences in a step."""
     lr: float = Field(gt=0, le=1)
     """Peak learning rate of AdamW; warmed up over 5 % of the steps, then linear decay."""
-    seed: int = Field(default=1, ge=0)
+    seed: Seed = 1
     """Seed of the initial weights and of the order of rows."""
 
 

@@ -141,7 +141,8 @@ def _describe(error: Any, data: Any) -> str:
     if error["loc"][-1] == "[key]":
         return f"{where}: got a name that is no text; put it in quotes"
     bounds = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-    limits = [f"{text} {context[key]:g}" for key, text in bounds.items() if key in context]
+    found = [(text, context[key]) for key, text in bounds.items() if key in context]
+    limits = [f"{text} {n if isinstance(n, int) else f'{n:g}'}" for text, n in found]
     if kind == "literal_error":
         limits = [f"allowed are {context['expected']}".replace("'", "").replace(" or ", ", ")]
     if kind in ("too_short", "too_long"):

@@ -4,7 +4,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from neft_core.config.section import Section, refuse
+from neft_core.config.section import Section, Seed, refuse
 
 
 class Plain(Section):
@@ -91,7 +91,7 @@ class Selection(Section):
     scores: str | list[str] | None = None
     """Whose scores: a task or a warm-up of `warmups`, or an entry of `scores` or `activations`;
     null: the run's task. Of `union`: two or more."""
-    seed: int = Field(default=1, ge=0)
+    seed: Seed = 1
     """Seed of policy `random`."""
     per_module: Literal[True] | None = None
     """The same share of each module's candidates is taken, in place of one ranking of all."""
@@ -203,7 +203,7 @@ class Run(Section):
     """A key of `tasks`."""
     method: Method
     """What trains."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[1], min_length=1)
+    seeds: list[Seed] = Field(default=[1], min_length=1)
     """Seeds of the order of rows and of new parameters."""
     lr: float | None = Field(default=None, gt=0, le=1)
     """Learning rate; null: `training.lr`."""
@@ -242,7 +242,7 @@ class Evaluation(Section):
     """Rows generated at once."""
     max_new_tokens: int = Field(ge=1)
     """Longest hypothesis in tokens."""
-    bootstrap: int = Field(default=1000, ge=100)
+    bootstrap: int = Field(default=1000, ge=100, le=100_000)
     """Samples of the paired bootstrap against the full fine-tune and the base."""
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from neft_core.config.section import Section, refuse
+from neft_core.config.section import Section, Seed, refuse
 from neft_core.patterns import Patterns
 
 
@@ -19,7 +19,7 @@ class MoreWarmup(Section):
     """Learning rate at the first step."""
     batch_size: int | None = Field(default=None, ge=1)
     """Rows in a micro-batch."""
-    seed: int | None = Field(default=None, ge=0)
+    seed: Seed | None = None
     """Seed of the order of rows."""
 
 
@@ -39,7 +39,7 @@ class GradientScores(Section):
     memory: float | None = Field(default=None, gt=0)
     """GB (10^9 bytes) for the summed gradients; less takes more passes over the rows, with the same
     result. null: 4 bytes for each candidate's weight, and one pass."""
-    seed: int = Field(default=1, ge=0)
+    seed: Seed = 1
     """Seed of the rows."""
 
 
@@ -56,7 +56,7 @@ class ProbeScores(Section):
     """Rows at once."""
     alpha: float = Field(default=1.0, gt=0)
     """Ridge penalty."""
-    seed: int = Field(default=1, ge=0)
+    seed: Seed = 1
     """Seed of the rows."""
 
 

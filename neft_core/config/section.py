@@ -3,11 +3,12 @@
 import difflib
 import re
 from collections.abc import Collection
-from typing import Any, Final, Self
+from typing import Annotated, Any, Final, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     ModelWrapValidatorHandler,
     ValidationError,
     model_validator,
@@ -19,6 +20,10 @@ NO_FILE: Final = "data/none"
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 """Names of tasks and runs: a dot would be a level of keys to DVC."""
+
+
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""What random numbers begin with; more bits than these no generator here takes."""
 
 
 def refuse(message: str) -> PydanticCustomError:

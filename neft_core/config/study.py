@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from neft_core.config.measures import Texts
 from neft_core.config.runs import Method
-from neft_core.config.section import Section, known, refuse
+from neft_core.config.section import Section, Seed, known, refuse
 from neft_core.config.shown import (
     BEFORE,
     AnalysisSection,
@@ -242,7 +242,7 @@ class Grid(Section):
     """Keys of `tasks`."""
     methods: list[str] = Field(min_length=1)
     """Keys of `methods`."""
-    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    seeds: list[Seed] | None = Field(default=None, min_length=1)
     """Of each run; null: the file's."""
     lr: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(default=None, min_length=1)
     """Learning rates, each of which is a run METHOD-RATE-TASK; null: the method's own."""
@@ -259,7 +259,7 @@ class StudyFile(Section):
 
     methods: dict[str, Catalogued] = Field(default_factory=dict)
     """Methods by name: the same under one name in every study."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[1], min_length=1)
+    seeds: list[Seed] = Field(default=[1], min_length=1)
     """Of every run of the grid."""
     grid: list[Grid] = Field(default_factory=list)
     """Runs, beside those of `runs`."""

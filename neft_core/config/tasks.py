@@ -4,7 +4,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
-from neft_core.config.section import NO_FILE, Section, refuse
+from neft_core.config.section import NO_FILE, Section, Seed, refuse
 from neft_core.rows import FIELDS, LABELS
 from neft_core.tasks import labels_in
 
@@ -30,7 +30,7 @@ class GeneratedSource(Section):
     constructions: list[str] | None = Field(default=None, min_length=1)
     """Of translation: constructions of train, dev and test (`HELD_OUT` in neft_core/corpus); null:
     all."""
-    seed: int = Field(default=1, ge=0)
+    seed: Seed = 1
     """Seed of the meanings; the same for every language pair, so that pairs are parallel."""
 
     @model_validator(mode="after")
@@ -88,7 +88,7 @@ class Rows(Section):
     skip: int = Field(default=0, ge=0)
     """Leave out so many training rows of the sample's order first: with the `train` of another task
     here, the two samples share no row."""
-    seed: int = Field(default=1, ge=0)
+    seed: Seed = 1
     """Seed of the sample and of the split."""
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from neft_core.config.section import Section, refuse
+from neft_core.config.section import Section, Seed, refuse
 
 
 class Compute(Section):
@@ -17,7 +17,7 @@ class Compute(Section):
     trains is float32 (in float64: float64)."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast; `auto`: bf16 on a GPU or where dtype is not float32, else none."""
-    threads: int = Field(default=2, ge=1)
+    threads: int = Field(default=2, ge=1, le=4096)
     """CPU threads of each process; another number can change the last bits of a sum."""
     processes: int = Field(default=1, ge=1)
     """Processes that share warm-up, training and evaluation on this machine, each with a device of
@@ -65,7 +65,7 @@ class Warmup(Optimisation):
 
     steps: int = Field(ge=1)
     """K: optimiser steps."""
-    seed: int = Field(default=1, ge=0)
+    seed: Seed = 1
     """Seed of the order of rows, and of new parameters."""
     modules: Literal["all", "candidates", "lora"] = "all"
     """What trains: `all` parameters, the `candidates` of the layout alone, or `lora` on every
