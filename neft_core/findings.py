@@ -150,7 +150,9 @@ class Findings:
             if path.name.startswith("speed."):
                 continue
             data = read_json(path)
-            found[path.stem] = list(data["seeds"].values()) if "seeds" in data else [data]
+            # In the order of `seeds`: in the file 10 stands before 2.
+            of_seeds = sorted(data.get("seeds", {}).items(), key=lambda item: int(item[0]))
+            found[path.stem] = [entry for _, entry in of_seeds] if "seeds" in data else [data]
         return {name: entries for name, entries in found.items() if any(entries)}
 
     def scores(self, task: str) -> "NeuronScores | None":

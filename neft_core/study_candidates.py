@@ -55,7 +55,9 @@ def notes(found: Findings, places: Iterable[Place]) -> list[str]:
         why = {name: found.why_failed(name, place.task) for name in place.runs}
         failed |= {name: reason for name, reason in why.items() if reason}
         taken.setdefault(place.row, {}).setdefault(_short(found, run), []).append(place.column)
-        rates = [found.params.runs[n].lr or found.params.training.lr for n in (run, *place.runs)]
+        entries = {name: found.params.runs[name] for name in place.runs}
+        alike = [entry for entry in entries.values() if entry.method == entries[run].method]
+        rates = [entry.lr or found.params.training.lr for entry in (entries[run], *alike)]
         if min(rates) < max(rates) and rates[0] in (min(rates), max(rates)):
             edges.append(_named(place.row, [place.column]))
     if not taken:

@@ -62,6 +62,8 @@ def refused(tmp_path: Path, *changes: tuple[str, str], text: str = TINY_PARAMS) 
         ("seeds: [1, 2]", "seeds: [1, a]", "runs.neft.seeds.1: got 'a'; a whole number is needed"),
         ("{name: full}", "full", "runs.full.method: got 'full'; a mapping of keys is needed"),
         ("scoring: {layout: mlp}", "scoring:", "scoring: got nothing; a mapping of keys is needed"),
+        ("  full:", "  base:",
+         "runs.base: is what tables call a model before training; rename the run"),
         # out of range
         ("percent: 9", "percent: 140", "runs.neft.method.percent: got 140; at most 100"),
         ("percent: 9", "percent: 0", "runs.neft.method.percent: got 0; more than 0"),

@@ -324,6 +324,25 @@ def test_candidates_can_be_listed(folder):
     assert "FT: full-3e-3 (En); All: neft (En), full-3e-4 (Fr)." in found["notes"][-2]
 
 
+def test_a_rate_is_at_an_edge_only_of_rates_that_were_tried_for_its_method(folder):
+    ws = swept(folder, FAIR | {"rows": {"All": ["full", "neft"]}})
+    data = read_yaml(ws.params_file)
+    data["runs"]["neft-en-fr"]["lr"] = 1e-1  # alone, and the highest of all
+    (folder / "params.yaml").write_text(yaml_text(data))
+    found = shown(ws)["t"]
+    assert "All: neft (En), full-3e-4 (Fr)." in found["notes"][-2]
+    assert found["notes"][-1] == "Its rate is the lowest or the highest tried: All (Fr)."
+
+
+def test_costs_are_in_the_order_of_seeds(folder):
+    ws = Workspace(folder)
+    ws.path("cost").mkdir(parents=True, exist_ok=True)
+    entries = {"10": {"seconds": 40}, "2": {"seconds": 10}}
+    (ws.path("cost") / "full.json").write_text(json.dumps({"seeds": entries}))
+    found = Findings.read(made(folder, [TABLE])).costs()["full"]
+    assert [entry["seconds"] for entry in found] == [10, 40]
+
+
 def test_candidates_that_failed_do_not_count(folder):
     failed = {
         "evaluate@full-1e-3-en-fr": "no memory",

@@ -19,6 +19,7 @@ from neft_core.config.runs import (
 )
 from neft_core.config.scores import ActivationScores, MoreWarmup, Scores, Scoring
 from neft_core.config.section import NAME, Section, known, refuse
+from neft_core.config.shown import BEFORE
 from neft_core.config.study import Study
 from neft_core.config.tasks import Nli, Task, has_pretraining
 from neft_core.config.training import Compute, Training, Warmup
@@ -88,6 +89,11 @@ class Params(Section):
                         f"{section}: got the name '{name}'; "
                         "names are lower-case letters, digits, '_', '-'"
                     )
+        for name in BEFORE:
+            if name in self.runs:
+                raise refuse(
+                    f"runs.{name}: is what tables call a model before training; rename the run"
+                )
         self._names_known()
         self._trained_on_tasks_that_train()
         self._transfers_go_elsewhere()
