@@ -2,7 +2,8 @@
 
 A neuron's gradient needs the layer's input. In most models that is a product, SiLU(gate) * up or a
 norm's weight * (x * scale), of which autograd keeps the factors for its own gradient. So these are
-held, which costs no memory, and multiplied again, which gives the same bits.
+held, which costs no memory, and multiplied again, which gives the same bits; unless something was
+changed in place on the way that autograd didn't see, which `Trust` finds.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from neft_core.frozen import has_content
 
 
 class Product(NamedTuple):
@@ -31,19 +34,40 @@ Recipe = int | Product | Copy
 """How to form a tensor; a number stands for the factor at that place."""
 
 
+class Trust:
+    """Which recipes give the very tensor; each is tried when it is first met.
+
+    Autograd sees neither what changes in place by `.data` nor, of a product inside another, what
+    changes by `detach()` or under `no_grad`. Such a recipe isn't used.
+    """
+
+    def __init__(self) -> None:
+        self._tried: dict[Recipe, bool] = {}
+
+    def deserves(self, recipe: Recipe, kept: Sequence[Tensor], x: Tensor) -> bool:
+        """Whether `x` is formed of `kept` in this way; what has no content is believed."""
+        if recipe not in self._tried:
+            if not has_content(x):
+                return True
+            self._tried[recipe] = torch.equal(formed(kept, recipe), x)
+        return self._tried[recipe]
+
+
 def as_it_is(tensor: Tensor) -> Tensor:
     """What autograd's hooks on saved tensors give back, if they only count what is saved."""
     return tensor
 
 
-def factors(x: Tensor) -> tuple[list[Tensor], Recipe | None]:
+def factors(x: Tensor, trust: Trust) -> tuple[list[Tensor], Recipe | None]:
     """What the graph keeps of which `x` is formed; `x` itself, without a recipe, where nothing."""
     found: list[Tensor] = []
     # What was done to it in place, unseen by autograd, is in no recipe.
-    if torch.compiler.is_compiling() or x.is_inference() or x._version or x.shape[-1] < 2:
+    if x.is_inference() or x._version or x.shape[-1] < 2:
         return [x], None
     recipe = _recipe(x.grad_fn, found)
-    return ([x], None) if recipe is None else (found, recipe)
+    if recipe is None or not trust.deserves(recipe, found, x):
+        return [x], None
+    return found, recipe
 
 
 def formed(kept: Sequence[Tensor], recipe: Recipe | None, indices: Tensor | None = None) -> Tensor:

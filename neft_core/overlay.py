@@ -16,6 +16,7 @@ from typing import NamedTuple, ParamSpec
 import torch
 from torch import Tensor, nn
 
+from neft_core.again import Trust
 from neft_core.aside import put_aside
 from neft_core.groups import read_neurons, write_neurons
 
@@ -76,6 +77,7 @@ class Overlay:
         aside: those are put aside.
         edition: counts the changes of the weight.
         stale: a gradient was formed, so an optimiser may have changed the values unseen by torch.
+        trust: how the layer's input may be formed again for backward.
     """
 
     indices: Tensor
@@ -85,7 +87,7 @@ class Overlay:
         self.axis = axis
         self.present = self.aside = self.stale = False
         self.pack: Pack | None = None
-        self.edition = 0
+        self.edition, self.trust = 0, Trust()
         # No one asked for the weight's own bits since the last update.
         self._calm = True
         self._owner: Tensor | None = None

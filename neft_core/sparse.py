@@ -73,7 +73,7 @@ class NeuronLinear(torch.autograd.Function):
             overlay: what keeps the values in `weight`; without it they stay there until backward.
         """
         ctx.axis = axis
-        keep(ctx, _inputs(ctx, x, indices), values, weight, indices, overlay)
+        keep(ctx, _inputs(ctx, x, indices, overlay), values, weight, indices, overlay)
         return _linear(x, weight, bias)
 
     @staticmethod
@@ -126,7 +126,7 @@ class PackedLinear(torch.autograd.Function):
             overlay: what keeps the weight packed; without it it stays so until backward.
         """
         ctx.axis = axis
-        seen = [order, place, *_inputs(ctx, x, indices)]
+        seen = [order, place, *_inputs(ctx, x, indices, overlay)]
         keep(ctx, seen, values, neurons if overlay is None else weight, indices, overlay)
         if axis == ROWS:
             return _in_order(_linear(x, neurons, None), place, indices, bias)
@@ -160,9 +160,9 @@ class PackedLinear(torch.autograd.Function):
         return grad_x, grad_values, *[None] * 8
 
 
-def _inputs(ctx: Any, x: Tensor, indices: Tensor) -> Sequence[Tensor]:
+def _inputs(ctx: Any, x: Tensor, indices: Tensor, overlay: Overlay | None) -> Sequence[Tensor]:
     """What the gradient of the neurons needs of the input; `ctx.recipe` says how it is formed."""
-    sources, ctx.recipe = factors(x)
+    sources, ctx.recipe = ([x], None) if overlay is None else factors(x, overlay.trust)
     if ctx.recipe is None and ctx.axis != ROWS:
         return [picked(x, indices)]
     return sources

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.memory import kept_for_backward
-from neft_core.again import factors, formed
+from neft_core.again import Trust, factors, formed
 from neft_core.layer import NeftLinear
 from neft_core.neurons import COLUMNS, ROWS
 
@@ -37,7 +37,7 @@ PRODUCTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_product_is_formed_with_its_own_bits(kind, dtype):
     x = PRODUCTS[kind](dtype)
-    kept, recipe = factors(x)
+    kept, recipe = factors(x, Trust())
     assert recipe is not None
     assert all(tensor is not x for tensor in kept)
     again = formed(kept, recipe)
@@ -52,11 +52,26 @@ def changed(x: torch.Tensor) -> torch.Tensor:
         return x.mul_(2)
 
 
+def changed_inside(change) -> torch.Tensor:
+    inner = leaf(3, 8) * leaf(3, 8, seed=1)
+    change(inner)
+    return (inner * 0.5).to(torch.float64)
+
+
+def changed_data() -> torch.Tensor:
+    x = leaf(3, 8) * leaf(3, 8, seed=1)
+    x.data.clamp_(-0.1, 0.1)
+    return x
+
+
 OTHERS = {
     "a leaf": lambda: leaf(3, 8),
     "a sum": lambda: leaf(3, 8) + leaf(3, 8),
     "a view": lambda: (leaf(3, 8) * leaf(3, 8)).view(4, 6),
     "changed unseen": lambda: changed(leaf(3, 8) * leaf(3, 8)),
+    "changed inside": lambda: changed_inside(changed),
+    "changed inside, detached": lambda: changed_inside(lambda inner: inner.detach().zero_()),
+    "changed by its data": changed_data,
     "of a leaf that is not kept": lambda: leaf(3, 8) * torch.ones(8),
     "of one feature": lambda: leaf(3, 1) * leaf(3, 1),
 }
@@ -65,7 +80,7 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_what_is_no_product_is_kept_itself(kind):
     x = OTHERS[kind]()
-    kept, recipe = factors(x)
+    kept, recipe = factors(x, Trust())
     assert recipe is None
     assert kept[0] is x
 
@@ -74,7 +89,7 @@ def test_behind_hooks_nothing_is_looked_at():
     # A hook may keep anything, even a tensor of the same shape.
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 0, lambda t: t):
         x = leaf(3, 8).exp() * leaf(3, 8, seed=1)
-    assert factors(x)[1] is None
+    assert factors(x, Trust())[1] is None
 
 
 def sides(axis: int) -> tuple[NeftLinear, nn.Linear, torch.Tensor]:
@@ -127,3 +142,17 @@ def test_checkpoints_and_kept_graphs(axis):
     with torch.autograd.graph.save_on_cpu():
         (got,) = torch.autograd.grad(run(x), values)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("axis", [ROWS, COLUMNS])
+def test_an_input_that_changed_unseen_has_the_gradient_of_what_the_layer_saw(axis):
+    layer, plain, indices = sides(axis)
+    values = layer.neft_values["default"]
+
+    for x in (changed_data(), leaf(3, 8) * leaf(3, 8, seed=1)):
+        (got,) = torch.autograd.grad(layer(x).square().sum(), values)
+        weight = plain.weight.detach().clone().requires_grad_()
+        seen = nn.functional.linear(x.detach(), weight)
+        (whole,) = torch.autograd.grad(seen.square().sum(), weight)
+        want = whole[indices] if axis == ROWS else whole[:, indices].t()
+        assert torch.allclose(got, want, atol=1e-6)
