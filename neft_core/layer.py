@@ -45,8 +45,8 @@ class NeftLayer(BaseTunerLayer):  # type: ignore[misc]
         """Give the weight its own bits, or those of the merged adapters."""
 
     @abstractmethod
-    def check_merge(self, names: list[str] | None = None) -> None:
-        """Refuse to merge adapters into a weight that can't be written; None: the active ones."""
+    def check_merge(self, names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Refuse what `merge` would, before anything has changed; None: the active adapters."""
 
     @abstractmethod
     def changes(self, names: list[str] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -199,16 +199,9 @@ class NeftLinear(nn.Module, NeftLayer):
             ValueError: with `safe_merge`, an adapter holds a value that isn't finite.
             NeftError: the weight can't be written, because it is quantised or sharded.
         """
-        self.check_merge(adapter_names)
+        self.check_merge(adapter_names, safe_merge)
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self.neft_values]
-        for name in names:
-            self._check_known(name)
-            values = self.neft_values[name].to(frozen.place(self.base_layer)[1])
-            if safe_merge and not bool(torch.isfinite(values).all()):
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
-                )
         if names and self.shared and not self._tied:
             # The other module that has this weight must not change with it.
             self._tied = [self.base_layer.weight]
@@ -219,13 +212,21 @@ class NeftLinear(nn.Module, NeftLayer):
             self._adopt()
         self.settle()
 
-    def check_merge(self, names: list[str] | None = None) -> None:
-        """Refuse to merge adapters into a weight that can't be written; None: the active ones.
+    def check_merge(self, names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Refuse what `merge` would, before anything has changed; None: the active adapters.
 
         Raises:
-            NeftError: it is refused, and nothing has changed.
+            ValueError: as `merge`.
+            NeftError: as `merge`.
         """
         chosen = set(self.active_adapters if names is None else names) & set(self.neft_values)
+        for name in sorted(chosen - set(self.merged_adapters)):
+            self._check_known(name)
+            values = self.neft_values[name].to(frozen.place(self.base_layer)[1])
+            if safe_merge and not bool(torch.isfinite(values).all()):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )
         if chosen and frozen.readable(self.base_layer) is None:
             raise NeftError(
                 f"{type(self.base_layer).__name__}: a quantised weight can't take merged neurons; "

@@ -243,9 +243,9 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """As PEFT's, but where one weight can't be written, none is."""
+        """As PEFT's, but where one layer refuses, none is merged."""
         for layer in neft_layers(self.model).values():
-            layer.check_merge(adapter_names)
+            layer.check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
     def add_weighted_adapter(self, *_args: Any, **_options: Any) -> None:
@@ -259,7 +259,7 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
         layers = neft_layers(self.model)
         if merge:
             for layer in layers.values():
-                layer.check_merge(options.get("adapter_names"))
+                layer.check_merge(options.get("adapter_names"), options.get("safe_merge", False))
             found = _measured(layers.values(), options.get("adapter_names"))
             if found.mean_error:
                 _LOG.info("merge: %s; merging into a base in fp32 loses nothing", found)

@@ -228,6 +228,21 @@ def test_a_broken_adapter_is_not_merged_safely():
         assert not layer.merged
 
 
+@pytest.mark.parametrize("way", ["merge_adapter", "merge_and_unload"])
+def test_where_one_layer_is_broken_none_is_merged(way):
+    model = perturbed(get_peft_model(tiny_llama(), config()))
+    layers = list(neft_layers(model).values())
+    before = [layer.get_base_layer().weight.clone() for layer in layers]
+    with torch.no_grad():
+        layers[-1].neft_values["default"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected"):
+        getattr(model, way)(safe_merge=True)
+    assert list(neft_layers(model).values()) == layers
+    for layer, weight in zip(layers, before, strict=True):
+        assert not layer.merged
+        assert torch.equal(layer.get_base_layer().weight, weight)
+
+
 def test_several_adapters(make, kind):
     model = perturbed(get_peft_model(make(), config(kind)))
     first = out(model)
