@@ -16,6 +16,7 @@ from neft_core.masks import NeuronScores
 from neft_core.neurons import candidates, count_parameters, is_tied
 from neft_core.patterns import Patterns
 from neft_core.similarity import one_minus_cosine, sensitivity
+from neft_core.steps import evaluating
 from neft_core.weights import weights
 
 
@@ -66,17 +67,13 @@ def activation_scores(
     if not batches:
         raise NeftError("activation: got no rows; give some")
     sums = {g.module: torch.zeros(3, g.count, dtype=torch.float64) for g in groups}
-    training = base.training, tuned.training
-    base.eval()
-    tuned.eval()
-    for number, batch in enumerate(batches, start=1):
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        real = batch["attention_mask"].bool()
-        add_batch((base, tuned), groups, inputs, real, sums)
-        if progress is not None:
-            progress(number, len(batches))
-    base.train(training[0])
-    tuned.train(training[1])
+    with evaluating(base, tuned):
+        for number, batch in enumerate(batches, start=1):
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            real = batch["attention_mask"].bool()
+            add_batch((base, tuned), groups, inputs, real, sums)
+            if progress is not None:
+                progress(number, len(batches))
     return NeuronScores(
         {g.module: _score(g, sums[g.module], base, tuned) for g in groups},
         {g.module: g for g in groups},

@@ -17,7 +17,7 @@ from neft_core.groups import Group, Source
 from neft_core.masks import NeuronScores
 from neft_core.neurons import candidates, count_parameters, is_tied, sources
 from neft_core.patterns import Patterns
-from neft_core.steps import loss_sum
+from neft_core.steps import evaluating, loss_sum
 from neft_core.weights import weights
 
 _PIECE = 1 << 22
@@ -65,9 +65,7 @@ def gradient_scores(
     parts = passes(groups, memory)
     total = len(parts) * len(batches)
     found: dict[str, Tensor] = {}
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for number, part in enumerate(parts):
 
             def losses(earlier: int = number * len(batches)) -> Iterator[tuple[Tensor, int]]:
@@ -77,8 +75,6 @@ def gradient_scores(
                         progress(earlier + position, total)
 
             found |= pass_scores(model, part, losses(), relative, kind)
-    finally:
-        model.train(training)
     return NeuronScores(
         found,
         {group.module: group for group in groups},
@@ -152,6 +148,7 @@ def _summing(
         for number, source in enumerate(sources(group, shapes, kind)):
             wanted.setdefault(source.parameter, []).append(((group.module, number), source))
     trained = {name: p.requires_grad for name, p in parameters.items()}
+    before = {name: parameters[name].grad for name in wanted}
 
     def adding(name: str) -> Callable[[Tensor], None]:
         def add(parameter: Tensor) -> None:
@@ -171,6 +168,8 @@ def _summing(
     try:
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in wanted)
+        for name in wanted:
+            parameters[name].grad = None
         handles = [
             parameters[name].register_post_accumulate_grad_hook(adding(name)) for name in wanted
         ]
@@ -180,6 +179,8 @@ def _summing(
             handle.remove()
         for name, parameter in parameters.items():
             parameter.requires_grad_(trained[name])
+        for name, gradient in before.items():
+            parameters[name].grad = gradient
 
 
 def _turned(

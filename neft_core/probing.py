@@ -17,6 +17,7 @@ from neft_core.errors import NeftError
 from neft_core.masks import NeuronScores
 from neft_core.neurons import candidates, count_parameters, is_tied, layer_of, sources
 from neft_core.patterns import Patterns
+from neft_core.steps import evaluating
 from neft_core.weights import Model, weights
 
 
@@ -38,22 +39,20 @@ def sentence_states(
         batches: each with `input_ids` and `attention_mask`, [B, T].
         progress: called after each batch with the number done and that of all.
     """
-    training = model.training
-    model.eval()
     found: list[Tensor] = []
-    for number, batch in enumerate(batches, start=1):
-        real = batch["attention_mask"].bool()
-        seen: dict[str, Tensor] = {}
-        with _outputs(model, layers, seen):
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        states = torch.stack([seen[name] for name in layers], dim=1).double()  # [B, L, T, H]
-        wide = real[:, None, :, None]
-        # Padding may hold anything, NaN too: it is left out, not multiplied by zero.
-        means = torch.where(wide, states, 0.0).sum(2) / real.sum(1)[:, None, None]
-        found.append(means.float().cpu())
-        if progress is not None:
-            progress(number, len(batches))
-    model.train(training)
+    with evaluating(model):
+        for number, batch in enumerate(batches, start=1):
+            real = batch["attention_mask"].bool()
+            seen: dict[str, Tensor] = {}
+            with _outputs(model, layers, seen):
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            states = torch.stack([seen[name] for name in layers], dim=1).double()  # [B, L, T, H]
+            wide = real[:, None, :, None]
+            # Padding may hold anything, NaN too: it is left out, not multiplied by zero.
+            means = torch.where(wide, states, 0.0).sum(2) / real.sum(1)[:, None, None]
+            found.append(means.float().cpu())
+            if progress is not None:
+                progress(number, len(batches))
     return torch.cat(found)
 
 

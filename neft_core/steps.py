@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +150,19 @@ def loss_sum(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int
     return total, int(chosen.sum())
 
 
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """While it lasts, models are in evaluation mode; whatever ends it, they go back to theirs."""
+    before = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, training in zip(models, before, strict=True):
+            model.train(training)
+
+
 @torch.no_grad()
 def split_loss(
     model: nn.Module,
@@ -164,19 +178,17 @@ def split_loss(
     Batches are dealt out whole. Sharded models want every process to compute as many, so one that
     is short of a batch computes the first once more, for nothing.
     """
-    training = model.training
-    model.eval()
     order = np.argsort(-np.diff(arrays["offsets"]), kind="stable")
     starts = range(0, len(order), batch_size)
     total, count = 0.0, 0
-    for number in range(rank, processes * math.ceil(len(starts) / processes), processes):
-        mine = number < len(starts)
-        start = starts[number] if mine else 0
-        batch = collate(arrays, order[start : start + batch_size], pad)
-        loss, tokens = loss_sum(model, {k: v.to(device) for k, v in batch.items()})
-        if mine:
-            total, count = total + loss.item(), count + tokens
-    model.train(training)
+    with evaluating(model):
+        for number in range(rank, processes * math.ceil(len(starts) / processes), processes):
+            mine = number < len(starts)
+            start = starts[number] if mine else 0
+            batch = collate(arrays, order[start : start + batch_size], pad)
+            loss, tokens = loss_sum(model, {k: v.to(device) for k, v in batch.items()})
+            if mine:
+                total, count = total + loss.item(), count + tokens
     return total, count
 
 

@@ -7,9 +7,11 @@ from conftest import tiny_llama, tiny_rows
 from families import tiny_model
 from test_methods import tiny_gpt2
 
+from neft_core.activations import activation_scores
 from neft_core.errors import NeftError
 from neft_core.gradients import gradient_scores, passes
 from neft_core.groups import Group, read_neurons
+from neft_core.probing import sentence_states
 from neft_core.steps import collate
 
 
@@ -115,6 +117,16 @@ def test_the_model_is_left_as_it_was():
         assert parameter.requires_grad == before[name][1]
 
 
+def test_gradients_from_before_are_neither_added_nor_lost():
+    model, batches = tiny_llama(), batches_of()
+    want = gradient_scores(model, batches).sensitivity
+    (100 * model(input_ids=batches[0]["input_ids"]).logits.square().mean()).backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    found = gradient_scores(model, batches).sensitivity
+    assert all(torch.equal(found[name], scores) for name, scores in want.items())
+    assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters())
+
+
 def test_a_step_along_the_gradient_turns_neurons_by_the_score():
     """To first order, 1 - cos is half the square of the relative score times the rate."""
     from neft_core.similarity import sensitivity
@@ -173,3 +185,18 @@ def test_a_gradient_that_is_not_finite_is_refused():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("inf")
     with pytest.raises(NeftError, match="has a gradient that is not finite"):
         gradient_scores(model, batches_of())
+
+
+def test_after_a_fault_models_train_on_as_they_did():
+    batch = batches_of()[0]
+    wrong = {**batch, "input_ids": batch["input_ids"] + 1000}
+    model, other = tiny_llama().train(), tiny_llama().eval()
+    for score in (
+        lambda: gradient_scores(model, [wrong]),
+        lambda: activation_scores(model, other, [batch, wrong]),
+        lambda: sentence_states(model, ["model.layers.0"], [wrong]),
+    ):
+        with pytest.raises(IndexError):
+            score()
+        assert model.training
+        assert not other.training
