@@ -105,17 +105,21 @@ def _recipe(node: Any, found: list[Tensor]) -> Recipe | None:
     if kind != "MulBackward0":
         return None
     (before, _), (other, _) = node.next_functions
-    left = _factor(node._raw_saved_self, before, found)
-    right = None if left is None else _factor(node._raw_saved_other, other, found)
+    left = _factor(node, "self", before, found)
+    right = None if left is None else _factor(node, "other", other, found)
     return None if left is None or right is None else Product(left, right)
 
 
-def _factor(saved: Any, before: Any, found: list[Tensor]) -> Recipe | None:
-    """A factor that autograd saved, or that the node `before` formed."""
+def _factor(node: Any, which: str, before: Any, found: list[Tensor]) -> Recipe | None:
+    """A factor that a node saved, or that the node `before` formed."""
+    saved = getattr(node, f"_raw_saved_{which}")
     if saved.data is None:
         return _recipe(before, found)
     # What lies behind hooks, such as those of checkpointing, only they can read.
     if saved.unpack_hook not in (None, as_it_is):
         return None
-    found.append(saved.data)
+    try:
+        found.append(getattr(node, f"_saved_{which}"))
+    except RuntimeError:  # it was changed in place since, or is freed
+        return None
     return len(found) - 1
