@@ -20,8 +20,9 @@ from neft_core.patterns import Patterns
 from neft_core.sums import Kernel, across, compiled, sums
 from neft_core.weights import Model, Weights, weights
 
-# Weights per piece: few calls on a CPU, and another device filled.
-_PIECE, _PIECE_ELSEWHERE = 1 << 22, 1 << 26
+# Weights per piece: what torch makes of them on a CPU stays small; the compiled sums make nothing
+# and want few calls; another device wants to be filled.
+_PIECE, _PIECE_COMPILED, _PIECE_ELSEWHERE = 1 << 22, 1 << 24, 1 << 26
 # Fewer weights are scored in the time that the compiler takes.
 _WORTH_COMPILING = 1 << 26
 # d.d - (d.w)^2 / w.w loses this much precision at most before the part is summed by itself.
@@ -107,17 +108,16 @@ def score_neurons(
     groups = candidates(here.shapes, kind, layout, where=here.where)
     pairs = _pair(groups, here, there, kind, layout)
     on_cpu = torch.device(device).type == "cpu"
+    workers = (threads or torch.get_num_threads()) if on_cpu else 1
     large = sum(group.count * group.length for group in groups) >= _WORTH_COMPILING
-    scorer = _Scorer(
-        here,
-        there,
-        device,
-        piece or (_PIECE if on_cpu else _PIECE_ELSEWHERE),
-        compiled() if on_cpu and large else None,
-    )
+    kernel = compiled() if on_cpu and large else None
+    usual = _PIECE if on_cpu else _PIECE_ELSEWHERE
+    if kernel is not None:
+        usual = max(usual, _PIECE_COMPILED // workers)
+    scorer = _Scorer(here, there, device, piece or usual, kernel)
     sensitivities: dict[str, Tensor] = {}
     magnitudes: dict[str, Tensor] = {}
-    with ThreadPoolExecutor((threads or torch.get_num_threads()) if on_cpu else 1) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         for done, group in enumerate(groups, start=1):
             sensitivities[group.module], magnitudes[group.module] = scorer.score(
                 group, pairs[group.module], pool

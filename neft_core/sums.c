@@ -1,16 +1,15 @@
 /* Sums over pairs of neurons; neft_core/sums.py has the order of additions and compiles this.
 
    base and tuned are float32 or bfloat16, as in the function's name. n neurons of d weights; step:
-   bytes from one row of storage to the next; out: w.w, (v-w).w, (v-w).(v-w), n of each. */
+   bytes from one row of storage to the next; out: w.w, (v-w).w, (v-w).(v-w), n of each; room: for
+   3 * LANES * WIDTH numbers. */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
 #define LANES 16
 #define STRIP 128  /* weights of a row converted at once: they stay in registers and L1 */
-#define WIDTH 64   /* columns at once: their lanes fill half of L1 */
-#define BLOCK 256  /* columns whose lanes stay in L2: more of each page, to save the TLB */
-#define TILE 32    /* rows gone through for one WIDTH after the other, while the next are fetched */
+#define WIDTH 2048 /* columns at once: whole pages of each row, and sums of one lane that fill L1 */
 
 typedef double lanes __attribute__((vector_size(8 * LANES)));
 typedef uint16_t bf16;
@@ -22,10 +21,6 @@ static inline double from_bf16(bf16 stored) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
-}
-
-static inline void ask_for(const char *start, size_t bytes) {
-  for (size_t k = 0; k < bytes; k += 64) __builtin_prefetch(start + k);
 }
 
 static double halved(double *sum) {
@@ -71,52 +66,50 @@ static double halved(double *sum) {
     }                                                                                              \
   }                                                                                                \
                                                                                                    \
-  static inline void add_##BASE##_##TUNED(const BASE *restrict w, const TUNED *restrict v,         \
+  static inline void add_##BASE##_##TUNED(const char *base, const char *tuned, size_t base_step,   \
+                                          size_t tuned_step, size_t rows, size_t width,            \
                                           double *restrict ww, double *restrict dw,                \
-                                          double *restrict dd, size_t width) {                     \
+                                          double *restrict dd) {                                   \
     for (size_t c = 0; c < width; c++) {                                                           \
-      double a = from_##BASE(w[c]), b = from_##TUNED(v[c]) - a;                                    \
-      ww[c] += a * a;                                                                              \
-      dw[c] += b * a;                                                                              \
-      dd[c] += b * b;                                                                              \
+      double x = ww[c], y = dw[c], z = dd[c];                                                      \
+      for (size_t r = 0; r < rows; r++) {                                                          \
+        double a = from_##BASE(((const BASE *)(base + r * base_step))[c]);                         \
+        double b = from_##TUNED(((const TUNED *)(tuned + r * tuned_step))[c]) - a;                 \
+        x += a * a;                                                                                \
+        y += b * a;                                                                                \
+        z += b * b;                                                                                \
+      }                                                                                            \
+      ww[c] = x;                                                                                   \
+      dw[c] = y;                                                                                   \
+      dd[c] = z;                                                                                   \
     }                                                                                              \
   }                                                                                                \
                                                                                                    \
   void columns_##BASE##_##TUNED(const char *base, const char *tuned, size_t n, size_t d,           \
-                                size_t base_step, size_t tuned_step, double *out) {                \
-    static const size_t behind = TILE / (BLOCK / WIDTH);                                           \
-    double sum[BLOCK / WIDTH][3][LANES][WIDTH] __attribute__((aligned(64)));                       \
-    for (size_t first = 0; first < n; first += BLOCK) {                                            \
-      size_t last = n - first < BLOCK ? n : first + BLOCK;                                         \
-      memset(sum, 0, sizeof sum);                                                                  \
-      for (size_t top = 0; top < d; top += TILE) {                                                 \
-        size_t bottom = d - top < TILE ? d : top + TILE, next = bottom;                            \
-        for (size_t c = first; c < last; c += WIDTH) {                                             \
-          double(*mine)[LANES][WIDTH] = sum[(c - first) / WIDTH];                                  \
-          for (size_t k = 0; k < behind && next < d; k++, next++) {                                \
-            ask_for(base + next * base_step + first * sizeof(BASE), (last - first) * sizeof(BASE));\
-            ask_for(tuned + next * tuned_step + first * sizeof(TUNED), (last - first) * sizeof(TUNED));\
-          }                                                                                        \
-          for (size_t i = top; i < bottom; i++) {                                                  \
-            const BASE *w = (const BASE *)(base + i * base_step) + c;                              \
-            const TUNED *v = (const TUNED *)(tuned + i * tuned_step) + c;                          \
-            size_t l = i % LANES;                                                                  \
-            if (last - c >= WIDTH)                                                                 \
-              add_##BASE##_##TUNED(w, v, mine[0][l], mine[1][l], mine[2][l], WIDTH);               \
-            else                                                                                   \
-              add_##BASE##_##TUNED(w, v, mine[0][l], mine[1][l], mine[2][l], last - c);            \
-          }                                                                                        \
-        }                                                                                          \
+                                size_t base_step, size_t tuned_step, double *out, double *room) {  \
+    double(*sum)[3][WIDTH] = (double(*)[3][WIDTH])room;                                            \
+    size_t base_far = LANES * base_step, tuned_far = LANES * tuned_step;                           \
+    for (size_t first = 0; first < n; first += WIDTH) {                                            \
+      size_t width = n - first < WIDTH ? n - first : WIDTH;                                        \
+      memset(sum, 0, LANES * sizeof *sum);                                                         \
+      for (size_t l = 0; l < LANES && l < d; l++) {                                                \
+        double *ww = sum[l][0], *dw = sum[l][1], *dd = sum[l][2];                                  \
+        const char *w = base + l * base_step + first * sizeof(BASE);                               \
+        const char *v = tuned + l * tuned_step + first * sizeof(TUNED);                            \
+        size_t left = (d - l + LANES - 1) / LANES;                                                 \
+        /* The lane's sums are fetched and put back once for four rows. */                         \
+        for (; left >= 4; left -= 4, w += 4 * base_far, v += 4 * tuned_far)                        \
+          add_##BASE##_##TUNED(w, v, base_far, tuned_far, 4, width, ww, dw, dd);                   \
+        add_##BASE##_##TUNED(w, v, base_far, tuned_far, left, width, ww, dw, dd);                  \
       }                                                                                            \
-      for (size_t c = first; c < last; c++)                                                        \
-        for (size_t k = 0; k < 3; k++) {                                                           \
-          double apart[LANES];                                                                     \
-          for (int l = 0; l < LANES; l++)                                                          \
-            apart[l] = sum[(c - first) / WIDTH][k][l][(c - first) % WIDTH];                        \
-          out[k * n + c] = halved(apart);                                                          \
-        }                                                                                          \
+      for (size_t half = LANES / 2; half; half /= 2)                                               \
+        for (size_t l = 0; l < half; l++)                                                          \
+          for (size_t k = 0; k < 3; k++)                                                           \
+            for (size_t c = 0; c < width; c++) sum[l][k][c] += sum[l + half][k][c];                \
+      for (size_t k = 0; k < 3; k++)                                                               \
+        memcpy(out + k * n + first, sum[0][k], width * sizeof(double));                            \
     }                                                                                              \
-  }
+  }                                                                                                \
 
 DEFINE(float, float)
 DEFINE(float, bf16)

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 LANES = 16
+_WIDTH = 2048
+"""As in `sums.c`."""
 
 _SOURCE = Path(__file__).with_name("sums.c")
 # Products and sums stay apart, or the bits would change. The second choice is for compilers that do
@@ -93,7 +95,7 @@ class Kernel:
                     function.argtypes = [
                         *[ctypes.c_void_p] * 2,
                         *[ctypes.c_size_t] * 4,
-                        ctypes.c_void_p,
+                        *[ctypes.c_void_p] * (2 if kind == "columns" else 1),
                     ]
                     function.restype = None
                     self._functions[kind, base, tuned] = function
@@ -113,10 +115,13 @@ class Kernel:
             pair = [part if part.stride(1) == 1 else part.contiguous() for part in pair]
         steps = [part.stride(along) * part.element_size() for part in pair]
         n, d = base.shape
-        out = torch.zeros(3, n, dtype=torch.float64)
+        made = [torch.zeros(3, n, dtype=torch.float64)]
+        if kind == "columns":
+            made.append(torch.empty(3 * LANES * _WIDTH, dtype=torch.float64))
         function = self._functions[kind, pair[0].dtype, pair[1].dtype]
-        function(pair[0].data_ptr(), pair[1].data_ptr(), n, d, *steps, out.data_ptr())
-        return out
+        addresses = [tensor.data_ptr() for tensor in made]
+        function(pair[0].data_ptr(), pair[1].data_ptr(), n, d, *steps, *addresses)
+        return made[0]
 
 
 @functools.cache
@@ -142,7 +147,7 @@ def compiled() -> Kernel | None:
 def _agrees(kernel: Kernel) -> bool:
     """Whether it gives the same bits as `sums` does by itself."""
     generator = torch.Generator().manual_seed(0)
-    base, tuned = torch.randn(2, 70, 300, generator=generator)
+    base, tuned = torch.randn(2, _WIDTH + 70, 150, generator=generator)
     for first in _COMPILED:
         for second in _COMPILED:
             rows = base.to(first), tuned.to(second)

@@ -60,8 +60,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 @pytest.mark.parametrize("first", DTYPES)
 @pytest.mark.parametrize("second", DTYPES)
 def test_compiled_sums_have_the_same_bits(kernel, first, second):
-    # Around the sizes of strips, blocks, tiles and lanes of the C code.
-    for n, d in [(1, 1), (3, 127), (2, 513), (300, 31), (64, 33), (257, 70)]:
+    # Around the sizes of strips, widths and lanes of the C code.
+    for n, d in [(1, 1), (3, 127), (2, 513), (300, 31), (64, 33), (2050, 70), (4100, 17)]:
         base, tuned = pair(n, d, first, second)
         want = sums(base, tuned)
         assert torch.equal(sums(base, tuned, kernel), want)
