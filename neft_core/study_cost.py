@@ -126,7 +126,7 @@ def _speeds(found: Findings, part: CostSection) -> Table | None:
         run = run_of(found, name, part.task)
         for key, entry in found.params.speed.items():
             path = found.ws.path("cost", f"speed.{key}.json")
-            if entry.run != run or not path.is_file():
+            if entry.run != run or not found.made(path, key, "speed"):
                 continue
             data = read_json(path)
             speeds = data["tokens_per_second"]
@@ -200,6 +200,6 @@ def forgetting(found: Findings, part: ForgettingSection, gallery: Gallery) -> li
 def _measured(found: Findings, run: str) -> dict[str, Any] | None:
     for key, entry in found.params.forgetting.items():
         path = found.ws.path("evaluation", f"forgetting.{key}.json")
-        if entry.run == run and path.is_file():
+        if entry.run == run and found.made(path, key, "forgetting"):
             return dict(read_json(path))
     return None

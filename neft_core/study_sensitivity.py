@@ -7,6 +7,8 @@ from neft_core.findings import Findings, Row, mean, number
 from neft_core.page import Gallery, Html
 from neft_core.study_against import Entry, against
 from neft_core.study_runs import (
+    FAILED,
+    NOTHING,
     SPREAD,
     absent,
     differences,
@@ -114,12 +116,14 @@ def _asked(found: Findings, run: str) -> tuple[str, str]:
 
 def _common(found: Findings, run: str, reference: str) -> list[Cell]:
     """What a run's mask has of the reference's, and what chance would give."""
+    if why := found.unmade(reference, "select"):
+        return [Cell(f"{FAILED}{why}"), NOTHING]
     mine, other = found.masks.get(run), found.masks.get(reference)
     if mine is None or other is None or run == reference:
-        return [Cell("–"), Cell("–")]
+        return [NOTHING, NOTHING]
     try:
         share = mine.overlap(other)
     except NeftError:  # of another layout
-        return [Cell("–"), Cell("–")]
+        return [NOTHING, NOTHING]
     chance = other.neurons / sum(group.count for group in other.groups.values())
     return [Cell(f"{100 * value:.1f} %", round(100 * value, 6)) for value in (share, chance)]

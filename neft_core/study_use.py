@@ -67,7 +67,7 @@ def ranks(found: Findings, name: str, task: str) -> Ranks:
     for key, entry in found.params.utilisation.items():
         mine = entry.task == task if name == "base" else entry.run == run
         path = found.ws.path("evaluation", f"utilisation.{key}.safetensors")
-        if mine and path.is_file():
+        if mine and found.made(path, key, "utilisation"):
             tensors, metadata = load_tensors(path, "run 'neft run'")
             wanted = [k for k in tensors if (k == "base") == (name == "base")]
             wanted.sort(key=lambda k: int(k.rpartition("-")[2]) if k != "base" else 0)

@@ -442,21 +442,25 @@ def test_a_browser_shows_every_part_in_its_width_and_prints_it_whole(studied):
         assert not test_report_in_browser.cut(window)
 
 
-def test_what_failed_says_why(changed):
-    shutil.rmtree(changed.path("evaluation", "low-6-en-fr"))
-    changed.path("evaluation", "utilisation.low-6.safetensors").unlink()
-    text = changed.params_file.read_text()
-    failed = {"train@low-6-en-fr": "no memory", "evaluate@low-6-en-fr": "no memory",
-              "utilisation@low-6": "no memory"}  # fmt: skip
-    changed.params_file.write_text(
+def fail(ws, failed: dict[str, str], *runs: str) -> None:
+    """Let stages have failed, and the summary leave out runs."""
+    text = ws.params_file.read_text()
+    ws.params_file.write_text(
         text.replace("  parts:\n", f"  failed: {json.dumps(failed)}\n  parts:\n", 1)
     )
-    rows = csv.DictReader(io.StringIO(changed.path("summary", "summary.csv").read_text()))
-    kept = [row for row in rows if row["name"] != "low-6-en-fr"]
-    with changed.path("summary", "summary.csv").open("w") as handle:
+    path = ws.path("summary", "summary.csv")
+    kept = [row for row in csv.DictReader(io.StringIO(path.read_text())) if row["name"] not in runs]
+    with path.open("w") as handle:
         writer = csv.DictWriter(handle, kept[0])
         writer.writeheader()
         writer.writerows(kept)
+
+
+def test_what_failed_says_why(changed):
+    shutil.rmtree(changed.path("evaluation", "low-6-en-fr"))
+    changed.path("evaluation", "utilisation.low-6.safetensors").unlink()
+    stages = ("train@low-6-en-fr", "evaluate@low-6-en-fr", "utilisation@low-6")
+    fail(changed, dict.fromkeys(stages, "no memory"), "low-6-en-fr")
     found = shown(made(changed))
     told = {name: [row for row in found[name] if "low-6-en-fr" in row.values()
                    or {"low 6", "more"} & set(row.values())]
@@ -466,6 +470,43 @@ def test_what_failed_says_why(changed):
         assert rows, name
         assert "failed (1)" in rows[0].values(), name
         assert "no memory" in rows[0].values(), name
+
+
+def test_files_of_a_time_before_are_not_shown_where_a_stage_failed(changed):
+    """A stage that is skipped keeps the files that it made when it last ran."""
+    assert {"full", "low-6-en-fr", "warmup-late", "score-late"} <= set(
+        Findings.read(changed).costs()
+    )
+    late = ["warmups@late", "similarity@late", "select@scaled-en-fr"]
+    low = ["select@low-6-en-fr", "utilisation@low-6", "forgetting@low-6", "speed@low-6"]
+    runs = ["full", "low-6-en-fr", "scaled-en-fr"]
+    stages = [*late, *low, *(f"{stage}@{run}" for run in runs for stage in ("train", "evaluate"))]
+    fail(changed, dict.fromkeys(stages, "loss is nan"), *runs)
+    found = shown(made(changed))
+    longer, seeds, chance, within = found["overlap"]
+    for row in (longer, seeds):
+        assert (row["3 %"], row["6 %"]) == ("failed (1)", "failed (1)")
+    assert chance["3 %"] == within["3 %"] == "–"
+    (more,) = (row for row in found["rank-change"] if row["compared"] == "more")
+    assert more["0–1 %"] == "failed (1)"
+    assert found["average-change"][0]["Avg(ΔRank)"] == "failed (1)"
+    assert found["types"][0]["neurons"] == "failed (1)"
+    assert found["forgetting"][0]["run"] == "failed (1)"
+    assert "cost-speed" not in found
+    costs = {row["method"]: row for row in found["cost"]}
+    assert costs["FT-full"]["run"] == "failed (1)"
+    assert float(costs["LoRA"]["ms a step"]) > 0
+    assert costs["LoRA"]["saved a step (ms)"] == costs["LoRA"]["steps to break even"] == "–"
+    rows = {row["selection"]: row for row in found["sensitivity"]}
+    assert rows["lowest 3 %"]["in common with the reference"] == "failed (1)"
+    assert rows["lowest 3 %"]["by chance"] == "–"
+    read = Findings.read(changed)
+    assert set(read.masks) == {"low-3-en-fr", "mixed-en-fr", "neft"}
+    assert not {*runs, "warmup-late", "score-late"} & set(read.costs())
+    assert {"warmup-other", "score-other", "lora"} <= set(read.costs())
+    assert read.seeds("full") == []
+    assert {"lora", "neft"} <= read.samples("en-fr", 1)[0]["texts"].keys()
+    assert not set(runs) & read.samples("en-fr", 1)[0]["texts"].keys()
 
 
 @pytest.mark.parametrize(
