@@ -7,6 +7,7 @@ from neft_core import figures
 from neft_core.findings import Findings, Row, mean, number
 from neft_core.metrics import TITLES
 from neft_core.page import Gallery, Html, code, fill, join, paragraph, spread, strong, table
+from neft_core.summary import compared_in, fewer_seeds
 
 
 def heading(name: str) -> str:
@@ -64,7 +65,10 @@ def results(found: Findings, gallery: Gallery) -> Html | str:
         "p counts, and 1 where seeds differ in sign. * p < 0.05, ** p < 0.01; without a mark the "
         "difference may be chance."
     )
-    return join([*parts, paragraph(note, kind="note"), _signatures(found)])
+    notes = [
+        paragraph(said, kind="note") for said in (note, *compared_in(fewer_seeds(found.table)))
+    ]
+    return join([*parts, *notes, _signatures(found)])
 
 
 def _signatures(found: Findings) -> Html:

@@ -10,6 +10,7 @@ from neft_core.metrics import OF_TASK, TITLES
 from neft_core.page import Html, fill, join
 from neft_core.study_candidates import best
 from neft_core.study_tables import Cell, Table
+from neft_core.summary import RIVALS, compared_in, fewer_seeds
 
 FAILED = "failed: "
 """How a cell begins in which something failed, until its reason stands below the table."""
@@ -19,9 +20,6 @@ NOTHING = Cell("–")
 
 SPREAD = "± one standard deviation over seeds; bold: the best."
 """Below tables of scores."""
-
-RIVALS = {"full": "full", "lora": "LoRA"}
-"""What every run is compared with."""
 
 
 def run_of(found: Findings, name: str, task: str) -> str:
@@ -160,7 +158,8 @@ def differences(
         f"bootstrap over the test rows ({samples:,} samples), seed by seed, of which the largest "
         "counts, and 1 where seeds differ in sign; * p < 0.05, ** p < 0.01."
     )
-    shown = Table(f"{name}-differences", f"{title}: differences", heads, lines, [note])
+    notes = [note, *compared_in(fewer_seeds(measured))]
+    shown = Table(f"{name}-differences", f"{title}: differences", heads, lines, notes)
     return [shown] if lines else []
 
 

@@ -131,6 +131,17 @@ def test_differences_to_full_and_to_the_lora_of_like_size(folder):
     assert not any(cell.best for row in told.rows for cell in row)
 
 
+def test_differences_are_of_seeds_that_both_have(folder):
+    ws = made(folder, [TABLE])
+    data = read_yaml(ws.params_file)
+    data["runs"]["neft-en-fr"]["seeds"] = [2]
+    (folder / "params.yaml").write_text(yaml_text(data))
+    said = "Compared in the seeds that both have: neft-en-fr to full (2); neft-en-fr to lora (2)."
+    assert shown(ws)["t-differences"]["notes"][1:] == [said]
+    report(ws)
+    assert said in (folder / "reports" / "report.html").read_text()
+
+
 def test_differences_name_the_metric_that_they_are_of(folder):
     """Of summaries it isn't the column that stands first."""
     found = Findings.read(made(folder, [TABLE]))
