@@ -17,6 +17,12 @@ Row = dict[str, Any]
 RIVALS = {"full": "full", "lora": "LoRA"}
 """Methods whose runs the others are compared with, as tables call them."""
 
+LIKE = 2
+"""Of runs that are compared in size none trains more than so many times the other's parameters."""
+
+LORA = "the LoRA nearest in trained parameters, of those that have half to twice as many"
+"""In sentences."""
+
 
 def columns(rows: list[Row]) -> dict[str, str]:
     """Keys of a row, in order, with their headings; those of metrics and transfers where needed."""
@@ -47,11 +53,12 @@ def summarise(ws: Workspace) -> None:
 
     Significance is sacrebleu's paired bootstrap on the first metric of the kind of task, seed by
     seed: each seed of a run against the same seed of the run with method `full` on the same task,
-    of the one with `lora` that trains about as many parameters (in summary.csv and the report
-    alone), and against the base; of several alike the one with the lowest dev loss. Seeds that one
-    of both lacks are left out, and the others told. With several seeds the largest p-value stands
-    in the table, and 1 where one seed is better and another worse. A run that is tested on another
-    task too has a row there. What a study tells to have failed is left out.
+    of the one with `lora` that is nearest in trained parameters, if neither has more than twice as
+    many (in summary.csv and the report alone), and against the base; of several alike the one with
+    the lowest dev loss. Seeds that one of both lacks are left out, and the others told. With
+    several seeds the largest p-value stands in the table, and 1 where one seed is better and
+    another worse. A run that is tested on another task too has a row there. What a study tells to
+    have failed is left out.
     """
     params = ws.params()
     rows: list[Row] = []
@@ -138,7 +145,12 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[Row]:
             _compare(row, "base", draws[name], dict.fromkeys(draws[name], base))
         beside = [other for other, _ in tested if params.runs[other].task == run.task]
         for method in RIVALS:
-            rivals = [n for n in beside if params.runs[n].method.name == method]
+            rivals = [
+                n
+                for n in beside
+                if params.runs[n].method.name == method
+                and (method == "full" or _alike(courses[n], trained))
+            ]
             if rivals and name not in rivals:
                 rival = min(rivals, key=lambda n: (_apart(courses[n], trained), losses[n]))
                 _compare(row, method, draws[name], draws[rival])
@@ -153,6 +165,12 @@ def _failed(params: config.Params) -> dict[str, str]:
 def _apart(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
     """How far two runs are from each other in trained parameters."""
     return abs(float(one[0]["trainable_parameters"] - other[0]["trainable_parameters"]))
+
+
+def _alike(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    """Whether two runs train about as many parameters."""
+    less, more = sorted(float(seeds[0]["trainable_parameters"]) for seeds in (one, other))
+    return more <= LIKE * less
 
 
 def drawn(file: Path, params: config.Params, task: str, metric: str) -> Resampled:

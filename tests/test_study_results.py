@@ -121,14 +121,27 @@ def test_differences_to_full_and_to_the_lora_of_like_size(folder):
 
     # Of 816 parameters, 950 are nearer than 50; what is wrong in the sentences is known.
     assert found["NeFT"] == [said(4, 2), said(4, 6)] * 2
-    assert found["FT-full"][:2] == ["–", said(2, 6)], "950 of 9,088 rather than 50"
     assert found["LoRA_2"][:2] == [said(9, 2), "–"]
-    assert "Base" not in found
+    assert not {"Base", "FT-full"} & set(found), "no LoRA has half of 9,088"
+    assert "the LoRA nearest in trained parameters, of those that have" in found["notes"][0]
     assert found["NeFT"][0].startswith("−")
     told = study_parts.made(Findings.read(Workspace(folder)), Gallery())[1]
     assert [cell.run for cell in told.rows[-1][1:]] == ["neft-en-fr"] * 2 + ["neft-fr-en"] * 2
     assert told.notes[0].startswith("Difference of BLEU to full fine-tuning, ")
     assert not any(cell.best for row in told.rows for cell in row)
+
+
+@pytest.mark.parametrize(
+    ("size", "told"), [(475, True), (474, False), (1900, True), (1901, False), (0, False)]
+)
+def test_a_lora_of_another_size_is_no_rival(folder, size, told):
+    """One has 950 parameters, the other 50."""
+    ws = made(folder, [TABLE])
+    path = ws.path("train", "neft-en-fr", "seed-1", "metrics.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trainable_parameters": size}))
+    found = shown(ws)["t-differences"]
+    assert found["heads"] == ["En: Δ full", *["En: Δ LoRA"] * told, "Fr: Δ full", "Fr: Δ LoRA"]
+    assert "–" not in found["NeFT"], "of the other task NeFT has 816"
 
 
 def test_differences_are_of_seeds_that_both_have(folder):
@@ -421,7 +434,7 @@ def test_wins_are_told_against_full_and_lora_on_each_task(folder):
     heads = ["en-fr: Δ full", "en-fr: Δ LoRA", "fr-en: Δ full", "fr-en: Δ LoRA"]
     assert told["heads"] == heads
     runs = [name for name in told if name not in ("heads", "notes")]
-    order = ("neft", "full", "lora-2", "lora-9")
+    order = ("neft", "lora-2", "lora-9")  # of full's size there is no other
     assert runs == [f"{name}-{task}" for task in ("en-fr", "fr-en") for name in order]
     same = shown(made(folder, [TABLE]))["t-differences"]
     assert told["neft-en-fr"][:2] == same["NeFT"][:2]
