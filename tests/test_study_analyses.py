@@ -238,6 +238,29 @@ def test_average_change_by_loops_and_what_was_not_measured(studied, tables):
         assert float(rows[place]["% of candidates"]) == pytest.approx(share)
 
 
+def test_use_on_other_rows_is_not_compared(changed):
+    edit(changed, ("low-6: {run: low-6-en-fr, task: en-fr, rows: 4}",
+                   "low-6: {run: low-6-en-fr, task: en-fr, rows: 3, per_example: true}"))  # fmt: skip
+    found = shown(made(changed))
+    told = "on 4 rows of en-fr and on 3 rows of en-fr, each by itself: not comparable"
+    assert found["rank-change"][0]["0–1 %"] == f"measured {told}"
+    rows = {(row["against"], row["run"]): row for row in found["average-change"]}
+    assert rows["low 3", "low 6"]["Avg(ΔRank)"] == f"measured {told}"
+    assert float(rows["base", "low 3"]["Avg(ΔRank)"]) > 0
+    assert float(rows["low 3", "another seed"]["Avg(ΔRank)"]) > 0
+
+
+def test_of_several_measurements_those_on_the_same_rows_are_compared(changed, tables):
+    """The first of low-3 is on other rows; its file has the ranks of another run."""
+    place = changed.path("evaluation")
+    shutil.copy(place / "utilisation.full.safetensors", place / "utilisation.odd.safetensors")
+    edit(changed, ("utilisation:\n",
+                   "utilisation:\n  odd: {run: low-3-en-fr, task: en-fr, rows: 3}\n"))  # fmt: skip
+    found = shown(made(changed))
+    for name in ("rank-change", "average-change", "types"):
+        assert found[name][0] == tables[name][0], "low-3 against low-6"
+
+
 def test_neuron_types_by_loops(studied, tables):
     rows = {(row["against"], row["run"]): row for row in tables["types"]}
     masks = {name: NeuronMask.load(studied.path("masks", f"{name}-en-fr.safetensors"))
