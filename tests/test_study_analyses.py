@@ -239,8 +239,8 @@ def test_average_change_by_loops_and_what_was_not_measured(studied, tables):
 
 
 def test_use_on_other_rows_is_not_compared(changed):
-    edit(changed, ("low-6: {run: low-6-en-fr, task: en-fr, rows: 4}",
-                   "low-6: {run: low-6-en-fr, task: en-fr, rows: 3, per_example: true}"))  # fmt: skip
+    head = "low-6: {run: low-6-en-fr, task: en-fr, rows: "
+    edit(changed, (f"{head}4}}", f"{head}3, per_example: true}}"))
     found = shown(made(changed))
     told = "on 4 rows of en-fr and on 3 rows of en-fr, each by itself: not comparable"
     assert found["rank-change"][0]["0–1 %"] == f"measured {told}"
@@ -334,6 +334,25 @@ def test_forgetting_beside_gain(studied, tables):
     gain = float(summary(studied, "low-6-en-fr")["chrf"]) - float(summary(studied, "base")["chrf"])
     assert float(low["gain"]) == pytest.approx(gain, abs=1e-5)
     assert lora["% of model"] == "not measured"
+
+
+def test_what_was_forgotten_of_other_texts_is_not_compared(changed, tables):
+    path = changed.path("evaluation", "forgetting.low-6.json")
+    write_json(changed.path("evaluation", "forgetting.lora.json"), read_json(path))
+    more = "  lora: {run: lora, path: text.txt, rows: 2}\n"
+    edit(changed, ("forgetting:\n", f"forgetting:\n{more}"))
+    low, lora = shown(made(changed))["forgetting"]
+    assert low == tables["forgetting"][0]
+    assert (lora["run"], lora["% of model"]) == (
+        "lora", "measured on other texts (2 of text.txt)",
+    )  # fmt: skip
+    assert lora["forgotten"] == "–"
+    # A further measurement, on the texts of the first row, is the one that counts.
+    write_json(changed.path("evaluation", "forgetting.same.json"), read_json(path))
+    edit(changed, ("speed:\n", "  same: {run: lora, path: text.txt}\nspeed:\n"))
+    low, lora = shown(made(changed))["forgetting"]
+    assert low == tables["forgetting"][0]
+    assert lora["forgotten"] == low["forgotten"]
 
 
 def test_sensitivity_tells_what_each_selection_got(studied, tables):
