@@ -213,7 +213,7 @@ def test_rates_by_hand(folder):
     assert found["full"] == ["1.250 ± 0.354", "–", "–", "0.001"]
     assert found["neft, lowest 9 %"] == ["–", "1.000 ± 0.000", "–", "0.01"]
     assert found["lora, rank 9"] == ["–", "–", "failed (1)", "–"]
-    assert found["notes"][-1].endswith("tried: full; lora, rank 2; neft, lowest 9 %.")
+    assert found["notes"][-1].endswith("bold: the best of a method."), "one rate has no edge"
 
 
 def test_runs_that_differ_in_more_than_words_have_rows_of_their_own(folder):
@@ -263,7 +263,23 @@ def test_a_rate_between_others_needs_no_further_one(folder):
     (folder / "params.yaml").write_text(yaml_text(data))
     found = shown(Workspace(folder))["rates"]
     assert found["full"] == ["3.250 ± 0.354", "1.250 ± 0.354", "2.250 ± 0.354", "0.002"]
-    assert found["notes"][-1].endswith("tried: neft, lowest 9 %.")
+    assert found["notes"][-1].endswith("bold: the best of a method.")
+
+
+def test_a_rate_that_failed_was_tried_too(folder):
+    """Of rates 0.001, 0.002 and 0.006 the highest that has a loss is the best."""
+    failed = {"evaluate@lora-9-en-fr": "loss is nan"}
+    data = read_yaml(made(folder, [{"show": "rates", "task": "en-fr"}], failed).params_file)
+    for name, rate in (("full", 2e-3), ("lora-2", 1e-3), ("lora-9", 6e-3)):
+        data["runs"][f"{name}-en-fr"] |= {"method": METHODS["full"], "lr": rate}
+    (folder / "params.yaml").write_text(yaml_text(data))
+    found = shown(Workspace(folder))["rates"]
+    assert found["full"] == ["3.250 ± 0.354", "1.250 ± 0.354", "failed (1)", "0.002"]
+    assert found["notes"][-1].endswith("bold: the best of a method.")
+    data["runs"]["full-en-fr"]["lr"] = 7e-3
+    (folder / "params.yaml").write_text(yaml_text(data))
+    found = shown(Workspace(folder))["rates"]
+    assert found["notes"][-1] == "The best is the lowest or highest rate that was tried: full."
 
 
 def test_the_page_and_the_files(folder):
