@@ -45,6 +45,7 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
     compared: list[tuple[str, list[Row | None]]] = []
     groups: list[str] = []
     values: list[figures.Value] = []
+    still = False
     for label, names in part.groups.items():
         for name in names:
             run = run_of(found, name, part.task)
@@ -55,19 +56,21 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
                 continue
             said, steps = _asked(found, run)
             neurons = means(found, run, "selected_neurons")
-            count, percent = int(neurons[0]) if neurons else 0, number(row["percent"]) or 0.0
-            cells = [Cell(label), Cell(said), Cell(steps), Cell(f"{count:,}", count)]
+            percent = number(row["percent"]) or 0.0
+            cells = [Cell(label), Cell(said), Cell(steps)]
+            cells.append(Cell(f"{neurons[0]:,}", int(neurons[0])) if neurons else NOTHING)
             cells.append(Cell(f"{percent:.2f}", percent))
             cells.append(spread(value, run=run))
             cells.append(spread(mean(means(found, run, "best_dev_loss")), ".3f", run=run))
             if reference:
                 cells += _common(found, run, reference)
             rows.append(cells)
+            still |= any("trained" in seed for seed in found.seeds(run))
             groups.append(_label(found, run).removeprefix("threshold "))
             values.append(value)
             compared.append((_label(found, run), [row]))
     notes = [SPREAD]
-    if any(cell.text == "0" for row in rows for cell in row[3:4]):
+    if still:
         notes.append("Where nothing is selected nothing is trained: the base's own results.")
     if reference:
         notes.append(

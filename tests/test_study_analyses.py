@@ -336,6 +336,15 @@ def test_forgetting_beside_gain(studied, tables):
     assert lora["% of model"] == "not measured"
 
 
+def test_a_run_without_a_mask_has_no_count_of_neurons(changed):
+    edit(changed, ("groups: {threshold: [none, scaled], budget: [low-3, low-6]}",
+                   "groups: {budget: [low-3, low-6, full]}"))  # fmt: skip
+    table = made(changed)["sensitivity"]
+    assert [row[3].text == "–" for row in table.rows] == [False, False, True]
+    assert float(table.rows[2][4].text) == 100
+    assert not any("nothing is trained" in note for note in table.notes)
+
+
 def test_what_was_forgotten_of_other_texts_is_not_compared(changed, tables):
     path = changed.path("evaluation", "forgetting.low-6.json")
     write_json(changed.path("evaluation", "forgetting.lora.json"), read_json(path))
