@@ -53,9 +53,9 @@ def overlap(found: Findings, part: OverlapSection, gallery: Gallery) -> list[Tab
                 series.setdefault(label, []).append((percent, share, None))
         rows.append(cells)
     notes = [
-        "Of the neurons that one of the scores would select, the share that the other selects "
-        "too; ± one standard deviation over the pairs compared. By chance: of masks drawn at "
-        "random; within modules: of masks that agree in how many neurons each module has, and "
+        "Of the neurons that the first of two scores would select, the share that the second "
+        "selects too; ± one standard deviation over the pairs compared. By chance: of masks drawn "
+        "at random; within modules: of masks that agree in how many neurons each module has, and "
         "in nothing else.",
         *part.notes,
     ]
