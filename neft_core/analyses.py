@@ -47,7 +47,7 @@ def overlap(ws: Workspace, names: Sequence[str], percents: Sequence[float]) -> F
                 + [f"{100 * common.deviation:.2f} %", f"{100 * common.by_module:.1f} %"]
             )
     header = ["first", "second", *(["budget"] if percents else [])]
-    header += ["in common", "by chance", "± of chance", "by chance within modules"]
+    header += ["of the first's in common", "by chance", "± of chance", "by chance within modules"]
     return {"overlap": entries}, table(header, rows)
 
 

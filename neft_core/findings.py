@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 Row = dict[str, str]
 
+WARMERS = ("warmup", "warmups")
+SCORERS = ("score", "similarity", "scores", "activations")
+"""Stages that tune models to score by, and that score; each name is an item of one of them."""
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -38,19 +42,29 @@ class Findings:
         """Open a workspace."""
         from neft_core.masks import NeuronMask
 
-        params, masks = ws.params(), {}
-        for run in params.runs:
+        masks: dict[str, NeuronMask] = {}
+        found = cls(ws, ws.params(), masks)
+        for run in found.params.runs:
             path = ws.path("masks", f"{run}.safetensors")
-            if path.is_file():
+            if found.made(path, run, "select"):
                 mask = NeuronMask.load(path)
                 if mask.neurons:
                     masks[run] = mask
-        return cls(ws, params, masks)
+        return found
 
     @property
     def failed(self) -> Mapping[str, str]:
         """Stages of a study that could not be made, as DVC calls them, and why."""
         return self.params.study.failed if self.params.study else {}
+
+    def unmade(self, item: str, *stages: str) -> str | None:
+        """Why one of these stages was not made of an item this time; its files are older ones."""
+        whys = (self.failed.get(f"{stage}@{item}") for stage in stages)
+        return next((why for why in whys if why is not None), None)
+
+    def made(self, path: Path, item: str, *stages: str) -> bool:
+        """Whether these stages made a file, of an item, this time."""
+        return path.is_file() and self.unmade(item, *stages) is None
 
     def why_failed(self, run: str | None, task: str) -> str | None:
         """Why a study has no score of a run on a task (of no run: of base and tuned model)."""
@@ -131,11 +145,9 @@ class Findings:
 
     def seeds(self, run: str) -> list[dict[str, Any]]:
         """What metrics.json says of each seed of a run."""
-        return [
-            read_json(folder / "metrics.json")
-            for _, folder in records.seeds(self.ws.path("train", run))
-            if (folder / "metrics.json").is_file()
-        ]
+        folders = (folder for _, folder in records.seeds(self.ws.path("train", run)))
+        files = (folder / "metrics.json" for folder in folders)
+        return [read_json(file) for file in files if self.made(file, run, "train")]
 
     def adapter_bytes(self, run: str) -> float | None:
         """Size of what a run's first seed trained, on disk."""
@@ -147,7 +159,7 @@ class Findings:
         """What each stage that is measured took, of a run for each of its seeds."""
         found = {}
         for path in sorted(self.ws.path("cost").glob("*.json")):
-            if path.name.startswith("speed."):
+            if path.name.startswith("speed.") or not self._timed(path):
                 continue
             data = read_json(path)
             # In the order of `seeds`: in the file 10 stands before 2.
@@ -155,12 +167,19 @@ class Findings:
             found[path.stem] = [entry for _, entry in of_seeds] if "seeds" in data else [data]
         return {name: entries for name, entries in found.items() if any(entries)}
 
+    def _timed(self, path: Path) -> bool:
+        """Whether what a file of `cost` tells of was made this time."""
+        if path.stem in self.params.runs:
+            return self.made(path, path.stem, "train")
+        kind, _, item = path.stem.partition("-")
+        return self.made(path, item, *(WARMERS if kind == "warmup" else SCORERS))
+
     def scores(self, task: str) -> "NeuronScores | None":
         """What the task's candidates scored."""
         from neft_core.masks import NeuronScores
 
         path = self.ws.path("scores", f"{task}.safetensors")
-        return NeuronScores.load(path) if path.is_file() else None
+        return NeuronScores.load(path) if self.made(path, task, *SCORERS) else None
 
     def samples(self, task: str, count: int) -> list[dict[str, Any]]:
         """Test rows, evenly spaced, each with the texts of base, tuned model and every run.
@@ -170,13 +189,15 @@ class Findings:
         """
         from neft_core.rows import read_rows
 
-        files = {
-            name: self.ws.path("baseline", task, f"{name}.jsonl") for name in ("base", "tuned")
-        }
+        files = {}
+        for name in ("base", "tuned"):
+            path = self.ws.path("baseline", task, f"{name}.jsonl")
+            files |= {name: path} if self.made(path, task, "baseline") else {}
         for run in self.runs(task):
             seed = self.params.runs[run].seeds[0]
-            files[run] = self.ws.path("evaluation", run, f"seed-{seed}.jsonl")
-        said = {name: read_rows(path) for name, path in files.items() if path.is_file()}
+            path = self.ws.path("evaluation", run, f"seed-{seed}.jsonl")
+            files |= {run: path} if self.made(path, run, "evaluate") else {}
+        said = {name: read_rows(path) for name, path in files.items()}
         if not said:
             return []
         first = next(iter(said.values()))

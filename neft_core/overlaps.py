@@ -16,12 +16,13 @@ from neft_core.selection import POLICIES, select_below, select_neurons
 
 
 class Overlap(NamedTuple):
-    """What two masks of k neurons each have in common.
+    """What two masks have in common: A of a neurons and B of b, of M candidates.
 
     Attributes:
-        share: of the neurons of one that the other has too.
-        chance: that share for random masks of this size.
-        deviation: standard deviation of the share of random masks.
+        share: of the first's neurons that the second has too, |A & B| / a.
+        chance: that share for random masks of these sizes, b / M.
+        deviation: standard deviation of the share of random masks,
+            sqrt(b / a * (1 - a / M) * (1 - b / M) / (M - 1)).
         by_module: the expected share of masks that are random within each module, with as many
             neurons there as these: what agreeing on the modules alone would give.
     """
@@ -36,26 +37,20 @@ def overlap(first: NeuronMask, second: NeuronMask) -> Overlap:
     """What two masks have in common.
 
     Raises:
-        NeftError: a mask without neurons, masks of unequal budgets, or of different models or
-            layouts.
+        NeftError: a first mask without neurons, or masks of different models or layouts.
 
-    Source: Xu et al. 2024, Table 5.
+    Source: Xu et al. 2024, Table 5, for masks of one size.
     """
     share = first.overlap(second)
-    k = first.neurons
-    if second.neurons != k:
-        raise NeftError(
-            f"{first.source}: has {k:,} neurons, {second.source} {second.neurons:,}; compare masks "
-            "of one budget"
-        )
+    a, b = first.neurons, second.neurons
     mine, theirs = first.by_module(), second.by_module()
     total = sum(count.candidates for count in mine.values())
     common = sum(
         mine[module].selected * theirs[module].selected / mine[module].candidates for module in mine
     )
     # The number in common of two random masks is hypergeometric.
-    spread = sqrt((1 - k / total) ** 2 / (total - 1)) if total > 1 else 0.0
-    return Overlap(share, k / total, spread, common / k)
+    spread = sqrt(b / a * (1 - a / total) * (1 - b / total) / (total - 1)) if total > 1 else 0.0
+    return Overlap(share, b / total, spread, common / a)
 
 
 def most_sensitive(scores: NeuronScores, percent: float) -> NeuronMask:

@@ -7,6 +7,7 @@ from neft_core import figures
 from neft_core.findings import Findings, Row, mean, number
 from neft_core.metrics import TITLES
 from neft_core.page import Gallery, Html, code, fill, join, paragraph, spread, strong, table
+from neft_core.summary import LORA, compared_in, fewer_seeds
 
 
 def heading(name: str) -> str:
@@ -58,13 +59,15 @@ def results(found: Findings, gallery: Gallery) -> Html | str:
     note = (
         "Scores and losses are means over seeds, ± one standard deviation (n − 1). Bold: the best "
         "of the runs trained on the same task. Δ: difference (of BLEU, ROUGE-L or accuracy) to "
-        "that task's full fine-tuning, to the LoRA that trains about as many parameters (of "
-        "several alike the one with the lowest dev loss) and to the base; significance by paired "
-        f"bootstrap over the test rows ({bootstrap:,} samples), seed by seed, of which the largest "
-        "p counts, and 1 where seeds differ in sign. * p < 0.05, ** p < 0.01; without a mark the "
-        "difference may be chance."
+        f"that task's full fine-tuning, to {LORA} (of several alike the one with the lowest dev "
+        "loss) and to the base; significance by paired bootstrap over the test rows "
+        f"({bootstrap:,} samples), seed by seed, of which the largest p counts, and 1 where seeds "
+        "differ in sign. * p < 0.05, ** p < 0.01; without a mark the difference may be chance."
     )
-    return join([*parts, paragraph(note, kind="note"), _signatures(found)])
+    notes = [
+        paragraph(said, kind="note") for said in (note, *compared_in(fewer_seeds(found.table)))
+    ]
+    return join([*parts, *notes, _signatures(found)])
 
 
 def _signatures(found: Findings) -> Html:

@@ -10,7 +10,7 @@ from neft_core.findings import Findings, mean
 from neft_core.metrics import Resampled, difference
 from neft_core.study_runs import FAILED, NOTHING, compared, heading, row_of, spread, table
 from neft_core.study_tables import Cell, Table
-from neft_core.summary import drawn
+from neft_core.summary import compared_in, drawn
 
 Drawing = Callable[[str, str, int, str], Resampled]
 """Resamples by task, run, seed and metric."""
@@ -177,10 +177,9 @@ def _notes(found: Findings, pairs: Sequence[Pair], heads: Sequence[str]) -> list
     )
     if LOSS in heads:
         said += f" {LOSS}: nats per token, less is better."
-    fewer: dict[str, None] = {}
+    fewer = []
     for pair in pairs:
         both = _seeds(found, pair)
         if both and any(set(found.params.runs[run].seeds) != set(both) for run in pair.runs):
-            fewer[f"{' and '.join(pair.runs)} ({', '.join(map(str, both))})"] = None
-    told = [f"Compared in the seeds that both have: {'; '.join(fewer)}."] if fewer else []
-    return [said, *told]
+            fewer.append(f"{' and '.join(pair.runs)} ({', '.join(map(str, both))})")
+    return [said, *compared_in(fewer)]

@@ -126,7 +126,7 @@ def _speeds(found: Findings, part: CostSection) -> Table | None:
         run = run_of(found, name, part.task)
         for key, entry in found.params.speed.items():
             path = found.ws.path("cost", f"speed.{key}.json")
-            if entry.run != run or not path.is_file():
+            if entry.run != run or not found.made(path, key, "speed"):
                 continue
             data = read_json(path)
             speeds = data["tokens_per_second"]
@@ -156,14 +156,13 @@ def forgetting(found: Findings, part: ForgettingSection, gallery: Gallery) -> li
     rows: list[list[Cell]] = []
     compared: list[tuple[str, list[Row | None]]] = []
     points: dict[str, list[figures.Place]] = {}
-    texts = 0
-    for label, name in part.rows.items():
-        run = run_of(found, name, part.task)
-        row, data = row_of(found, part.task, run), _measured(found, run)
+    runs = {label: run_of(found, name, part.task) for label, name in part.rows.items()}
+    losses, texts = _losses(found, list(runs.values())), 0
+    for label, run in runs.items():
+        row, data = row_of(found, part.task, run), losses[run]
         value = score(row, metric)
-        if row is None or data is None or value is None or base is None:
-            entries = [key for key, entry in found.params.forgetting.items() if entry.run == run]
-            why = failure(found, run, *entries) if entries else "not measured"
+        if row is None or isinstance(data, str) or value is None or base is None:
+            why = data if isinstance(data, str) else failure(found, run)
             rows.append([Cell(label), *absent(run, why, len(heads) - 1)])
             continue
         texts, before = data["texts"], data["base"]
@@ -197,9 +196,24 @@ def forgetting(found: Findings, part: ForgettingSection, gallery: Gallery) -> li
     return pieces
 
 
-def _measured(found: Findings, run: str) -> dict[str, Any] | None:
-    for key, entry in found.params.forgetting.items():
-        path = found.ws.path("evaluation", f"forgetting.{key}.json")
-        if entry.run == run and path.is_file():
-            return dict(read_json(path))
-    return None
+def _losses(found: Findings, runs: Sequence[str]) -> dict[str, dict[str, Any] | str]:
+    """What was measured of each run, on the texts of the first that was; or why nothing was."""
+    losses: dict[str, dict[str, Any] | str] = {}
+    texts = None
+    for run in runs:
+        entries = {k: entry for k, entry in found.params.forgetting.items() if entry.run == run}
+        files = {key: found.ws.path("evaluation", f"forgetting.{key}.json") for key in entries}
+        on = {
+            (entries[key].path, entries[key].rows): file
+            for key, file in files.items()
+            if found.made(file, key, "forgetting")
+        }
+        texts = texts or next(iter(on), None)
+        if texts in on:
+            losses[run] = dict(read_json(on[texts]))
+        elif on:
+            others = (f"{rows:,} of {path}" for path, rows in on)
+            losses[run] = f"measured on other texts ({', '.join(others)})"
+        else:
+            losses[run] = failure(found, run, *entries) if entries else "not measured"
+    return losses

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 from neft_core import figures
 from neft_core.config.shown import OverlapSection
 from neft_core.errors import NeftError
-from neft_core.findings import Findings, mean
+from neft_core.findings import SCORERS, Findings, mean
 from neft_core.page import Gallery, Html
 from neft_core.study_runs import FAILED, side_by_side, table
 from neft_core.study_tables import Cell, Table
 
 if TYPE_CHECKING:
+    from neft_core.masks import NeuronMask
     from neft_core.overlaps import Overlap
 
 
@@ -52,9 +53,9 @@ def overlap(found: Findings, part: OverlapSection, gallery: Gallery) -> list[Tab
                 series.setdefault(label, []).append((percent, share, None))
         rows.append(cells)
     notes = [
-        "Of the neurons that one of the scores would select, the share that the other selects "
-        "too; ± one standard deviation over the pairs compared. By chance: of masks drawn at "
-        "random; within modules: of masks that agree in how many neurons each module has, and "
+        "Of the neurons that the first of two scores would select, the share that the second "
+        "selects too; ± one standard deviation over the pairs compared. By chance: of masks drawn "
+        "at random; within modules: of masks that agree in how many neurons each module has, and "
         "in nothing else.",
         *part.notes,
     ]
@@ -72,13 +73,18 @@ def overlap(found: Findings, part: OverlapSection, gallery: Gallery) -> list[Tab
 
 
 def _common(found: Findings, pair: list[str], percent: float) -> "Overlap":
-    from neft_core import overlaps
-    from neft_core.masks import NeuronScores
+    from neft_core.overlaps import overlap
 
-    first, second = (
-        overlaps.most_sensitive(
-            NeuronScores.load(found.ws.path("scores", f"{name}.safetensors")), percent
-        )
-        for name in pair
-    )
-    return overlaps.overlap(first, second)
+    first, second = (_selected(found, name, percent) for name in pair)
+    return overlap(first, second)
+
+
+def _selected(found: Findings, name: str, percent: float) -> "NeuronMask":
+    """What a budget selects by scores, if they were made."""
+    from neft_core.masks import NeuronScores
+    from neft_core.overlaps import most_sensitive
+
+    if why := found.unmade(name, *SCORERS):
+        raise NeftError(why)
+    scores = NeuronScores.load(found.ws.path("scores", f"{name}.safetensors"))
+    return most_sensitive(scores, percent)

@@ -159,7 +159,8 @@ def rates(found: Findings, part: RatesSection, _gallery: Gallery) -> list[Table 
     for method, by_rate in losses.items():
         means = {rate: mean(values)[0] for rate, values in by_rate.items() if values}
         best = min(means, key=lambda rate: means[rate]) if means else None
-        if best is not None and best in (min(means), max(means)):
+        tried = [rate for of, rate in runs if of == method]
+        if best in (min(tried), max(tried)) and len(tried) > 1:
             edges.append(method)
         cells = [Cell(method)]
         for rate in columns:

@@ -10,6 +10,7 @@ from neft_core.metrics import OF_TASK, TITLES
 from neft_core.page import Html, fill, join
 from neft_core.study_candidates import best
 from neft_core.study_tables import Cell, Table
+from neft_core.summary import LORA, RIVALS, compared_in, fewer_seeds
 
 FAILED = "failed: "
 """How a cell begins in which something failed, until its reason stands below the table."""
@@ -19,9 +20,6 @@ NOTHING = Cell("–")
 
 SPREAD = "± one standard deviation over seeds; bold: the best."
 """Below tables of scores."""
-
-RIVALS = {"full": "full", "lora": "LoRA"}
-"""What every run is compared with."""
 
 
 def run_of(found: Findings, name: str, task: str) -> str:
@@ -155,12 +153,13 @@ def differences(
     firsts = dict.fromkeys(first for first, *_ in OF_TASK.values())
     tested = [TITLES[first] for first in firsts if any(row.get(first) for row in measured)]
     note = (
-        f"Difference of {' and '.join(tested)} to full fine-tuning, and to the LoRA that trains "
-        "about as many parameters; of several alike to the one with the lowest dev loss. p: paired "
-        f"bootstrap over the test rows ({samples:,} samples), seed by seed, of which the largest "
-        "counts, and 1 where seeds differ in sign; * p < 0.05, ** p < 0.01."
+        f"Difference of {' and '.join(tested)} to full fine-tuning, and to {LORA}; of several "
+        "alike to the one with the lowest dev loss. p: paired bootstrap over the test rows "
+        f"({samples:,} samples), seed by seed, of which the largest counts, and 1 where seeds "
+        "differ in sign; * p < 0.05, ** p < 0.01."
     )
-    shown = Table(f"{name}-differences", f"{title}: differences", heads, lines, [note])
+    notes = [note, *compared_in(fewer_seeds(measured))]
+    shown = Table(f"{name}-differences", f"{title}: differences", heads, lines, notes)
     return [shown] if lines else []
 
 

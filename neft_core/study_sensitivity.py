@@ -7,6 +7,8 @@ from neft_core.findings import Findings, Row, mean, number
 from neft_core.page import Gallery, Html
 from neft_core.study_against import Entry, against
 from neft_core.study_runs import (
+    FAILED,
+    NOTHING,
     SPREAD,
     absent,
     differences,
@@ -43,6 +45,7 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
     compared: list[tuple[str, list[Row | None]]] = []
     groups: list[str] = []
     values: list[figures.Value] = []
+    still = False
     for label, names in part.groups.items():
         for name in names:
             run = run_of(found, name, part.task)
@@ -53,19 +56,21 @@ def sensitivity(found: Findings, part: SensitivitySection, gallery: Gallery) -> 
                 continue
             said, steps = _asked(found, run)
             neurons = means(found, run, "selected_neurons")
-            count, percent = int(neurons[0]) if neurons else 0, number(row["percent"]) or 0.0
-            cells = [Cell(label), Cell(said), Cell(steps), Cell(f"{count:,}", count)]
+            percent = number(row["percent"]) or 0.0
+            cells = [Cell(label), Cell(said), Cell(steps)]
+            cells.append(Cell(f"{neurons[0]:,}", int(neurons[0])) if neurons else NOTHING)
             cells.append(Cell(f"{percent:.2f}", percent))
             cells.append(spread(value, run=run))
             cells.append(spread(mean(means(found, run, "best_dev_loss")), ".3f", run=run))
             if reference:
                 cells += _common(found, run, reference)
             rows.append(cells)
+            still |= any("trained" in seed for seed in found.seeds(run))
             groups.append(_label(found, run).removeprefix("threshold "))
             values.append(value)
             compared.append((_label(found, run), [row]))
     notes = [SPREAD]
-    if any(cell.text == "0" for row in rows for cell in row[3:4]):
+    if still:
         notes.append("Where nothing is selected nothing is trained: the base's own results.")
     if reference:
         notes.append(
@@ -114,12 +119,14 @@ def _asked(found: Findings, run: str) -> tuple[str, str]:
 
 def _common(found: Findings, run: str, reference: str) -> list[Cell]:
     """What a run's mask has of the reference's, and what chance would give."""
+    if why := found.unmade(reference, "select"):
+        return [Cell(f"{FAILED}{why}"), NOTHING]
     mine, other = found.masks.get(run), found.masks.get(reference)
     if mine is None or other is None or run == reference:
-        return [Cell("–"), Cell("–")]
+        return [NOTHING, NOTHING]
     try:
         share = mine.overlap(other)
     except NeftError:  # of another layout
-        return [Cell("–"), Cell("–")]
+        return [NOTHING, NOTHING]
     chance = other.neurons / sum(group.count for group in other.groups.values())
     return [Cell(f"{100 * value:.1f} %", round(100 * value, 6)) for value in (share, chance)]

@@ -4,9 +4,11 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neft_core import neuron_figures
+from neft_core.config.measures import Utilisation
 from neft_core.config.shown import (
     AnchoredSection,
     AverageChangeSection,
@@ -54,31 +56,64 @@ class Ranks:
         return None if self.run == "base" else self.run
 
 
-def ranks(found: Findings, name: str, task: str) -> Ranks:
-    """What `utilisation` measured of a run, or of the base.
+def ranks(found: Findings, before: str, after: str, task: str) -> tuple[Ranks, Ranks]:
+    """What `utilisation` measured of two runs, or of the base and a run, in the same way.
 
     Raises:
-        NeftError: it was not measured, or failed.
+        NeftError: one was not measured, or failed, or they were measured on other rows.
     """
+    first, second = (_measured(found, name, task) for name in (before, after))
+    for key, entry in first.items():
+        for other, like in second.items():
+            if _how(entry) == _how(like):
+                return _read(found, before, key), _read(found, after, other)
+    told = (_how(next(iter(entries.values()))) for entries in (first, second))
+    raise NeftError(f"measured {' and '.join(told)}: not comparable")
+
+
+def _measured(found: Findings, name: str, task: str) -> dict[str, Utilisation]:
+    """The entries that measured a run, or the base, those on the task's own rows first.
+
+    Raises:
+        NeftError: there are none, or they failed.
+    """
+    run = run_of(found, name, task)
+    every = found.params.utilisation.items()
+    named = {key: entry for key, entry in every if run in ("base", entry.run)}
+    made = {
+        key: entry
+        for key, entry in named.items()
+        if found.made(_file(found, key), key, "utilisation")
+    }
+    if not made:
+        raise NeftError(failure(found, run, *named) if named else "not measured in utilisation")
+    return dict(sorted(made.items(), key=lambda item: item[1].task != task))
+
+
+def _how(entry: Utilisation) -> str:
+    """What ranks depend on beside the model."""
+    each = ", each by itself" if entry.per_example else ""
+    return f"on {entry.rows} rows of {entry.task}{each}"
+
+
+def _file(found: Findings, key: str) -> Path:
+    return found.ws.path("evaluation", f"utilisation.{key}.safetensors")
+
+
+def _read(found: Findings, name: str, key: str) -> Ranks:
+    """The ranks of the base, or of a run's seeds, in an entry's file."""
     from neft_core.files import load_tensors
     from neft_core.groups import Group
 
-    run = run_of(found, name, task)
-    for key, entry in found.params.utilisation.items():
-        mine = entry.task == task if name == "base" else entry.run == run
-        path = found.ws.path("evaluation", f"utilisation.{key}.safetensors")
-        if mine and path.is_file():
-            tensors, metadata = load_tensors(path, "run 'neft run'")
-            wanted = [k for k in tensors if (k == "base") == (name == "base")]
-            wanted.sort(key=lambda k: int(k.rpartition("-")[2]) if k != "base" else 0)
-            groups = [Group(**group) for group in json.loads(metadata["groups"])]
-            return Ranks(
-                "base" if name == "base" else run,
-                [tensors[k].long() for k in wanted],
-                {group.module: group for group in groups},
-            )
-    named = [key for key, entry in found.params.utilisation.items() if entry.run == run]
-    raise NeftError(failure(found, run, *named) if named else "not measured in utilisation")
+    tensors, metadata = load_tensors(_file(found, key), "run 'neft run'")
+    wanted = [k for k in tensors if (k == "base") == (name == "base")]
+    wanted.sort(key=lambda k: int(k.rpartition("-")[2]) if k != "base" else 0)
+    groups = [Group(**group) for group in json.loads(metadata["groups"])]
+    return Ranks(
+        "base" if name == "base" else found.params.utilisation[key].run,
+        [tensors[k].long() for k in wanted],
+        {group.module: group for group in groups},
+    )
 
 
 def pairs(before: Ranks, after: Ranks) -> "list[tuple[Tensor, Tensor]]":
@@ -113,7 +148,7 @@ def rank_change(found: Findings, part: RankChangeSection, gallery: Gallery) -> l
     candidates = 0
     for label, (before, after) in part.pairs.items():
         try:
-            first, second = (ranks(found, name, part.task) for name in (before, after))
+            first, second = ranks(found, before, after, part.task)
             of_seeds = [
                 core.by_bucket(core.rank_change(a, b), a, edges) for a, b in pairs(first, second)
             ]
@@ -266,8 +301,8 @@ def _against(
         for label in others:
             shown = "another seed" if label == anchor else label
             try:
-                first = ranks(found, part.names[anchor], part.task)
-                second = ranks(found, part.names[label], part.task)
+                names = part.names[anchor], part.names[label]
+                first, second = ranks(found, *names, part.task)
                 values[shown] = measure(first, second), second
             except NeftError as fault:
                 values[shown] = str(fault), None

@@ -3,6 +3,7 @@
 import csv
 import os
 import statistics
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,15 @@ from neft_core.metrics import OF_TASK, TITLES, Resampled, difference, resampled
 from neft_core.workspace import Workspace
 
 Row = dict[str, Any]
+
+RIVALS = {"full": "full", "lora": "LoRA"}
+"""Methods whose runs the others are compared with, as tables call them."""
+
+LIKE = 2
+"""Of runs that are compared in size none trains more than so many times the other's parameters."""
+
+LORA = "the LoRA nearest in trained parameters, of those that have half to twice as many"
+"""In sentences."""
 
 
 def columns(rows: list[Row]) -> dict[str, str]:
@@ -42,9 +52,10 @@ def summarise(ws: Workspace) -> None:
     """Stage `summary`: compare everything that was evaluated, and write the tables.
 
     Significance is sacrebleu's paired bootstrap on the first metric of the kind of task, seed by
-    seed: each seed of a run against the same seed (by position) of the run with method `full` on
-    the same task, of the one with `lora` that trains about as many parameters (in summary.csv and
-    the report alone), and against the base; of several alike the one with the lowest dev loss. With
+    seed: each seed of a run against the same seed of the run with method `full` on the same task,
+    of the one with `lora` that is nearest in trained parameters, if neither has more than twice as
+    many (in summary.csv and the report alone), and against the base; of several alike the one with
+    the lowest dev loss. Seeds that one of both lacks are left out, and the others told. With
     several seeds the largest p-value stands in the table, and 1 where one seed is better and
     another worse. A run that is tested on another task too has a row there. What a study tells to
     have failed is left out.
@@ -99,10 +110,10 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[Row]:
         if t.task == task and f"transfer@{name}" not in failed
     ]
     draws = {
-        name: [
-            drawn(ws.path("evaluation", place, f"seed-{seed}.jsonl"), params, task, names[0])
+        name: {
+            seed: drawn(ws.path("evaluation", place, f"seed-{seed}.jsonl"), params, task, names[0])
             for seed in params.runs[name].seeds
-        ]
+        }
         for name, place in tested
     }
     courses = {
@@ -131,10 +142,15 @@ def _task_rows(ws: Workspace, params: config.Params, task: str) -> list[Row]:
             row["dev_loss"] = losses[name]
             row["seconds"] = statistics.mean(entry["seconds"] for entry in cost.values())
         if base is not None:
-            _compare(row, "base", draws[name], [base])
+            _compare(row, "base", draws[name], dict.fromkeys(draws[name], base))
         beside = [other for other, _ in tested if params.runs[other].task == run.task]
-        for method in ("full", "lora"):
-            rivals = [n for n in beside if params.runs[n].method.name == method]
+        for method in RIVALS:
+            rivals = [
+                n
+                for n in beside
+                if params.runs[n].method.name == method
+                and (method == "full" or _alike(courses[n], trained))
+            ]
             if rivals and name not in rivals:
                 rival = min(rivals, key=lambda n: (_apart(courses[n], trained), losses[n]))
                 _compare(row, method, draws[name], draws[rival])
@@ -151,6 +167,12 @@ def _apart(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
     return abs(float(one[0]["trainable_parameters"] - other[0]["trainable_parameters"]))
 
 
+def _alike(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    """Whether two runs train about as many parameters."""
+    less, more = sorted(float(seeds[0]["trainable_parameters"]) for seeds in (one, other))
+    return more <= LIKE * less
+
+
 def drawn(file: Path, params: config.Params, task: str, metric: str) -> Resampled:
     """Resamples of what a seed said on a task, from its hypotheses beside their references."""
     from neft_core.rows import read_rows
@@ -165,14 +187,35 @@ def drawn(file: Path, params: config.Params, task: str, metric: str) -> Resample
     )
 
 
-def _compare(row: Row, name: str, draws: list[Resampled], others: list[Resampled]) -> None:
-    """Fill `delta_<name>` and `p_<name>` of a row."""
-    outcomes = [difference(one, others[i % len(others)]) for i, one in enumerate(draws)]
+def _compare(
+    row: Row, name: str, draws: Mapping[int, Resampled], others: Mapping[int, Resampled]
+) -> None:
+    """Fill `delta_<name>` and `p_<name>` of a row, by seed; `seeds_<name>` where not of all."""
+    both = [seed for seed in draws if seed in others]
+    if draws.keys() != others.keys():
+        row[f"seeds_{name}"] = ", ".join(map(str, both)) or "none"
+    if not both:
+        return
+    outcomes = [difference(draws[seed], others[seed]) for seed in both]
     deltas = [outcome["delta"] for outcome in outcomes]
     row[f"delta_{name}"] = statistics.mean(deltas)
     # Seeds that contradict each other show nothing, however sure each is of itself.
     opposed = min(deltas) < 0 < max(deltas)
     row[f"p_{name}"] = 1.0 if opposed else max(outcome["p_value"] for outcome in outcomes)
+
+
+def fewer_seeds(rows: Iterable[Mapping[str, Any]], rivals: Iterable[str] = RIVALS) -> Iterator[str]:
+    """Rows that were compared in some of their seeds alone, with these: `neft to full (1, 2)`."""
+    for row in rows:
+        for name in rivals:
+            if seeds := row.get(f"seeds_{name}"):
+                yield f"{row['name']} to {name} ({seeds})"
+
+
+def compared_in(fewer: Iterable[str]) -> list[str]:
+    """A sentence about what was compared in some seeds alone; none about nothing."""
+    told = "; ".join(dict.fromkeys(fewer))
+    return [f"Compared in the seeds that both have: {told}."] if told else []
 
 
 def _mean(found: list[dict[str, Any]], metrics: tuple[str, ...]) -> Row:
@@ -231,6 +274,7 @@ def _markdown(rows: list[Row]) -> str:
     if len(set(tested.values())) > 1:
         said = ", ".join(f"{metric} for {task}" for task, metric in tested.items())
         lines.append(f"- differences and p: {said}")
+    lines += [f"- {said}" for said in compared_in(fewer_seeds(rows, ["full"]))]
     return "\n".join(lines) + "\n"
 
 
@@ -238,7 +282,7 @@ def _csv(path: Path, rows: list[Row]) -> None:
     keys = columns(rows)
     # The report takes the first signature of a task for that of its first metric.
     metrics = dict.fromkeys(key for names in OF_TASK.values() for key in names if key in keys)
-    extra = ["delta_lora", "p_lora"]
+    extra = ["delta_lora", "p_lora", *(f"seeds_{name}" for name in RIVALS)]
     extra += [f"{key}_{kind}" for kind in ("std", "signature") for key in metrics]
     with path.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.DictWriter(handle, [*keys, *extra], extrasaction="ignore")

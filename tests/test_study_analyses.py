@@ -238,6 +238,29 @@ def test_average_change_by_loops_and_what_was_not_measured(studied, tables):
         assert float(rows[place]["% of candidates"]) == pytest.approx(share)
 
 
+def test_use_on_other_rows_is_not_compared(changed):
+    head = "low-6: {run: low-6-en-fr, task: en-fr, rows: "
+    edit(changed, (f"{head}4}}", f"{head}3, per_example: true}}"))
+    found = shown(made(changed))
+    told = "on 4 rows of en-fr and on 3 rows of en-fr, each by itself: not comparable"
+    assert found["rank-change"][0]["0–1 %"] == f"measured {told}"
+    rows = {(row["against"], row["run"]): row for row in found["average-change"]}
+    assert rows["low 3", "low 6"]["Avg(ΔRank)"] == f"measured {told}"
+    assert float(rows["base", "low 3"]["Avg(ΔRank)"]) > 0
+    assert float(rows["low 3", "another seed"]["Avg(ΔRank)"]) > 0
+
+
+def test_of_several_measurements_those_on_the_same_rows_are_compared(changed, tables):
+    """The first of low-3 is on other rows; its file has the ranks of another run."""
+    place = changed.path("evaluation")
+    shutil.copy(place / "utilisation.full.safetensors", place / "utilisation.odd.safetensors")
+    edit(changed, ("utilisation:\n",
+                   "utilisation:\n  odd: {run: low-3-en-fr, task: en-fr, rows: 3}\n"))  # fmt: skip
+    found = shown(made(changed))
+    for name in ("rank-change", "average-change", "types"):
+        assert found[name][0] == tables[name][0], "low-3 against low-6"
+
+
 def test_neuron_types_by_loops(studied, tables):
     rows = {(row["against"], row["run"]): row for row in tables["types"]}
     masks = {name: NeuronMask.load(studied.path("masks", f"{name}-en-fr.safetensors"))
@@ -311,6 +334,34 @@ def test_forgetting_beside_gain(studied, tables):
     gain = float(summary(studied, "low-6-en-fr")["chrf"]) - float(summary(studied, "base")["chrf"])
     assert float(low["gain"]) == pytest.approx(gain, abs=1e-5)
     assert lora["% of model"] == "not measured"
+
+
+def test_a_run_without_a_mask_has_no_count_of_neurons(changed):
+    edit(changed, ("groups: {threshold: [none, scaled], budget: [low-3, low-6]}",
+                   "groups: {budget: [low-3, low-6, full]}"))  # fmt: skip
+    table = made(changed)["sensitivity"]
+    assert [row[3].text == "–" for row in table.rows] == [False, False, True]
+    assert float(table.rows[2][4].text) == 100
+    assert not any("nothing is trained" in note for note in table.notes)
+
+
+def test_what_was_forgotten_of_other_texts_is_not_compared(changed, tables):
+    path = changed.path("evaluation", "forgetting.low-6.json")
+    write_json(changed.path("evaluation", "forgetting.lora.json"), read_json(path))
+    more = "  lora: {run: lora, path: text.txt, rows: 2}\n"
+    edit(changed, ("forgetting:\n", f"forgetting:\n{more}"))
+    low, lora = shown(made(changed))["forgetting"]
+    assert low == tables["forgetting"][0]
+    assert (lora["run"], lora["% of model"]) == (
+        "lora", "measured on other texts (2 of text.txt)",
+    )  # fmt: skip
+    assert lora["forgotten"] == "–"
+    # A further measurement, on the texts of the first row, is the one that counts.
+    write_json(changed.path("evaluation", "forgetting.same.json"), read_json(path))
+    edit(changed, ("speed:\n", "  same: {run: lora, path: text.txt}\nspeed:\n"))
+    low, lora = shown(made(changed))["forgetting"]
+    assert low == tables["forgetting"][0]
+    assert lora["forgotten"] == low["forgotten"]
 
 
 def test_sensitivity_tells_what_each_selection_got(studied, tables):
@@ -442,21 +493,25 @@ def test_a_browser_shows_every_part_in_its_width_and_prints_it_whole(studied):
         assert not test_report_in_browser.cut(window)
 
 
-def test_what_failed_says_why(changed):
-    shutil.rmtree(changed.path("evaluation", "low-6-en-fr"))
-    changed.path("evaluation", "utilisation.low-6.safetensors").unlink()
-    text = changed.params_file.read_text()
-    failed = {"train@low-6-en-fr": "no memory", "evaluate@low-6-en-fr": "no memory",
-              "utilisation@low-6": "no memory"}  # fmt: skip
-    changed.params_file.write_text(
+def fail(ws, failed: dict[str, str], *runs: str) -> None:
+    """Let stages have failed, and the summary leave out runs."""
+    text = ws.params_file.read_text()
+    ws.params_file.write_text(
         text.replace("  parts:\n", f"  failed: {json.dumps(failed)}\n  parts:\n", 1)
     )
-    rows = csv.DictReader(io.StringIO(changed.path("summary", "summary.csv").read_text()))
-    kept = [row for row in rows if row["name"] != "low-6-en-fr"]
-    with changed.path("summary", "summary.csv").open("w") as handle:
+    path = ws.path("summary", "summary.csv")
+    kept = [row for row in csv.DictReader(io.StringIO(path.read_text())) if row["name"] not in runs]
+    with path.open("w") as handle:
         writer = csv.DictWriter(handle, kept[0])
         writer.writeheader()
         writer.writerows(kept)
+
+
+def test_what_failed_says_why(changed):
+    shutil.rmtree(changed.path("evaluation", "low-6-en-fr"))
+    changed.path("evaluation", "utilisation.low-6.safetensors").unlink()
+    stages = ("train@low-6-en-fr", "evaluate@low-6-en-fr", "utilisation@low-6")
+    fail(changed, dict.fromkeys(stages, "no memory"), "low-6-en-fr")
     found = shown(made(changed))
     told = {name: [row for row in found[name] if "low-6-en-fr" in row.values()
                    or {"low 6", "more"} & set(row.values())]
@@ -466,6 +521,43 @@ def test_what_failed_says_why(changed):
         assert rows, name
         assert "failed (1)" in rows[0].values(), name
         assert "no memory" in rows[0].values(), name
+
+
+def test_files_of_a_time_before_are_not_shown_where_a_stage_failed(changed):
+    """A stage that is skipped keeps the files that it made when it last ran."""
+    assert {"full", "low-6-en-fr", "warmup-late", "score-late"} <= set(
+        Findings.read(changed).costs()
+    )
+    late = ["warmups@late", "similarity@late", "select@scaled-en-fr"]
+    low = ["select@low-6-en-fr", "utilisation@low-6", "forgetting@low-6", "speed@low-6"]
+    runs = ["full", "low-6-en-fr", "scaled-en-fr"]
+    stages = [*late, *low, *(f"{stage}@{run}" for run in runs for stage in ("train", "evaluate"))]
+    fail(changed, dict.fromkeys(stages, "loss is nan"), *runs)
+    found = shown(made(changed))
+    longer, seeds, chance, within = found["overlap"]
+    for row in (longer, seeds):
+        assert (row["3 %"], row["6 %"]) == ("failed (1)", "failed (1)")
+    assert chance["3 %"] == within["3 %"] == "–"
+    (more,) = (row for row in found["rank-change"] if row["compared"] == "more")
+    assert more["0–1 %"] == "failed (1)"
+    assert found["average-change"][0]["Avg(ΔRank)"] == "failed (1)"
+    assert found["types"][0]["neurons"] == "failed (1)"
+    assert found["forgetting"][0]["run"] == "failed (1)"
+    assert "cost-speed" not in found
+    costs = {row["method"]: row for row in found["cost"]}
+    assert costs["FT-full"]["run"] == "failed (1)"
+    assert float(costs["LoRA"]["ms a step"]) > 0
+    assert costs["LoRA"]["saved a step (ms)"] == costs["LoRA"]["steps to break even"] == "–"
+    rows = {row["selection"]: row for row in found["sensitivity"]}
+    assert rows["lowest 3 %"]["in common with the reference"] == "failed (1)"
+    assert rows["lowest 3 %"]["by chance"] == "–"
+    read = Findings.read(changed)
+    assert set(read.masks) == {"low-3-en-fr", "mixed-en-fr", "neft"}
+    assert not {*runs, "warmup-late", "score-late"} & set(read.costs())
+    assert {"warmup-other", "score-other", "lora"} <= set(read.costs())
+    assert read.seeds("full") == []
+    assert {"lora", "neft"} <= read.samples("en-fr", 1)[0]["texts"].keys()
+    assert not set(runs) & read.samples("en-fr", 1)[0]["texts"].keys()
 
 
 @pytest.mark.parametrize(

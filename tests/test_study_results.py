@@ -121,14 +121,38 @@ def test_differences_to_full_and_to_the_lora_of_like_size(folder):
 
     # Of 816 parameters, 950 are nearer than 50; what is wrong in the sentences is known.
     assert found["NeFT"] == [said(4, 2), said(4, 6)] * 2
-    assert found["FT-full"][:2] == ["–", said(2, 6)], "950 of 9,088 rather than 50"
     assert found["LoRA_2"][:2] == [said(9, 2), "–"]
-    assert "Base" not in found
+    assert not {"Base", "FT-full"} & set(found), "no LoRA has half of 9,088"
+    assert "the LoRA nearest in trained parameters, of those that have" in found["notes"][0]
     assert found["NeFT"][0].startswith("−")
     told = study_parts.made(Findings.read(Workspace(folder)), Gallery())[1]
     assert [cell.run for cell in told.rows[-1][1:]] == ["neft-en-fr"] * 2 + ["neft-fr-en"] * 2
     assert told.notes[0].startswith("Difference of BLEU to full fine-tuning, ")
     assert not any(cell.best for row in told.rows for cell in row)
+
+
+@pytest.mark.parametrize(
+    ("size", "told"), [(475, True), (474, False), (1900, True), (1901, False), (0, False)]
+)
+def test_a_lora_of_another_size_is_no_rival(folder, size, told):
+    """One has 950 parameters, the other 50."""
+    ws = made(folder, [TABLE])
+    path = ws.path("train", "neft-en-fr", "seed-1", "metrics.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trainable_parameters": size}))
+    found = shown(ws)["t-differences"]
+    assert found["heads"] == ["En: Δ full", *["En: Δ LoRA"] * told, "Fr: Δ full", "Fr: Δ LoRA"]
+    assert "–" not in found["NeFT"], "of the other task NeFT has 816"
+
+
+def test_differences_are_of_seeds_that_both_have(folder):
+    ws = made(folder, [TABLE])
+    data = read_yaml(ws.params_file)
+    data["runs"]["neft-en-fr"]["seeds"] = [2]
+    (folder / "params.yaml").write_text(yaml_text(data))
+    said = "Compared in the seeds that both have: neft-en-fr to full (2); neft-en-fr to lora (2)."
+    assert shown(ws)["t-differences"]["notes"][1:] == [said]
+    report(ws)
+    assert said in (folder / "reports" / "report.html").read_text()
 
 
 def test_differences_name_the_metric_that_they_are_of(folder):
@@ -189,7 +213,7 @@ def test_rates_by_hand(folder):
     assert found["full"] == ["1.250 ± 0.354", "–", "–", "0.001"]
     assert found["neft, lowest 9 %"] == ["–", "1.000 ± 0.000", "–", "0.01"]
     assert found["lora, rank 9"] == ["–", "–", "failed (1)", "–"]
-    assert found["notes"][-1].endswith("tried: full; lora, rank 2; neft, lowest 9 %.")
+    assert found["notes"][-1].endswith("bold: the best of a method."), "one rate has no edge"
 
 
 def test_runs_that_differ_in_more_than_words_have_rows_of_their_own(folder):
@@ -239,7 +263,23 @@ def test_a_rate_between_others_needs_no_further_one(folder):
     (folder / "params.yaml").write_text(yaml_text(data))
     found = shown(Workspace(folder))["rates"]
     assert found["full"] == ["3.250 ± 0.354", "1.250 ± 0.354", "2.250 ± 0.354", "0.002"]
-    assert found["notes"][-1].endswith("tried: neft, lowest 9 %.")
+    assert found["notes"][-1].endswith("bold: the best of a method.")
+
+
+def test_a_rate_that_failed_was_tried_too(folder):
+    """Of rates 0.001, 0.002 and 0.006 the highest that has a loss is the best."""
+    failed = {"evaluate@lora-9-en-fr": "loss is nan"}
+    data = read_yaml(made(folder, [{"show": "rates", "task": "en-fr"}], failed).params_file)
+    for name, rate in (("full", 2e-3), ("lora-2", 1e-3), ("lora-9", 6e-3)):
+        data["runs"][f"{name}-en-fr"] |= {"method": METHODS["full"], "lr": rate}
+    (folder / "params.yaml").write_text(yaml_text(data))
+    found = shown(Workspace(folder))["rates"]
+    assert found["full"] == ["3.250 ± 0.354", "1.250 ± 0.354", "failed (1)", "0.002"]
+    assert found["notes"][-1].endswith("bold: the best of a method.")
+    data["runs"]["full-en-fr"]["lr"] = 7e-3
+    (folder / "params.yaml").write_text(yaml_text(data))
+    found = shown(Workspace(folder))["rates"]
+    assert found["notes"][-1] == "The best is the lowest or highest rate that was tried: full."
 
 
 def test_the_page_and_the_files(folder):
@@ -410,7 +450,7 @@ def test_wins_are_told_against_full_and_lora_on_each_task(folder):
     heads = ["en-fr: Δ full", "en-fr: Δ LoRA", "fr-en: Δ full", "fr-en: Δ LoRA"]
     assert told["heads"] == heads
     runs = [name for name in told if name not in ("heads", "notes")]
-    order = ("neft", "full", "lora-2", "lora-9")
+    order = ("neft", "lora-2", "lora-9")  # of full's size there is no other
     assert runs == [f"{name}-{task}" for task in ("en-fr", "fr-en") for name in order]
     same = shown(made(folder, [TABLE]))["t-differences"]
     assert told["neft-en-fr"][:2] == same["NeFT"][:2]

@@ -104,7 +104,16 @@ def test_means_and_deviations_over_seeds(ws):
     assert table(ws)["en-fr", "full"]["bleu_std"] == ""
 
 
+def two_seeds(ws) -> None:
+    """Give `full` and `lora` a second seed that says what the first does."""
+    for name, numbers in (("full", (30.0, 1.0, 2)), ("lora", (20.0, 2.0, 6))):
+        method = "{name: full}" if name == "full" else "{name: lora, rank: 2}"
+        edit(ws, (method, f"{method}\n    seeds: [1, 2]"))
+        add_run(ws, name, {1: numbers, 2: numbers}, 10)
+
+
 def test_the_worst_p_of_the_seeds_and_the_mean_difference(ws):
+    two_seeds(ws)
     summarise(ws)
     row = table(ws)["en-fr", "neft"]
     same, worse = p_values(2, 2), p_values(8, 2)
@@ -131,7 +140,32 @@ def test_each_seed_stands_against_the_same_one_of_the_other_run(ws):
     assert (float(row["delta_full"]), float(row["p_full"])) == p_values(2, 2) == p_values(8, 8)
 
 
+@pytest.mark.parametrize("seeds", ["[2, 1]", "[3, 2, 1]"])
+def test_seeds_are_paired_by_number_and_not_by_place(ws, seeds):
+    edit(ws, ("{name: full}", f"{{name: full}}\n    seeds: {seeds}"))
+    add_run(ws, "full", {1: (30.0, 1.0, 2), 2: (24.0, 1.0, 8), 3: (9.0, 1.0, 12)}, 10)
+    summarise(ws)
+    row = table(ws)["en-fr", "neft"]
+    assert (float(row["delta_full"]), float(row["p_full"])) == p_values(2, 2) == p_values(8, 8)
+    assert row["seeds_full"] == ("" if seeds == "[2, 1]" else "1, 2")
+
+
+def test_only_seeds_that_both_have_are_compared_and_these_are_told(ws):
+    edit(ws, ("{name: lora, rank: 2}", "{name: lora, rank: 2}\n    seeds: [7]"))
+    add_run(ws, "lora", {7: (20.0, 2.0, 6)}, 20)
+    summarise(ws)
+    row = table(ws)["en-fr", "neft"]
+    assert (float(row["delta_full"]), float(row["p_full"])) == p_values(2, 2), "seed 2 has no other"
+    assert (row["delta_lora"], row["p_lora"]) == ("", "")
+    assert (row["seeds_full"], row["seeds_lora"]) == ("1", "none")
+    against_base = [p_values(2, 12), p_values(8, 12)]
+    assert float(row["p_base"]) == max(p for _, p in against_base), "each seed has the base"
+    said = "- Compared in the seeds that both have: lora to full (none); neft to full (1)."
+    assert ws.path("summary", "summary.md").read_text().splitlines()[-1] == said
+
+
 def test_seeds_that_contradict_each_other_show_nothing(ws):
+    two_seeds(ws)
     add_run(ws, "neft", {1: (20.0, 1.0, 2), 2: (26.0, 2.0, 11)}, 4)
     summarise(ws)
     up, down = p_values(2, 6), p_values(11, 6)
@@ -175,7 +209,7 @@ def test_the_table_in_words(ws, capsys):
     assert cells["base"] == ["fr-en", "base", "-", *"-" * 3, "5.00", "2.00", *"-" * 6]
     assert cells["tuned"][2] == "warm-up, 6 steps"
     assert cells["other"][2] == "lora, rank 3"
-    assert lines[-2:] == ["- `B`", "- `C`"]
+    assert lines[-3:-1] == ["- `B`", "- `C`"]
 
 
 def test_curves_of_all_runs_in_one_file(ws):
