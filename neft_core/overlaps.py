@@ -37,12 +37,18 @@ def overlap(first: NeuronMask, second: NeuronMask) -> Overlap:
     """What two masks have in common.
 
     Raises:
-        NeftError: a first mask without neurons, or masks of different models or layouts.
+        NeftError: a first mask without neurons, masks of unequal budgets (weights that are apart by
+            a neuron or more), or of different models or layouts.
 
     Source: Xu et al. 2024, Table 5, for masks of one size.
     """
     share = first.overlap(second)
     a, b = first.neurons, second.neurons
+    longest = max(group.length for group in first.groups.values())
+    if a != b and abs(first.parameters - second.parameters) >= longest:
+        raise NeftError(
+            f"{first.source}: has {a:,} neurons, {second.source} {b:,}; compare masks of one budget"
+        )
     mine, theirs = first.by_module(), second.by_module()
     total = sum(count.candidates for count in mine.values())
     common = sum(

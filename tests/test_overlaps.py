@@ -45,30 +45,29 @@ def test_chance_is_that_of_all_pairs_of_masks():
     assert found.by_module == pytest.approx(mean)
 
 
-@pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 2), (1, 4), (4, 5)])
-def test_masks_of_two_sizes_are_told_from_the_first(first, second):
-    """Every mask of one size among 5 candidates against one of the other."""
-    mine = set(range(first))
-    shares = [len(mine & set(other)) / first for other in itertools.combinations(range(5), second)]
-    scores = scored({"a": ([0.5, 0.4, 0.3, 0.2, 0.1], 10)})
-    masks = {str(n): select_neurons(scores, neurons=n) for n in (first, second)}
-    found = overlaps(masks)[str(first), str(second)]
-    assert found.share == min(first, second) / first
-    assert found.chance == pytest.approx(statistics.mean(shares))
-    assert found.deviation == pytest.approx(statistics.pstdev(shares), abs=1e-12)
-    assert found.by_module == pytest.approx(found.chance)
-
-
-def test_a_budget_in_percent_buys_other_numbers_of_neurons_of_two_lengths():
+def test_one_budget_buys_other_numbers_of_neurons_of_two_lengths():
     values = [0.9, 0.8, 0.7, 0.6], [0.4, 0.3, 0.2, 0.1]
     short, long = (
         scored({"a": (values[n], 10), "b": (values[1 - n], 20)}, total=400) for n in (0, 1)
     )
-    masks = [most_sensitive(scores, 10) for scores in (short, long)]
-    assert [content(mask) for mask in masks] == [{"a": [0, 1, 2, 3]}, {"b": [0, 1]}]
-    half, quarter = (most_sensitive(short, percent) for percent in (5, 2.5))
-    assert (overlap(*masks).share, overlap(*masks).chance) == (0, 0.25)
-    assert (overlap(half, quarter).share, overlap(quarter, half).share) == (0.5, 1)
+    masks = {"short": most_sensitive(short, 10), "long": most_sensitive(long, 10)}
+    masks["both"] = most_sensitive(short, 15) - select_neurons(short, neurons=2)
+    assert [content(mask) for mask in masks.values()] == [
+        {"a": [0, 1, 2, 3]},
+        {"b": [0, 1]},
+        {"a": [2, 3], "b": [0]},
+    ]
+    found = overlaps(masks)
+    assert [one.share for one in found.values()] == [0, 0.5, 0.5]
+    # Every mask of the second's size among the 8 candidates.
+    for (first, second), one in found.items():
+        a, b = (masks[name].neurons for name in (first, second))
+        mine, sets = set(range(a)), itertools.combinations(range(8), b)
+        shares = [len(mine & set(other)) / a for other in sets]
+        assert one.chance == pytest.approx(statistics.mean(shares))
+        assert one.deviation == pytest.approx(statistics.pstdev(shares))
+    assert found["short", "long"].by_module == 0
+    assert found["short", "both"].by_module == pytest.approx(4 * 2 / 4 / 4)
 
 
 def test_modules_that_agree_explain_a_share():
@@ -81,6 +80,9 @@ def test_modules_that_agree_explain_a_share():
 
 def test_masks_that_cannot_be_compared_are_refused():
     one = replace(select_neurons(random_scores(), neurons=40), source="one")
+    two = replace(select_neurons(random_scores(1), neurons=39), source="two")
+    with pytest.raises(NeftError, match="one: has 40 neurons, two 39; compare masks of one budget"):
+        overlap(one, two)
     none = select_below(random_scores(), -1, any_size=True)
     with pytest.raises(NeftError, match="scores: has no neurons; an overlap needs at least one"):
         overlap(none, none)
