@@ -9,12 +9,13 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import Comment, Format, merge_attrib
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
@@ -188,14 +189,30 @@ def absolute(node: Any, folder: Path) -> None:
 
 
 def _changed(path: Path, settings: Sequence[str]) -> tuple[str, list[str]]:
-    """A params file's text with settings applied, and what they changed."""
-    read_yaml(path)
+    """A params file's text with settings applied, and what they changed.
+
+    Raises:
+        NeftError: the text would be read as something else.
+    """
+    wanted = read_yaml(path)
     text = path.read_text(encoding="utf-8")
     if not settings:
         return text, []
     document = _round_trip().load(text)
     changes = [assign(document, setting) for setting in settings]
-    return _dumped(document), [change for change in changes if change]
+    for setting in settings:
+        assign(wanted, setting)
+    text = _dumped(document)
+    try:
+        same = YAML(typ="safe").load(text) == wanted
+    except YAMLError:
+        same = False
+    if not same:
+        raise NeftError(
+            f"--set {' --set '.join(settings)}: can't be written into {path.name} so that it is "
+            "read as that; edit the file"
+        )
+    return text, [change for change in changes if change]
 
 
 def assign(document: Any, setting: str) -> str:
@@ -217,7 +234,7 @@ def assign(document: Any, setting: str) -> str:
         if not isinstance(node, dict) or parent not in node:
             known = ", ".join(map(str, node)) if isinstance(node, dict) else "no keys"
             raise NeftError(f"--set {setting}: no '{parent}' there; known: {known}")
-        node = node[parent]
+        node = _own(document, node, parent)
     if not isinstance(node, dict):
         raise NeftError(f"--set {setting}: {'.'.join(parents)} holds no keys")
     before = node.get(last)
@@ -226,6 +243,50 @@ def assign(document: Any, setting: str) -> str:
     was = _shown(before) if last in node else "unset"
     node[last] = _quoted(wanted)
     return f"{key}: {was} is now {_shown(wanted)}"
+
+
+def _own(document: Any, node: Any, key: str) -> Any:
+    """What a mapping has at a key, made its own where other places refer to it.
+
+    Aliases and merge keys of YAML are one object in all of their places.
+    """
+    value = node[key]
+    places = [place for place, other in _references(document, set()) if other is value]
+    if isinstance(value, dict) and len(places) > 1:
+        # Comments stand where the value was written, which is the first place.
+        value = node[key] = _copied(value, comments=places[0] == (id(node), key))
+    return value
+
+
+def _references(node: Any, seen: set[int]) -> Iterator[tuple[tuple[int, Any], Any]]:
+    """Every place of a document, as its container's identity and the key, with what is there."""
+    if not isinstance(node, dict | list) or id(node) in seen:
+        return
+    seen.add(id(node))
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        yield (id(node), key), value
+        yield from _references(value, seen)
+    for merged in getattr(node, merge_attrib, ()):
+        yield (id(node), "<<"), merged
+
+
+def _copied(node: Any, comments: bool) -> Any:
+    """A copy that shares nothing, and takes the comments along or has none."""
+    if isinstance(node, dict):
+        made: Any = type(node)()
+        for key, value in node.items():
+            made[key] = _copied(value, comments)
+    elif isinstance(node, list):
+        made = type(node)()
+        made.extend(_copied(value, comments) for value in node)
+    else:
+        return node
+    if hasattr(node, Format.attrib):
+        setattr(made, Format.attrib, getattr(node, Format.attrib))
+    if comments and hasattr(node, Comment.attrib):
+        setattr(made, Comment.attrib, getattr(node, Comment.attrib))
+        delattr(node, Comment.attrib)
+    return made
 
 
 def _quoted(value: Any) -> Any:

@@ -52,6 +52,63 @@ def test_a_whole_run_can_be_set(ws):
     assert list(ws.params().runs) == ["full", "lora", "neft", "more"]
 
 
+SHARED = (
+    TEXT[: TEXT.index("runs:")]
+    + """\
+runs:
+  low: &low  # the first
+    task: en-fr
+    method: &method {name: neft, percent: 9}  # in percent
+    lr: 1e-3  # of both
+
+  # Others.
+  slow:
+    <<: *low  # as above
+    lr: 1e-4
+  same: *low
+  other:
+    task: en-fr
+    method: *method
+evaluation: {batch_size: 4, max_new_tokens: 6, bootstrap: 100}
+# The end.
+"""
+)
+"""Runs that share what they have by YAML's aliases and merge keys."""
+
+
+@pytest.mark.parametrize("run", ["low", "slow", "same", "other"])
+@pytest.mark.parametrize("key", ["method.percent=3", "lr=5e-3"])
+def test_what_other_places_refer_to_is_changed_in_one(ws, run, key):
+    ws.params_file.write_text(SHARED)
+    wanted = ws.params().model_dump()
+    name, value = key.split("=")
+    entry = wanted["runs"][run]
+    (entry if name == "lr" else entry["method"])[name.split(".")[-1]] = float(value)
+    overrides.apply(None, [f"runs.{run}.{key}"])
+    assert ws.params().model_dump() == wanted
+    written = ws.params_file.read_text().splitlines()
+    assert {line.partition("#")[2] for line in written} == {
+        line.partition("#")[2] for line in SHARED.splitlines()
+    }
+    for other in ("low", "slow", "same", "other"):  # what was written can be changed again
+        overrides.apply(None, [f"runs.{other}.method.percent=4", f"runs.{other}.seeds=[7]"])
+        wanted["runs"][other]["method"]["percent"] = 4
+        wanted["runs"][other]["seeds"] = [7]
+        assert ws.params().model_dump() == wanted
+
+
+def test_what_would_be_read_as_something_else_is_refused(ws):
+    """ruamel.yaml writes the anchor of a mapping of one key in a list before that key."""
+    text = SHARED.replace("runs:\n", "runs:\n  one: &one {task: en-fr}\n")
+    text = text.replace("*low  # as", "[*low, *one]  # as").replace(
+        "  same:", "  two: *one\n  same:"
+    )
+    ws.params_file.write_text(text)
+    with pytest.raises(NeftError, match=r"^--set runs\.one\.lr=1: can't be written into"):
+        overrides.apply(None, ["runs.one.lr=1"])
+    assert ws.params_file.read_text() == text
+
+
 @pytest.mark.parametrize("value", ["team:a", "'team: a'", "12:30:00", "/mnt/a:b"])
 def test_a_text_with_a_colon_is_read_as_it_was_set(ws, value):
     """Between braces YAML 1.1, which DVC reads, has it in quotes alone."""

@@ -62,6 +62,19 @@ def params(path, *settings: str):
     return parse_params(data, path.name)
 
 
+def test_a_setting_changes_one_task_of_those_that_share_a_format(folder):
+    file = PACKAGED / "paper" / "table5.yaml"
+    before, after = (
+        {
+            name: task["format"]["max_tokens"]
+            for name, task in expand(file, folder, s).data["tasks"].items()
+        }
+        for s in ([], ["tasks.en-zh.format.max_tokens=256"])
+    )
+    assert after == before | {"en-zh": 256}
+    assert len(before) > 2
+
+
 def test_a_grid_stands_for_runs_of_the_catalogue(folder):
     data, changes, unused = expand(folder / "a.yaml", folder)
     assert (changes, unused) == ([], [])
