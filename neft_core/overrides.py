@@ -237,10 +237,9 @@ def assign(document: Any, setting: str) -> str:
         node = _own(document, node, parent)
     if not isinstance(node, dict):
         raise NeftError(f"--set {setting}: {'.'.join(parents)} holds no keys")
-    before = node.get(last)
-    if before == wanted and last in node:
+    was = _shown(node[last]) if last in node else "unset"
+    if was == _shown(wanted):  # to Python 1, 1.0 and true are equal
         return ""
-    was = _shown(before) if last in node else "unset"
     node[last] = _quoted(wanted)
     return f"{key}: {was} is now {_shown(wanted)}"
 

@@ -1,5 +1,6 @@
 """`--set` and `--params`: what is changed, and that a refusal changes nothing."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,19 @@ def test_what_would_be_read_as_something_else_is_refused(ws):
     with pytest.raises(NeftError, match=r"^--set runs\.one\.lr=1: can't be written into"):
         overrides.apply(None, ["runs.one.lr=1"])
     assert ws.params_file.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("compute.threads=true", "compute.threads: got true; a whole number is needed"),
+        ("compute.threads=1.0", "compute.threads: got 1.0; a whole number is needed"),
+        ("runs.neft.seeds=[true, 2]", "runs.neft.seeds.0: got true; a whole number is needed"),
+    ],
+)
+def test_what_python_takes_for_equal_is_another_value(ws, setting, message):
+    with pytest.raises(NeftError, match=f"^params.yaml: {re.escape(message)}$"):
+        overrides.apply(None, [setting])
 
 
 @pytest.mark.parametrize("value", ["team:a", "'team: a'", "12:30:00", "/mnt/a:b"])
