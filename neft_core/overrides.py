@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,7 +227,7 @@ def assign(document: Any, setting: str) -> str:
         raise NeftError(f"--set {setting}: got no value; write --set key.path=value")
     try:
         wanted = YAML(typ="safe").load(value)
-    except YAMLError:
+    except (YAMLError, ValueError):  # ValueError: a date or a number that is none
         raise NeftError(f"--set {setting}: the value is no YAML; quote it") from None
     *parents, last = key.split(".")
     node = document
@@ -289,15 +290,16 @@ def _copied(node: Any, comments: bool) -> Any:
 
 
 def _quoted(value: Any) -> Any:
-    """A value with its texts in quotes where they have a colon.
+    """A value with its texts in quotes but for words, numbers and paths.
 
-    YAML 1.2, which is written here, has it plain between braces; 1.1, which DVC reads, doesn't.
+    YAML 1.2, which is written here, has others plain between braces too; 1.1, which DVC reads,
+    takes no `:` or `?` there.
     """
     if isinstance(value, dict):
         return {_quoted(key): _quoted(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_quoted(entry) for entry in value]
-    plain = not isinstance(value, str) or ":" not in value
+    plain = not isinstance(value, str) or re.fullmatch(r"[\w./ -]*", value)
     return value if plain else DoubleQuotedScalarString(value)
 
 

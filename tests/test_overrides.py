@@ -1,5 +1,6 @@
 """`--set` and `--params`: what is changed, and that a refusal changes nothing."""
 
+import json
 import re
 from pathlib import Path
 
@@ -123,16 +124,27 @@ def test_what_python_takes_for_equal_is_another_value(ws, setting, message):
         overrides.apply(None, [setting])
 
 
-@pytest.mark.parametrize("value", ["team:a", "'team: a'", "12:30:00", "/mnt/a:b"])
-def test_a_text_with_a_colon_is_read_as_it_was_set(ws, value):
-    """Between braces YAML 1.1, which DVC reads, has it in quotes alone."""
-    overrides.apply(None, [f"tracking.experiment={value}"])
-    assert read_yaml(ws.params_file)["tracking"]["experiment"] == value.strip("'")
+TEXTS = ["team:a", "team: a", "12:30:00", "/mnt/a:b", "why?", "a?", "? a", "x ?y", "a\x85b",
+         "- a", "-", " a ", "---", "yes", "012", "1_000", "1e3", "~", "a b.c/d_e-f", "é",
+         "a\nb", "'", '"', "\\", "#", "a #b", "&a", "*a", "!x", "[x", "a,b", "{", "%", "@", "`",
+         "|", ">", "<<", "=", "\u2028", "\ufeffx", "2024-01-01"]  # fmt: skip
 
 
-def test_a_list_of_texts_with_colons_is_read_as_it_was_set(ws):
-    overrides.apply(None, ["scoring={layout: patterns, rows: ['x:y']}"])
-    assert read_yaml(ws.params_file)["scoring"] == {"layout": "patterns", "rows": ["x:y"]}
+@pytest.mark.parametrize("value", TEXTS)
+def test_a_text_is_read_as_it_was_set(ws, value):
+    """Between braces YAML 1.1, which DVC reads, has some in quotes alone."""
+    overrides.apply(None, [f"tracking.experiment={json.dumps(value)}"])
+    assert read_yaml(ws.params_file)["tracking"]["experiment"] == value
+
+
+def test_a_list_of_texts_is_read_as_it_was_set(ws):
+    overrides.apply(None, ["scoring={layout: patterns, rows: ['x:y', 'layers.?.up']}"])
+    assert read_yaml(ws.params_file)["scoring"]["rows"] == ["x:y", "layers.?.up"]
+
+
+def test_common_texts_stay_plain(ws):
+    overrides.apply(None, ["tracking.experiment='data/my runs-2.x'"])
+    assert "tracking: {experiment: data/my runs-2.x}\n" in ws.params_file.read_text()
 
 
 def test_the_same_value_again_writes_nothing(ws, capsys):
@@ -151,6 +163,7 @@ def test_the_same_value_again_writes_nothing(ws, capsys):
         ("warmup.steps", "--set warmup.steps: got no value; write --set key.path=value"),
         ("=3", "--set =3: got no value; write --set key.path=value"),
         ("warmup.steps={", "--set warmup.steps={: the value is no YAML; quote it"),
+        ("warmup.steps=2024-13-45", "--set warmup.steps=2024-13-45: the value is no YAML; quote"),
         ("runs.nefft.lr=1", "--set runs.nefft.lr=1: no 'nefft' there; known: full, lora, neft"),
         ("warmup.steps.a=1", "--set warmup.steps.a=1: warmup.steps holds no keys"),
         ("warmup.steps.a.b=1", "--set warmup.steps.a.b=1: no 'a' there; known: no keys"),
