@@ -64,6 +64,10 @@ def refused(tmp_path: Path, *changes: tuple[str, str], text: str = TINY_PARAMS) 
         ("scoring: {layout: mlp}", "scoring:", "scoring: got nothing; a mapping of keys is needed"),
         ("  full:", "  base:",
          "runs.base: is what tables call a model before training; rename the run"),
+        ("  full:", "  warmup-en-fr:",
+         "runs.warmup-en-fr: is what the costs of 'en-fr' are kept under; rename the run"),
+        ("  full:", "  score-en-fr:",
+         "runs.score-en-fr: is what the costs of 'en-fr' are kept under; rename the run"),
         # out of range
         ("percent: 9", "percent: 140", "runs.neft.method.percent: got 140; at most 100"),
         ("percent: 9", "percent: 0", "runs.neft.method.percent: got 0; more than 0"),

@@ -94,6 +94,7 @@ class Params(Section):
                 raise refuse(
                     f"runs.{name}: is what tables call a model before training; rename the run"
                 )
+        self._costs_apart()
         self._names_known()
         self._trained_on_tasks_that_train()
         self._transfers_go_elsewhere()
@@ -115,6 +116,19 @@ class Params(Section):
                     "set source.pretrain or splits.pretrain of one task"
                 )
         return self
+
+    def _costs_apart(self) -> None:
+        """No run's file in `work/cost` is that of a warm-up or of scores."""
+        warmups = [*self.tasks, *self.warmups]
+        scores = [*warmups, *self.scores, *self.activations]
+        taken = {f"warmup-{name}": name for name in warmups}
+        taken |= {f"score-{name}": name for name in scores}
+        for run in self.runs:
+            if run in taken:
+                raise refuse(
+                    f"runs.{run}: is what the costs of '{taken[run]}' are kept under; rename the "
+                    "run"
+                )
 
     def _names_known(self) -> None:
         """Tasks, warm-ups and scores that sections name exist, each name once."""
