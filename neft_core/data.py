@@ -3,6 +3,7 @@
 import csv
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -95,7 +96,7 @@ def read_hub(
     """
     where = f"hub data set '{name}'"
     _check_columns(columns, where, task)
-    local = Path(name).expanduser()
+    local = Path(os.path.expanduser(name))
     is_directory = local.is_dir()
     if not is_directory and (local.is_absolute() or name.startswith((".", "~"))):
         raise NeftError(f"{where}: no such directory; name an existing one, or 'owner/name'")

@@ -59,8 +59,8 @@ def copies(compute: Compute, root: Path) -> int | str:
     if compute.accelerate_config is None:
         return compute.processes
     try:
-        found = read_yaml(root / Path(compute.accelerate_config).expanduser())
-    except (NeftError, RuntimeError):  # RuntimeError: a user's home that there isn't
+        found = read_yaml(root / os.path.expanduser(compute.accelerate_config))
+    except NeftError:
         return "can't be read"  # the launcher's refusal tells more
     kind = str(found.get("distributed_type", "NO"))
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):

@@ -6,6 +6,7 @@ The only module that imports transformers.
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ class Base:
         """
         if self.kind == "hub":
             return hub.fetch(self.location, self.revision)
-        return root / self.location
+        return root / os.path.expanduser(self.location)
 
 
 def inspect(directory: Path, *, trust_remote_code: bool = False) -> tuple[str, int, int, str]:

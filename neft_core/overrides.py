@@ -179,7 +179,7 @@ def absolute(node: Any, folder: Path) -> None:
     if isinstance(node, dict):
         for key, value in node.items():
             if key == "path" and isinstance(value, str) and value != NO_FILE:
-                node[key] = _quoted(os.path.normpath(folder / Path(value).expanduser()))
+                node[key] = _quoted(os.path.normpath(folder / os.path.expanduser(value)))
             elif key == "id" and isinstance(value, str) and (folder / value).is_dir():
                 node[key] = _quoted(os.path.normpath(folder / value))
             else:

@@ -1,6 +1,7 @@
 """What the params ask of memory, disk and time, before anything is loaded."""
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -128,7 +129,7 @@ class Planner:
             sizes = {"vocabulary", "hidden", "intermediate", "layers", "heads", "context"}
             return models.llama_config(**choice.model_dump(include=sizes))
         if isinstance(choice, config.LocalModel):
-            path = self.root / Path(choice.path).expanduser()
+            path = self.root / os.path.expanduser(choice.path)
             if not path.is_dir():
                 raise NeftError(
                     f"{path}: no such directory; give a model's directory, or its config.json "

@@ -130,7 +130,7 @@ def _base(card: Any) -> Path:
 
     told = os.environ.get(BASE)
     if told:
-        directory = Path(told).expanduser()
+        directory = Path(os.path.expanduser(told))
     elif card.kind == "hub":
         directory = hub.fetch(card.location, card.revision)
     else:

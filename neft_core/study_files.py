@@ -5,6 +5,7 @@ a grid of methods and tasks stands for runs. `expand` gives the params.
 """
 
 import difflib
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -171,7 +172,7 @@ def _read(
     if not isinstance(base, str):
         raise NeftError(f"{file.name}: extends: got {base!r}; the path of one file is needed")
     named = not base.endswith(FILES)
-    path = _named_file(base, file, root) if named else file.parent / Path(base).expanduser()
+    path = _named_file(base, file, root) if named else file.parent / os.path.expanduser(base)
     chain = (*before, file.resolve())
     if path.resolve() in chain:
         names = " -> ".join(p.name for p in (*chain, path))

@@ -59,8 +59,11 @@ class Workspace:
         return self.root.joinpath(".neft", *parts)
 
     def input(self, path: str) -> Path:
-        """A user's path: relative to the workspace, or absolute."""
-        return self.root / Path(path).expanduser()
+        """A user's path: relative to the workspace, or absolute.
+
+        `~` stands for a home; where there is none it stays, to be told as what isn't there.
+        """
+        return self.root / os.path.expanduser(path)
 
 
 def find_workspace(start: Path | None = None) -> Workspace:

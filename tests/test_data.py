@@ -291,6 +291,7 @@ def test_reading_leaves_the_librarys_settings_alone(hub_folder):
         ({"columns": {"source": "en", "target": "fr"}}, "no column 'en'"),
         ({"columns": {"source": "en"}}, "columns has"),
         ({"name": "./nowhere"}, "no such directory"),
+        ({"name": "~nobody-here/nowhere"}, "no such directory"),
     ],
 )
 def test_hub_faults_are_one_line(hub_folder, change, text):

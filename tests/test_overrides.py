@@ -244,6 +244,12 @@ def test_directories_in_the_hubs_layout_keep_their_meaning(ws, tmp_path):
         assert params.model.path == str(tmp_path / "base")
 
 
+def test_a_home_that_there_is_not_stays_in_the_path(ws):
+    found = overrides.variant(ws, [], ["tasks.en-fr.source.path=~nobody-here/pairs"])
+    path = str(ws.root / "~nobody-here/pairs")
+    assert found.params().tasks["en-fr"].source.path == path
+
+
 def test_params_of_another_workspace_run_there(ws, tmp_path):
     other = init_workspace(tmp_path / "w", TEXT)
     assert overrides.apply(other.params_file, ["warmup.steps=9"]) == other

@@ -170,6 +170,11 @@ def test_a_model_that_is_not_here_is_said_in_one_line(tmp_path, capsys, monkeypa
         file = ROOT / "examples" / example / "params.yaml"
         assert cli.main(["plan", "--params", str(file)]) == 2
         assert capsys.readouterr().err.splitlines() == [line]
+    lost = tmp_path / "params.yaml"
+    lost.write_text(file.read_text().replace("  path: base\n", "  path: ~nobody-here/x\n"))
+    assert cli.main(["plan", "--params", str(lost)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"neft: {tmp_path}/~nobody-here/x: no such directory; give a model's")
     wrong = tmp_path / "wrong.json"
     wrong.write_text('{"model_type": "nothing"}')
     assert cli.main(["plan", "--params", str(file), "--config", str(wrong)]) == 2

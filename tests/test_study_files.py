@@ -266,6 +266,8 @@ def test_settings_go_into_the_file_or_into_what_came_of_it(folder):
         ("study:\n", "stury:\n", "a.yaml: study: missing; it is required of a study"),
         ("common.yaml", "comon.yaml",
          "a.yaml: extends: got 'comon.yaml', which is not there; name a file"),
+        ("common.yaml", "~nobody-here/a.yaml",
+         "a.yaml: extends: got '~nobody-here/a.yaml', which is not there; name a file"),
         ("common.yaml", "[common.yaml]",
          "a.yaml: extends: got ['common.yaml']; the path of one file is needed"),
         ("common.yaml", "a.yaml",

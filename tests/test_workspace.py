@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import TINY_PARAMS
 
 from neft_core.errors import NeftError
 from neft_core.graph import Graph
+from neft_core.models import Base
 from neft_core.workspace import (
     PIPELINE,
+    Workspace,
     find_workspace,
     follow_git,
     hold,
@@ -22,6 +25,16 @@ from neft_core.workspace import (
 
 def test_found_from_any_directory_below(finished):
     assert find_workspace(finished.path("train", "full")).root == finished.root
+
+
+def test_a_path_below_a_home(tmp_path):
+    for path, place in (
+        ("a/b", tmp_path / "a/b"),
+        ("~/a", Path.home() / "a"),
+        ("~nobody-here/a", tmp_path / "~nobody-here/a"),
+    ):
+        assert Workspace(tmp_path).input(path) == place
+        assert Base("local", path, "", "", "llama", 1, 1, False).directory(tmp_path) == place
 
 
 def test_no_workspace(tmp_path):
