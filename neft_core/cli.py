@@ -41,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = fault.filename or Path.cwd()
         if fault.errno == errno.ENOSPC:
             return say(f"{where}: no space left on the disk; free some and run again", 2)
-        if fault.errno in (errno.EROFS, errno.EACCES):
+        if fault.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             return say(f"{where}: {fault.strerror}; choose what you can read and write", 2)
+        if fault.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR):
+            return say(f"{where}: {fault.strerror}; give another path", 2)
         traceback.print_exc()
         return 1
     except KeyboardInterrupt:

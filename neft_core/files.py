@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
             for left in path.parent.glob(f".{path.name}.[0-9]*"):
                 # A killed process left it; the stage's lock rules out a living one.
                 _remove(left)
-        with _told(path, only=_DISK):
+        with _told(path, only=_DISK, temporary=temporary):
             yield temporary
         with _told(path):
             if path.is_dir() or temporary.is_dir():
@@ -55,13 +55,22 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def _told(path: Path, only: tuple[int, ...] = ()) -> Iterator[None]:
-    """Say a refusal of the system in one line; with `only`, those with these numbers."""
+def _told(path: Path, only: tuple[int, ...] = (), temporary: Path | None = None) -> Iterator[None]:
+    """Say a refusal of the system in one line.
+
+    Args:
+        path: what is written.
+        only: the numbers of the refusals to say; none: all.
+        temporary: a name of which all are said.
+    """
     try:
         yield
     except Exception as fault:
         number = _system_error(fault)
-        if (number is None and not isinstance(fault, OSError)) or (only and number not in only):
+        own = isinstance(fault, OSError) and fault.filename == str(temporary)
+        if (number is None and not isinstance(fault, OSError)) or (
+            only and number not in only and not own
+        ):
             raise
         reason = os.strerror(number) if number else fault
         raise NeftError(

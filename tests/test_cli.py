@@ -41,6 +41,10 @@ def test_a_command_that_does_not_exist(argv, capsys):
          ["neft: /x: no space left on the disk; free some and run again"]),
         (OSError(errno.EROFS, "Read-only", "/x"), 2,
          ["neft: /x: Read-only; choose what you can read and write"]),
+        (OSError(errno.EPERM, "Not permitted", "/x"), 2,
+         ["neft: /x: Not permitted; choose what you can read and write"]),
+        (OSError(errno.ENAMETOOLONG, "Too long", "/x"), 2,
+         ["neft: /x: Too long; give another path"]),
         (KeyboardInterrupt(), 130,
          ["neft: interrupted; run the same command again to go on"]),
         (ValueError("odd"), 1, None),
@@ -67,6 +71,22 @@ def test_init_makes_a_workspace_and_says_how_to_go_on(tmp_path, neft, monkeypatc
     assert out == f"workspace {tmp_path / 'w'} is ready; next: cd w && neft run\n"
     assert cli.main(["init", "v", "--from", "nothing"]) == 2
     assert "nothing: no template" in capsys.readouterr().err
+
+
+def test_names_that_the_file_system_does_not_take(finished, neft):
+    long = "x" * 300
+    for argv in (
+        ["export", "neft", "--to", long],
+        ["run", "--dry-run", "--params", long],
+        ["study", long],
+        ["analyse", "overlap", "neft", long],
+        ["init", "w", "--from", long],
+    ):
+        code, (line,) = neft(finished, *argv)
+        assert code == 2
+        assert long in line
+        assert line.endswith(": File name too long; give another path")
+    assert not (finished.root / "w").exists()
 
 
 def test_a_stage_ends_with_the_process_that_wants_it(finished, tmp_path):

@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,14 @@ def test_tensors_that_are_cut_off_or_absent_are_named(tmp_path):
         path.write_bytes(whole[:size])
         with pytest.raises(NeftError, match=r"t\.safetensors: not a whole .*; do this"):
             load_tensors(path, "do this")
+
+
+def test_a_place_where_nothing_can_be_made():
+    with (
+        pytest.raises(NeftError, match=r"/proc/x: can't be written \(No such file or directory\)"),
+        replacing(Path("/proc/x")) as folder,
+    ):
+        folder.mkdir()
 
 
 @pytest.mark.parametrize("write", ["json", "tensors"])
