@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neft_core import config, measures
+from neft_core import config, measures, runs
 from neft_core.errors import NeftError
 from neft_core.workspace import Workspace
 
@@ -113,10 +113,19 @@ def utilisation(
         count: how many of them.
         seed: of the runs; None: the first of each.
         per_example: see `utilisation.utilisation`.
+
+    Raises:
+        NeftError: the task or a run's seed is unknown.
     """
     from neft_core import utilisation as core
 
+    params = ws.params()
     task = task or _task(ws, names)
+    if task not in params.tasks:
+        raise NeftError(f"--task {task}: unknown; params.yaml has {', '.join(params.tasks)}")
+    for name in names:
+        if name in params.runs:
+            runs.chosen_seed(params, name, seed)
     ranks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     for name in dict.fromkeys(names):

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from neft_core.errors import NeftError
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Give `neft analyse` its questions."""
@@ -45,6 +47,8 @@ def ask(options: argparse.Namespace) -> None:
     from neft_core.files import write_json
     from neft_core.workspace import find_workspace
 
+    if getattr(options, "count", 1) < 1:
+        raise NeftError(f"--rows {options.count}: at least 1")
     ws = find_workspace()
     if options.question == "overlap":
         found, text = analyses.overlap(ws, options.names, options.percent)

@@ -238,6 +238,16 @@ def test_unseen_text_is_what_pre_training_never_read(finished, tmp_path):
             ["utilisation", "base", "nef", "--rows", "2"],
             "utilisation: no run 'nef'; known: base, tuned",
         ),
+        (["utilisation", "base", "neft", "--rows", "0"], "--rows 0: at least 1"),
+        (
+            ["utilisation", "base", "neft", "--seed", "77"],
+            "run neft: has no seed 77; it has [1, 2]",
+        ),
+        (
+            ["utilisation", "base", "neft", "--task", "de-fr"],
+            "--task de-fr: unknown; params.yaml has en-fr",
+        ),
+        (["forgetting", "neft", "--text", "pairs.jsonl", "--rows", "-1"], "--rows -1: at least 1"),
         (["sensitivity", "de-fr"], "scores 'de-fr': no such file, and not in "),
     ],
 )
