@@ -238,5 +238,11 @@ def _failure(stage: str, folder: Path, log: Path, status: int) -> Exception:
                 "is told on its machine; run again"
             )
         return LaunchFailed(f"stage {stage}: process {faults[0]['rank']}:\n{faults[0]['text']}")
+    if "accelerate/commands/config/config_args.py" in told:  # before any process was there
+        reason = told.splitlines()[-1].partition(": ")[2]
+        return NeftError(
+            f"params.yaml: compute.accelerate_config: {reason}; make it with 'accelerate config "
+            "--config_file FILE'"
+        )
     last = "\n".join(told.splitlines()[-20:])
     return LaunchFailed(f"{last}\nstage {stage}: accelerate launch ended with status {status}")

@@ -149,6 +149,25 @@ def test_one_fault_is_told(tmp_path, faults, log, kind, text):
     assert (type(told), str(told)) == (kind, text)
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("compute: {}\nmodel: {}\n", "had unknown keys (['compute', 'model']), "),
+        ("distributed_type: SOME_GPU\n", "'SOME_GPU' is not a valid DistributedType"),
+    ],
+)
+def test_what_is_no_configuration_of_accelerate_is_one_line(tmp_path, text, reason):
+    (tmp_path / "mine.yaml").write_text(text)
+    compute = Compute(accelerate_config="mine.yaml")
+    with pytest.raises(NeftError) as fault:
+        launching.launch(Workspace(tmp_path), compute, ["train", "full"])
+    told = str(fault.value)
+    assert told.startswith("params.yaml: compute.accelerate_config: ")
+    assert reason in told
+    assert told.endswith("; make it with 'accelerate config --config_file FILE'")
+    assert "\n" not in told
+
+
 def test_other_stages_refuse_to_be_shared(monkeypatch, copied, neft):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
