@@ -142,8 +142,15 @@ def init_workspace(
         pipeline: what its dvc.yaml is a copy of.
 
     Raises:
-        NeftError: the directory can't be written, or dvc fails.
+        NeftError: directory or cache can't be written, or dvc fails.
     """
+    try:
+        if cache:
+            cache.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise NeftError(
+            f"{cache}: can't hold a cache ({fault.strerror}); give a directory you can write"
+        ) from None
     try:
         (folder / "data").mkdir(parents=True, exist_ok=True)
         (folder / NO_FILE).touch()

@@ -145,6 +145,18 @@ def test_a_place_that_can_not_be_written(tmp_path):
             init_workspace(place, "")
 
 
+def test_a_cache_that_is_no_directory(tmp_path):
+    (tmp_path / "file").touch()
+    for place, reason in (
+        (tmp_path / "file", "File exists"),
+        (tmp_path / "file" / "below", "Not a directory"),
+        (Path("/proc/x"), "No such file or directory"),
+    ):
+        with pytest.raises(NeftError, match=rf"{place}: can't hold a cache \({reason}\); give"):
+            init_workspace(tmp_path / "w", "", cache=place)
+    assert not (tmp_path / "w").exists()
+
+
 def test_what_dvc_says_is_shown(tmp_path):
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc" / "config").write_text("[[[")
