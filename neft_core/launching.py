@@ -203,7 +203,11 @@ def _tell(fault: BaseException) -> None:
     mistake = isinstance(fault, NeftError)
     text = str(fault) if mistake else "".join(traceback.format_exception(fault))
     told = {"mistake": mistake, "time": time.time(), "rank": ranks.rank(), "text": text}
-    Path(os.environ[FAULTS], f"rank-{ranks.rank()}.json").write_text(json.dumps(told), "utf-8")
+    path = Path(os.environ[FAULTS], f"rank-{ranks.rank()}.json")
+    # The launcher may kill this process meanwhile, and what is half-written would be read.
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(told), "utf-8")
+    temporary.replace(path)
 
 
 def _failure(stage: str, folder: Path, log: Path, status: int) -> Exception:

@@ -168,6 +168,19 @@ def test_what_is_no_configuration_of_accelerate_is_one_line(tmp_path, text, reas
     assert "\n" not in told
 
 
+def test_a_fault_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setenv(launching.FAULTS, str(tmp_path))
+    with monkeypatch.context() as killed:
+        killed.setattr(launching.Path, "replace", lambda *_: None)
+        launching._tell(NeftError("a: found; do"))
+        assert launching._failure("train full", tmp_path, tmp_path / "log", 1).args == (
+            "\nstage train full: accelerate launch ended with status 1",
+        )
+    launching._tell(NeftError("a: found; do"))
+    told = launching._failure("train full", tmp_path, tmp_path / "log", 1)
+    assert (type(told), str(told)) == (NeftError, "a: found; do")
+
+
 def test_other_stages_refuse_to_be_shared(monkeypatch, copied, neft):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
