@@ -144,7 +144,7 @@ class Adam8bit(_Plain):
 
     def _update(self, parameter: Tensor, state: dict[str, Any], lr: float, step: int) -> None:
         assert parameter.grad is not None
-        n = parameter.shape[-1]
+        n = parameter.shape[-1] if parameter.dim() else 1
         values, grad = parameter.view(-1, n), parameter.grad.reshape(-1, n)
         rows, whole = len(values), parameter.numel() < SMALL
         if "mean" not in state:

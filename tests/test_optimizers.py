@@ -134,6 +134,12 @@ def test_8bit_keeps_small_tensors_exact():
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
 
 
+def test_8bit_takes_a_single_number():
+    exact, _ = steps_of(torch.optim.AdamW, (), weight_decay=0.1)
+    ours, _ = steps_of(Adam8bit, (), weight_decay=0.1)
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
 def test_8bit_does_not_jump_where_gradients_stop():
     """Rows of an embedding that are seen once: their moments fade, beside rows that go on."""
     torch.manual_seed(0)
