@@ -297,9 +297,9 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """A model's configuration, from its directory or a config.json alone.
 
     Raises:
-        NeftError: it is absent, or transformers doesn't know such a model.
+        NeftError: it is absent, says no sizes, or transformers doesn't know such a model.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     _quiet()
     file = path / "config.json" if path.is_dir() else path
@@ -308,17 +308,22 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     if trust_remote_code:
         _caution(file.parent)
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             str(path if path.is_dir() else file),
             local_files_only=True,
             trust_remote_code=trust_remote_code,
         )
+        told = json.loads(file.read_text(encoding="utf-8")).keys()
     except Exception as fault:  # as in `load_model`
         if not trust_remote_code and "trust_remote_code" in str(fault):
             raise NeftError(f"{file}: {_OWN_CODE}") from None
         raise NeftError(
             f"{file}: not a model's configuration ({_one_line(fault)}); give a config.json"
         ) from fault
+    # Where a file says none of a model's sizes the library takes those of some large one.
+    if not told & (config.to_dict().keys() - PreTrainedConfig().to_dict().keys()):
+        raise NeftError(f"{file}: not a model's configuration (no sizes); give a config.json")
+    return config
 
 
 def skeleton(

@@ -180,6 +180,11 @@ def test_a_model_that_is_not_here_is_said_in_one_line(tmp_path, capsys, monkeypa
     assert cli.main(["plan", "--params", str(file), "--config", str(wrong)]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"neft: {wrong}: not a model's configuration (")
+    wrong.write_text('{"model_type": "llama", "kind": "built", "parameters": 9088}')
+    assert cli.main(["plan", "--params", str(file), "--config", str(wrong)]) == 2
+    assert capsys.readouterr().err == (
+        f"neft: {wrong}: not a model's configuration (no sizes); give a config.json\n"
+    )
 
 
 def test_a_budget_that_the_model_has_not_is_refused_by_its_key(copied, neft):
