@@ -189,7 +189,7 @@ class Findings:
         """
         from neft_core.rows import read_rows
 
-        files = {}
+        files: dict[str, Path] = {}
         for name in ("base", "tuned"):
             path = self.ws.path("baseline", task, f"{name}.jsonl")
             files |= {name: path} if self.made(path, task, "baseline") else {}

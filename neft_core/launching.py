@@ -243,7 +243,7 @@ def _failure(stage: str, folder: Path, log: Path, status: int) -> Exception:
             )
         return LaunchFailed(f"stage {stage}: process {faults[0]['rank']}:\n{faults[0]['text']}")
     if "accelerate/commands/config/config_args.py" in told:  # before any process was there
-        reason = told.splitlines()[-1].partition(": ")[2]
+        reason = told.splitlines()[-1].partition(": ")[2].rstrip(".")
         return NeftError(
             f"params.yaml: compute.accelerate_config: {reason}; make it with 'accelerate config "
             "--config_file FILE'"

@@ -152,8 +152,8 @@ def test_one_fault_is_told(tmp_path, faults, log, kind, text):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("compute: {}\nmodel: {}\n", "had unknown keys (['compute', 'model']), "),
-        ("distributed_type: SOME_GPU\n", "'SOME_GPU' is not a valid DistributedType"),
+        ("model: {}\n", "A `distributed_type` must be specified in the config file; make it"),
+        ("distributed_type: MULTI_GPU\nmodel: {}\n", "had unknown keys (['model']), "),
     ],
 )
 def test_what_is_no_configuration_of_accelerate_is_one_line(tmp_path, text, reason):

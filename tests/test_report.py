@@ -344,7 +344,8 @@ def test_samples_are_spread_over_the_test_rows(tiny):
     assert [row["number"] for row in rows] == [2, 4, 6, 8]
     whole = read_rows(tiny.path("evaluation", "neft", "seed-1.jsonl"))
     assert [row["texts"]["neft"] for row in rows] == [whole[n]["hypothesis"] for n in (1, 3, 5, 7)]
-    assert list(rows[0]["texts"]) == ["base", "tuned", "full", "lora", "neft"]
+    # What lora's evaluation left was made before it failed.
+    assert list(rows[0]["texts"]) == ["base", "tuned", "full", "neft"]
     assert len(Findings.read(tiny).samples("en-fr", 50)) == 8
 
 

@@ -542,10 +542,10 @@ def test_files_of_a_time_before_are_not_shown_where_a_stage_failed(changed):
     assert more["0–1 %"] == "failed (1)"
     assert found["average-change"][0]["Avg(ΔRank)"] == "failed (1)"
     assert found["types"][0]["neurons"] == "failed (1)"
-    assert found["forgetting"][0]["run"] == "failed (1)"
+    assert found["forgetting"][0]["% of model"] == "failed (1)"
     assert "cost-speed" not in found
     costs = {row["method"]: row for row in found["cost"]}
-    assert costs["FT-full"]["run"] == "failed (1)"
+    assert costs["FT-full"]["trained parameters"] == "failed (1)"
     assert float(costs["LoRA"]["ms a step"]) > 0
     assert costs["LoRA"]["saved a step (ms)"] == costs["LoRA"]["steps to break even"] == "–"
     rows = {row["selection"]: row for row in found["sensitivity"]}
