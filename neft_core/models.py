@@ -314,16 +314,17 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
             trust_remote_code=trust_remote_code,
         )
         told = json.loads(file.read_text(encoding="utf-8")).keys()
-        own = set() if trust_remote_code else type(config)().to_dict().keys()
     except Exception as fault:  # as in `load_model`
         if not trust_remote_code and "trust_remote_code" in str(fault):
             raise NeftError(f"{file}: {_OWN_CODE}") from None
         raise NeftError(
             f"{file}: not a model's configuration ({_one_line(fault)}); give a config.json"
         ) from fault
-    # Where a file says none of a model's sizes the library takes those of some large one.
-    if own and not told & (own - PreTrainedConfig().to_dict().keys()):
-        raise NeftError(f"{file}: not a model's configuration (no sizes); give a config.json")
+    if not trust_remote_code:
+        # Where a file says none of a model's sizes the library takes those of some large one.
+        own = type(config)().to_dict().keys() - PreTrainedConfig().to_dict().keys()
+        if not told & own:
+            raise NeftError(f"{file}: not a model's configuration (no sizes); give a config.json")
     return config
 
 
