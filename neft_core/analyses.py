@@ -195,7 +195,7 @@ def forgetting(ws: Workspace, names: Sequence[str], *, text: Path | None, count:
         losses = [loss for (run, _), loss in zip(models, after, strict=True) if run == name]
         mean = statistics.mean(losses)
         data["runs"][name] = {"losses": losses, "change": mean - before}
-        rows.append([name, str(len(losses)), f"{mean:.4f}", f"{mean - before:+.4f}"])
+        rows.append([name, str(len(losses)), f"{mean:.4f}", f"{mean - before:+z.4f}"])
     header = ["model", "seeds", "loss (nats per token)", "change"]
     return data, f"{len(texts):,} texts\n\n{table(header, rows)}"
 

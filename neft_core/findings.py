@@ -218,11 +218,11 @@ class Findings:
     def base(self) -> dict[str, Any]:
         """The card of the base model."""
         path = self.ws.path("base", "base.json")
-        return dict(read_json(path)) if path.is_file() else {}
+        return dict(read_json(path)) if path.is_file() and "base" not in self.failed else {}
 
     def splits(self, task: str) -> list[records.Split]:
         """The task's data."""
-        return records.splits(self.ws, {}, task)
+        return [] if self.unmade(task, "corpus") else records.splits(self.ws, {}, task)
 
     def settings(self) -> dict[str, Any]:
         """params.yaml as it was understood, defaults filled in."""

@@ -78,11 +78,11 @@ class Decision:
         for name, found in self.comparisons.items():
             lines.append(
                 f"| {name} | {found['score']:.2f} | {found['baseline']:.2f} | "
-                f"{found['delta']:+.2f} | {found['low']:+.2f} to {found['high']:+.2f} | "
+                f"{found['delta']:+z.2f} | {found['low']:+z.2f} to {found['high']:+z.2f} | "
                 f"{found['p_value']:.3f} |"
             )
         if self.forgetting is not None:
-            lines += ["", f"forgetting: {self.forgetting:+.4f} nats per token"]
+            lines += ["", f"forgetting: {self.forgetting:+z.4f} nats per token"]
         said = "becomes champion" if self.champion else "stays challenger"
         lines += ["", f"{said}" + "".join(f"\n- {reason}" for reason in self.reasons)]
         return "\n".join(lines)
@@ -126,10 +126,10 @@ def decide(ws: Workspace, run: str, seed: int, champion: Rows | None, gate: Gate
         delta, p = float(found["delta"]), float(found["p_value"])
         if delta <= gate.margin:
             least = f", and more than {gate.margin:g} is asked for" if gate.margin else ""
-            reasons.append(f"{TITLES[metric]} is {delta:+.2f} to the {name}'s{least}")
+            reasons.append(f"{TITLES[metric]} is {delta:+z.2f} to the {name}'s{least}")
         elif p >= gate.alpha:
             reasons.append(
-                f"the difference of {delta:+.2f} to the {name} may be chance: p = {p:.3f}, "
+                f"the difference of {delta:+z.2f} to the {name} may be chance: p = {p:.3f}, "
                 f"and less than {gate.alpha:g} is asked for"
             )
     forgetting = None

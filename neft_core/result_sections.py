@@ -161,7 +161,7 @@ def _delta(row: Row, name: str) -> Html:
     return fill(
         '<span title="{said}">{delta}<span class="mark">{mark}</span></span>',
         said=said,
-        delta=f"{delta:+.2f}".replace("-", "−"),
+        delta=f"{delta:+z.2f}".replace("-", "−"),
         mark=mark,
     )
 

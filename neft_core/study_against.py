@@ -128,7 +128,7 @@ def _told(found: Findings, pair: Pair, seeds: Sequence[int], draws: Drawing) -> 
         one, other = (draws(pair.task, name, seed, pair.metric) for name in pair.runs)
         outcomes[seed] = difference(one, other)
     deltas = mean([outcome["delta"] for outcome in outcomes.values()])
-    cells = [_signed(deltas, "+.2f", run)]
+    cells = [_signed(deltas, "+z.2f", run)]
     for seed in seeds:
         outcome = outcomes.get(seed)
         cells.append(compared(outcome["delta"], outcome["p_value"], run) if outcome else NOTHING)
@@ -146,7 +146,7 @@ def _dev_loss(found: Findings, pair: Pair) -> Cell:
             for run in pair.runs
         )
         apart[seed] = one - other
-    cell = _signed(mean(list(apart.values())), "+.3f", pair.runs[0])
+    cell = _signed(mean(list(apart.values())), "+z.3f", pair.runs[0])
     each = {f"seed {seed}": value for seed, value in apart.items()}
     return replace(cell, more={**each, **cell.more})
 

@@ -51,7 +51,7 @@ def cost(found: Findings, part: CostSection, gallery: Gallery) -> list[Table | H
         saved = _difference(dear, step) if dear is not None and run != full else None
         parameters = number(row["parameters"]) or 0.0
         cells = [Cell(label), Cell(run), Cell(f"{parameters:,.0f}", int(parameters))]
-        cells += [spread(step, run=run), spread(saved, "+.2f", run=run)]
+        cells += [spread(step, run=run), spread(saved, "+z.2f", run=run)]
         cells.append(_memory(costs[run], run))
         cells.append(Cell(f"{before:.1f}", round(before, 3)) if stages else Cell("none"))
         cells.append(_memory(stages))
@@ -105,7 +105,7 @@ def _break_even(before: float, saved: figures.Value | None) -> Cell:
         return Cell("–")
     value, deviation = saved
     if deviation is not None and abs(value) <= deviation:
-        return Cell(f"can't be told: the times differ by {value:+.2f} ± {deviation:.2f} ms")
+        return Cell(f"can't be told: the times differ by {value:+z.2f} ± {deviation:.2f} ms")
     if value <= 0:
         return Cell("never: no faster")
     even = before / value * 1000
@@ -170,8 +170,8 @@ def forgetting(found: Findings, part: ForgettingSection, gallery: Gallery) -> li
         gain, change = value[0] - base[0], (after[0] - before, after[1])
         percent = number(row["percent"]) or 0.0
         cells = [Cell(label), Cell(run), Cell(f"{percent:.2f}", percent), spread(value, run=run)]
-        cells += [Cell(f"{gain:+.2f}", round(gain, 6), run=run), Cell(f"{before:.3f}", before)]
-        rows.append([*cells, spread(after, ".3f", run=run), spread(change, "+.3f", run=run)])
+        cells += [Cell(f"{gain:+z.2f}", round(gain, 6), run=run), Cell(f"{before:.3f}", before)]
+        rows.append([*cells, spread(after, ".3f", run=run), spread(change, "+z.3f", run=run)])
         compared.append((label, [row]))
         points[label] = [(gain, *change)]
     notes = [

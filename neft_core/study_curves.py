@@ -161,7 +161,7 @@ def _compared(
         whys = dict.fromkeys(why for run in runs if (why := found.why_failed(run, here)))
         return Cell(FAILED + "; ".join(whys) if whys else "not there")
     difference = round(one[0] - other[0], 6)
-    return Cell(f"{difference:+.2f}", difference, run=runs[difference < 0])
+    return Cell(f"{difference:+z.2f}", difference, run=runs[difference < 0])
 
 
 def _size(found: Findings, name: str, tasks: Sequence[str]) -> str:
@@ -213,7 +213,7 @@ def added(found: Findings, part: AddedSection, gallery: Gallery) -> list[Table |
                     Cell(f"{more:.2f}", round(more, 6)),
                     Cell(f"{percent:.2f}", percent),
                     spread(value, run=run),
-                    Cell(f"{value[0] - begun[0]:+.2f}", round(value[0] - begun[0], 6), run=run),
+                    Cell(f"{value[0] - begun[0]:+z.2f}", round(value[0] - begun[0], 6), run=run),
                     *_reported(part, name),
                 ]
             )

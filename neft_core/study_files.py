@@ -8,7 +8,6 @@ import difflib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from neft_core.config import StudyFile, check_section, read_yaml, yaml_text
 from neft_core.config.section import known
+from neft_core.config.shown import rate_part
 from neft_core.errors import NeftError
 from neft_core.files import replacing
 from neft_core.workspace import PACKAGE, Workspace
@@ -212,7 +212,9 @@ def _fill_grid(
             for method in cell.methods:
                 for rate in rates:
                     entry = dict(methods[method])
-                    name = f"{method}-{task}" if rate is None else f"{method}-{_rate(rate)}-{task}"
+                    name = (
+                        f"{method}-{task}" if rate is None else f"{method}-{rate_part(rate)}-{task}"
+                    )
                     entry |= {} if rate is None else {"lr": rate}
                     entry |= {} if cell.epochs is None else {"epochs": cell.epochs}
                     if name in made:
@@ -239,12 +241,6 @@ def _mapping(data: Mapping[str, Any], section: str) -> Mapping[str, Any]:
     """A section of the file; what is no mapping there, the check of params tells."""
     found = data.get(section)
     return found if isinstance(found, Mapping) else {}
-
-
-def _rate(rate: float) -> str:
-    """A rate as a part of a name, where a dot can't stand: 3e-2."""
-    _, digits, exponent = Decimal(str(rate)).normalize().as_tuple()
-    return f"{''.join(map(str, digits))}e{exponent}"
 
 
 def _known(where: str, name: str, names: Collection[str]) -> None:

@@ -173,7 +173,7 @@ def _difference(row: Row | None, rival: str) -> Cell:
 def compared(delta: float, p: float, run: str) -> Cell:
     """A cell of a run's difference to another, and how sure it is."""
     mark = "**" if p < 0.01 else "*" if p < 0.05 else ""
-    said = f"{delta:+.2f}{mark} (p {p:.3f})".replace("-", "−")
+    said = f"{delta:+z.2f}{mark} (p {p:.3f})".replace("-", "−")
     return Cell(said, delta, run=run, more={"p": p})
 
 

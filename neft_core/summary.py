@@ -237,7 +237,7 @@ def _cell(key: str, row: Row) -> str:
         spread = row.get(f"{key}_std")
         return f"{value:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
     if key.startswith("delta"):
-        return f"{value:+.2f}"
+        return f"{value:+z.2f}"
     if key.startswith("p_"):
         return f"{value:.3f}"
     if isinstance(value, float):

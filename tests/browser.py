@@ -75,7 +75,7 @@ class Browser:
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self._read()
 
-    def go(self, url: str, text: str, seconds: float = 60) -> str:
+    def go(self, url: str, text: str, seconds: float = 180) -> str:
         """Load a page of a server; what it shows once it shows a text."""
         self.call("Emulation.setDeviceMetricsOverride", width=1500, height=1000,
                   deviceScaleFactor=1, mobile=False)  # fmt: skip
@@ -83,7 +83,7 @@ class Browser:
         self.call("Page.navigate", url=url)
         return self.shows(text, seconds)
 
-    def shows(self, text: str, seconds: float = 60) -> str:
+    def shows(self, text: str, seconds: float = 180) -> str:
         """What the page shows, once a text is there."""
         end = time.monotonic() + seconds
         while text not in (shown := self.value("document.body ? document.body.innerText : ''")):
@@ -91,20 +91,27 @@ class Browser:
             time.sleep(0.2)
         return str(shown)
 
-    def click(self, text: str, seconds: float = 60) -> None:
-        """Press with the mouse what is visible and has exactly this text: the innermost of it."""
+    def click(self, text: str, seconds: float = 180) -> None:
+        """Press with the mouse what is visible and has exactly this text: the innermost of it.
+
+        It has to lie still and free, or what a page moves while it loads would be missed.
+        """
         place = f"""(() => {{
             const says = e => e.offsetParent && e.innerText?.trim() === {json.dumps(text)};
             const all = [...document.body.querySelectorAll('*')].filter(says);
             const found = all.find(e => ![...e.children].some(says));
             if (!found) return null;
             const box = found.getBoundingClientRect();
-            return [box.x + box.width / 2, box.y + box.height / 2];
+            const at = [box.x + box.width / 2, box.y + box.height / 2];
+            const top = document.elementFromPoint(...at);
+            return top && (found.contains(top) || top.contains(found)) ? at : null;
         }})()"""
         end = time.monotonic() + seconds
-        while (at := self.value(place)) is None:
+        before, at = None, self.value(place)
+        while at is None or at != before:
             assert time.monotonic() < end, f"nothing to press says '{text}'"
             time.sleep(0.2)
+            before, at = at, self.value(place)
         for kind, more in (
             ("mouseMoved", {}),
             ("mousePressed", {"button": "left", "buttons": 1, "clickCount": 1}),

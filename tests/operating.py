@@ -50,7 +50,7 @@ def neft(
     """`neft` in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "neft_core.cli", *argv],
-        cwd=cwd, env=dict(env), capture_output=True, text=True, timeout=400,
+        cwd=cwd, env=dict(env), capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == status, done.stdout + done.stderr
     return done
@@ -71,7 +71,7 @@ def ask(api: str, path: str, body: Any = None, method: str | None = None, again:
     url = urllib.parse.urlunsplit(parts._replace(netloc=host))
     request = urllib.request.Request(f"{url}{path}", data, headers, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
+        with urllib.request.urlopen(request, timeout=180) as reply:
             return json.loads(reply.read() or b"null")
     except urllib.error.HTTPError as refused:
         if refused.code != 503 or not again:
@@ -94,15 +94,15 @@ def start_run(api: str, deployment: str, **parameters: Any) -> str:
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 
 
-def ended(api: str, run: str, seconds: float = 300) -> dict[str, Any]:
+def ended(api: str, run: str, seconds: float = 600) -> dict[str, Any]:
     """The state in which a run ended."""
     return until(
         lambda: (s := ask(api, f"/flow_runs/{run}")["state"])["type"] in ENDED and s, seconds
     )
 
 
-def until(found: Callable[[], Any], seconds: float = 60) -> Any:
-    """What a question gives as soon as it gives something."""
+def until(found: Callable[[], Any], seconds: float = 180) -> Any:
+    """What a question gives as soon as it gives something; patient, for a busy machine."""
     end = time.monotonic() + seconds
     while not (answer := found()):
         assert time.monotonic() < end, "waited in vain"

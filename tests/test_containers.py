@@ -296,10 +296,10 @@ def test_mlflow_answers_only_to_its_own_names(stack: Stack):
     for host, allowed in ((f"mlflow:{port}", True), ("localhost:9", True), ("evil.org", False)):
         request = urllib.request.Request(url, headers={"Host": host, "Authorization": login})
         if allowed:
-            assert urllib.request.urlopen(request, timeout=20).status == 200
+            assert urllib.request.urlopen(request, timeout=180).status == 200
         else:
             with pytest.raises(urllib.error.HTTPError, match="403"):
-                urllib.request.urlopen(request, timeout=20)
+                urllib.request.urlopen(request, timeout=180)
 
 
 @pytest.mark.integration

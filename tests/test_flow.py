@@ -91,7 +91,7 @@ def start(ws: Workspace, env: dict[str, str], way: str = "flow") -> subprocess.P
 def run(ws: Workspace, env: dict[str, str], status: int = 0, way: str = "flow") -> list[str]:
     """Run the flow to its end: its lines without the time of day."""
     with start(ws, env, way) as process:
-        told = process.communicate(timeout=300)[0]
+        told = process.communicate(timeout=900)[0]
     assert process.returncode == status, told
     return [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in told.splitlines()]
 
@@ -312,7 +312,7 @@ def test_interrupted_runs_leave_no_process_and_end_as_an_undisturbed_one(
         else:
             process.send_signal(how)
         began = time.monotonic()
-        told = process.communicate(timeout=30)[0]
+        told = process.communicate(timeout=180)[0]
         assert process.returncode == (-how if how == signal.SIGKILL else 130)
         if how != signal.SIGKILL:
             *log, last = told.splitlines()
@@ -322,7 +322,7 @@ def test_interrupted_runs_leave_no_process_and_end_as_an_undisturbed_one(
             # DVC's list of who is at work, which a kill would leave as it was.
             assert (ws.root / ".dvc/tmp/rwlock").read_text() == "{}"
         while left := list(left_over(env)):
-            assert time.monotonic() - began < 20, left
+            assert time.monotonic() - began < 120, left
             time.sleep(0.1)
 
     (ws.root / "ran.log").unlink()
@@ -355,7 +355,7 @@ def test_two_starts_at_once_on_a_fresh_home(
         f"neft: {ws.root}: process {first.pid} is at work on it; wait for it, or stop it first"
     ]
     for process in (first, apart):
-        text = process.communicate(timeout=300)[0]
+        text = process.communicate(timeout=900)[0]
         assert process.returncode == 0, text
 
 

@@ -112,10 +112,10 @@ def test_the_real_pages_open_and_end_with_ctrl_c(finished, tmp_path):
         "Ctrl-C ends them\n",
     ]
     for port in ports:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20) as page:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=180) as page:
             assert b"<title>" in page.read()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert (process.returncode, out, err) == (0, "", "")
     for port in ports:
         with pytest.raises(OSError, match="refused"):

@@ -50,7 +50,7 @@ def test_importing_the_package_is_enough(tmp_path):
         text = PROGRAM.format(folder=str(tmp_path), ids=IDS.tolist(), lines="\n".join(lines))
         command = [sys.executable, "-c", text, str(tmp_path / f"{name}.pt")]
         children[name] = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    said = {name: child.communicate(timeout=300)[1] for name, child in children.items()}
+    said = {name: child.communicate(timeout=900)[1] for name, child in children.items()}
     for name, child in children.items():
         assert child.returncode == 0, f"{name}: {said[name]}"
         assert torch.equal(torch.load(tmp_path / f"{name}.pt"), out(model)), name

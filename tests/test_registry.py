@@ -95,7 +95,7 @@ def test_the_gate_asks_for_significance_against_base_and_champion(ws):
     delta = chance.comparisons["champion"]["delta"]
     wide = promotion.decide(ws, "full", 1, one_less, Gate(0.99, margin=delta, max_forgetting=None))
     assert wide.reasons == (
-        f"BLEU is {delta:+.2f} to the champion's, and more than {delta:g} is asked for",
+        f"BLEU is {delta:+z.2f} to the champion's, and more than {delta:g} is asked for",
     )
     worse = promotion.decide(ws, "lora", 1, rows, FREELY)
     assert [reason.partition(" is ")[0] for reason in worse.reasons] == ["BLEU", "BLEU"]
@@ -235,7 +235,7 @@ def test_champions_follow_each_other_and_come_back(ws, neft, monkeypatch):
 def said_to(request: urllib.request.Request):
     """A server's answer; None where it doesn't listen yet."""
     try:
-        with urllib.request.urlopen(request, timeout=60) as reply:
+        with urllib.request.urlopen(request, timeout=180) as reply:
             return json.load(reply)
     except urllib.error.HTTPError as fault:
         raise RuntimeError(fault.read()) from fault
@@ -288,7 +288,7 @@ def test_a_registered_model_answers_as_the_evaluation_did(ws, merged, tmp_path, 
                 json.dumps(body).encode(),
                 {"Content-Type": "application/json"},
             )
-            said = until(lambda: server.poll() is None and said_to(request), 120)
+            said = until(lambda: server.poll() is None and said_to(request))
             assert said == {"predictions": [row["hypothesis"] for row in rows]}
         finally:
             os.killpg(server.pid, signal.SIGTERM)

@@ -212,7 +212,8 @@ def test_a_row_has_means_deviations_and_marks(written):
                             "trained parameters", "% of model", "seeds"]  # fmt: skip
     row = next(r for r in written.rows("en-fr") if r["name"] == "neft")
     deltas = [
-        f"{float(row[f'delta_{name}']):+.2f}".replace("-", "−") for name in ("full", "lora", "base")
+        f"{float(row[f'delta_{name}']):+z.2f}".replace("-", "−")
+        for name in ("full", "lora", "base")
     ]
     marks = [
         "*" * sum(float(row[f"p_{n}"]) < p for p in (0.05, 0.01)) for n in ("full", "lora", "base")
@@ -347,6 +348,20 @@ def test_samples_are_spread_over_the_test_rows(tiny):
     # What lora's evaluation left was made before it failed.
     assert list(rows[0]["texts"]) == ["base", "tuned", "full", "neft"]
     assert len(Findings.read(tiny).samples("en-fr", 50)) == 8
+
+
+def test_what_base_and_corpus_left_before_they_failed_is_not_told(finished, tmp_path):
+    ws = Workspace(shutil.copytree(finished.root, tmp_path / "w"))
+    found = Findings.read(ws)
+    assert found.base()["model_type"] == "llama"
+    assert [split.name for split in found.splits("en-fr")]
+    with ws.params_file.open("a") as handle:
+        handle.write(STUDY.replace("evaluate@lora", "base"))
+    assert Findings.read(ws).base() == {}
+    edit(ws, ("failed: {base", "failed: {corpus@en-fr"))
+    assert Findings.read(ws).splits("en-fr") == []
+    report.report(ws)
+    assert "corpus@en-fr: <script>no</script>" in rendered(ws).text
 
 
 def test_a_text_that_equals_a_reference_is_ticked():

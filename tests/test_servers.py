@@ -236,14 +236,18 @@ def quick_run(api: str) -> str:
     found = ask(api, "/deployments/name/neft-pipeline/on-demand")["id"]
     asked = {"deployments": {"id": {"any_": [found]}}, "sort": "EXPECTED_START_TIME_DESC"}
     before = {run["id"] for run in ask(api, "/flow_runs/filter", asked)}
+    page = f"{api.removesuffix('/api')}/deployments/deployment/{found}"
     with browser.browser(command) as window:
-        page = f"{api.removesuffix('/api')}/deployments/deployment/{found}"
-        window.go(page, "Work Queue")
-        window.click("Run")
-        window.click("Quick run")
-        return until(
-            lambda: {run["id"] for run in ask(api, "/flow_runs/filter", asked)} - before
-        ).pop()
+        for _ in range(5):  # the page asks once, and shows no more where the server is too busy
+            window.go(page, "Work Queue")
+            window.click("Run")
+            window.click("Quick run")
+            end = time.monotonic() + 30
+            while time.monotonic() < end:
+                if new := {run["id"] for run in ask(api, "/flow_runs/filter", asked)} - before:
+                    return new.pop()
+                time.sleep(0.2)
+    raise AssertionError("the page started no run")
 
 
 def look(api: str, tracking: str, run: str) -> None:
@@ -344,7 +348,7 @@ def test_servers_and_deployments(finished, tmp_path):
         nightly = next(d for d in found if d["name"] == "nightly")
         assert nightly["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
         asked = {"deployments": {"id": {"any_": [nightly["id"]]}}}
-        nights = until(lambda: ask(api, "/flow_runs/filter", asked), 120)
+        nights = until(lambda: ask(api, "/flow_runs/filter", asked))
         assert {night["state"]["type"] for night in nights} == {"SCHEDULED"}
         assert {night["expected_start_time"][11:19] for night in nights} == {"02:00:00"}
         limits = ask(api, "/v2/concurrency_limits/filter", {})
@@ -356,17 +360,17 @@ def test_servers_and_deployments(finished, tmp_path):
 
         failing = make(tmp_path / "failing", FAKE_FAIL="corpus en-fr")
         broken = start_run(api, "neft-pipeline/on-demand", workspace=str(failing.root))
-        slow = make(tmp_path / "slow", "cuda", FAKE_DELAY="1", FAKE_STEPS="300")
+        slow = make(tmp_path / "slow", "cuda", FAKE_DELAY="1", FAKE_STEPS="3000")
         cancelled = start_run(api, "neft-pipeline/on-demand", workspace=str(slow.root))
         assert ended(api, broken)["type"] == "FAILED"
         message = until(lambda: tasks(api, broken).get("corpus@en-fr"))["message"]
         assert "data/x.jsonl: line 7: no target; add one\ncorpus en-fr: works" in message
         live = slow.state("live/train/full/seed-1/train.csv")
-        until(live.exists, 120)
+        until(live.exists)
 
         # Another on the GPU gets on with what needs none, and waits.
         waiting = quick_run(api)
-        until(lambda: tasks(api, waiting).get("base", {}).get("type") == "RUNNING", 120)
+        until(lambda: tasks(api, waiting).get("base", {}).get("type") == "RUNNING")
         time.sleep(4)
         assert (ws.root / "ran.log").read_text() == "corpus en-fr\n"
         limits = ask(api, "/v2/concurrency_limits/filter", {})
@@ -374,7 +378,7 @@ def test_servers_and_deployments(finished, tmp_path):
 
         ask(api, f"/flow_runs/{cancelled}/set_state", {"state": {"type": "CANCELLING"}})
         assert ended(api, cancelled)["type"] == "CANCELLED"
-        until(lambda: "base" in (ws.root / "ran.log").read_text(), 60)
+        until(lambda: "base" in (ws.root / "ran.log").read_text())
         state = ended(api, waiting)
         assert (state["type"], state["message"][:10]) == ("COMPLETED", "15 stages ")
         assert state["message"].endswith(": 15 ran")
@@ -390,7 +394,7 @@ def test_servers_and_deployments(finished, tmp_path):
         # With a run at work.
         live.unlink()
         start_run(api, "neft-pipeline/on-demand", workspace=str(slow.root))
-        until(live.exists, 120)
+        until(live.exists)
         neft(ws.root, env, "down")
         assert list(belonging(tmp_path)) == []
         with pytest.raises(OSError, match="refused"):

@@ -318,7 +318,7 @@ def on_two_machines(
     )
     first = stage(ws, *here)
     try:
-        said = [process.communicate(timeout=240) for process in (first, other)]
+        said = [process.communicate(timeout=900) for process in (first, other)]
     finally:
         for process in (first, other):
             process.terminate()

@@ -117,7 +117,7 @@ def test_differences_to_full_and_to_the_lora_of_like_size(folder):
     def said(wrong: int, other: int) -> str:
         delta, p = p_values(wrong, other)
         mark = "**" if p < 0.01 else "*" if p < 0.05 else ""
-        return f"{delta:+.2f}{mark} (p {p:.3f})".replace("-", "−")
+        return f"{delta:+z.2f}{mark} (p {p:.3f})".replace("-", "−")
 
     # Of 816 parameters, 950 are nearer than 50; what is wrong in the sentences is known.
     assert found["NeFT"] == [said(4, 2), said(4, 6)] * 2
@@ -340,10 +340,10 @@ def test_of_several_rates_each_column_has_the_best(folder):
         "Its rate is the lowest or the highest tried: FT (Fr).",
     ]
     delta, p = p_values(4, 2)
-    assert found["t-differences"]["NeFT"][0].startswith(f"{delta:+.2f}".replace("-", "−"))
+    assert found["t-differences"]["NeFT"][0].startswith(f"{delta:+z.2f}".replace("-", "−"))
     assert found["t-differences"]["NeFT"][0].endswith(f"(p {p:.3f})")
     delta, p = p_values(4, 3)
-    assert found["t-differences"]["NeFT"][1].startswith(f"{delta:+.2f}".replace("-", "−"))
+    assert found["t-differences"]["NeFT"][1].startswith(f"{delta:+z.2f}".replace("-", "−"))
     table = study_parts.made(Findings.read(ws), Gallery())[0]
     assert [cell.run for cell in table.rows[1][3:]] == ["full-1e-3-en-fr", "full-3e-4-fr-en"]
     assert [[cell.best for cell in row[3:]] for row in table.rows[1:]] == [

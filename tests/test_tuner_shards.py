@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
     children = [
         subprocess.Popen([*command, str(rank), "2", str(folder)], cwd=HERE) for rank in (0, 1)
     ]
-    assert [child.wait(timeout=120) for child in children] == [0, 0]
+    assert [child.wait(timeout=600) for child in children] == [0, 0]
     return folder
 
 

@@ -83,7 +83,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=600),
     )
     for name, ways in {**WAYS, **OTHERS}.items():
         for way in ways:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import Field, model_validator
@@ -19,7 +20,13 @@ Names = Annotated[list[str], Field(min_length=1)]
 method that a grid gave several rates has a run for each, of which the best is shown."""
 
 RATE: Final = r"-\d+e-?\d+"
-"""The rate in METHOD-RATE-TASK, as a grid writes it."""
+"""The rate in METHOD-RATE-TASK, as `rate_part` writes it after a dash."""
+
+
+def rate_part(rate: float) -> str:
+    """A rate as a part of a name, where a dot can't stand: 3e-2."""
+    _, digits, exponent = Decimal(str(rate)).normalize().as_tuple()
+    return f"{''.join(map(str, digits))}e{exponent}"
 
 
 def candidates(name: str, task: str, runs: Collection[str]) -> list[str]:
