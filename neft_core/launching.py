@@ -32,7 +32,7 @@ DIVIDING = ("fsdp_config", "deepspeed_config", "megatron_lm_config", "parallelis
 """Sections of an Accelerate configuration with which a process holds a part of the values."""
 
 
-LOST = re.compile(r"Connection (closed|reset) by peer")
+LOST = re.compile(r"Connection (closed|reset) by peer|/gloo/transport/")
 """What gloo says of a process that is gone."""
 
 
@@ -94,6 +94,7 @@ def launch(ws: Workspace, compute: Compute, stage: list[str]) -> None:
         env = {
             **os.environ,
             FAULTS: name,
+            processes.OWNER: str(os.getpid()),  # processes have sessions of their own
             "OMP_NUM_THREADS": str(compute.threads),
             "PYTHONUNBUFFERED": "1",
         }
@@ -236,6 +237,11 @@ def _failure(stage: str, folder: Path, log: Path, status: int) -> Exception:
     if faults:
         # Who lost another process complains too, and may be the first to.
         faults.sort(key=lambda fault: bool(LOST.search(fault["text"])))
+        if "connectFullMesh" in faults[0]["text"]:
+            return LaunchFailed(
+                f"stage {stage}: process {faults[0]['rank']} reaches no other machine; name the "
+                "network interface between them in GLOO_SOCKET_IFNAME, on each machine"
+            )
         if LOST.search(faults[0]["text"]):
             return LaunchFailed(
                 f"stage {stage}: process {faults[0]['rank']} lost another one; what ended that "

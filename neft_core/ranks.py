@@ -5,6 +5,7 @@ variables; without it there is one process, and nothing here does anything.
 """
 
 import os
+import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,28 @@ def join(cpu: bool) -> None:
     if world() > 1:
         from accelerate import PartialState
 
+        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(os.environ["MASTER_ADDR"]))
         PartialState(cpu=cpu)
+
+
+def _interface(master: str) -> str:
+    """The network interface by which a machine reaches machine 0.
+
+    Gloo would tell the other machines the address of the host's name, which many systems give the
+    loopback interface.
+    """
+    import psutil
+
+    family, kind, _, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:  # sends nothing
+        probe.connect(address)
+        mine = probe.getsockname()[0]
+    return next(
+        name
+        for name, held in psutil.net_if_addrs().items()
+        if mine in (one.address.partition("%")[0] for one in held)
+    )
 
 
 def gather(value: Any) -> list[Any]:

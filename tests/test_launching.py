@@ -40,6 +40,11 @@ Root Cause (first observed failure):
 MISTAKE = {"mistake": True, "time": 3.0, "rank": 1, "text": "a: found; do"}
 ALONE = "DistStoreError: Timed out after 901 seconds waiting for clients. 1/2 clients joined."
 LOST = "Traceback\nRuntimeError: pair.cc:553] Connection closed by peer [127.0.0.1]:34706."
+UNPLUGGED = (
+    "Traceback\nRuntimeError: [/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error "
+    "[10.0.0.2]:38592: No route to host. This is typically caused by a remote worker hanging"
+)
+APART = "RuntimeError: Gloo connectFullMesh failed with [/gloo/transport/tcp/pair.cc:152] timed out"
 LEFT = {"mistake": False, "time": 0.5, "rank": 0, "text": LOST}
 DEFECT = {"mistake": False, "time": 2.0, "rank": 0, "text": "Traceback\nValueError: b"}
 EARLIER = {"mistake": False, "time": 1.0, "rank": 2, "text": "Traceback\nKeyError: c"}
@@ -124,6 +129,20 @@ def test_the_configuration_is_the_users_own_where_there_is_one(tmp_path, monkeyp
             LaunchFailed,
             "stage train full: process 0 lost another one; what ended that is told on its "
             "machine; run again",
+        ),
+        (
+            [LEFT | {"text": UNPLUGGED}],
+            "",
+            LaunchFailed,
+            "stage train full: process 0 lost another one; what ended that is told on its "
+            "machine; run again",
+        ),
+        (
+            [LEFT | {"text": APART}],
+            "",
+            LaunchFailed,
+            "stage train full: process 0 reaches no other machine; name the network interface "
+            "between them in GLOO_SOCKET_IFNAME, on each machine",
         ),
         ([LEFT, EARLIER], "", LaunchFailed, f"stage train full: process 2:\n{EARLIER['text']}"),
         (

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -292,42 +294,74 @@ distributed_type: MULTI_GPU
 num_machines: 2
 num_processes: 2
 machine_rank: 0
-main_process_ip: 127.0.0.1
+main_process_ip: {address}
 main_process_port: {port}
 same_network: true
 mixed_precision: "no"
 """
 
 
+@pytest.fixture
+def apart():
+    """The address of the first of two machines joined by a cable, and what a command of each begins
+    with: network namespaces, where this machine lets us have any, or both are this machine."""
+    mark = f"neft{os.getpid()}"
+    machines = [f"{mark}-{number}" for number in (0, 1)]
+    ip = shutil.which("ip")
+
+    def told(*words: str) -> bool:
+        return ip is not None and not subprocess.run([ip, *words], capture_output=True).returncode
+
+    try:
+        if not all(told("netns", "add", machine) for machine in machines):
+            yield "127.0.0.1", [], []
+            return
+        ends = [f"{mark}{end}"[-15:] for end in "ab"]
+        assert told("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for number, (machine, end) in enumerate(zip(machines, ends, strict=True), 1):
+            assert told("link", "set", end, "netns", machine)
+            assert told("-n", machine, "addr", "add", f"10.0.0.{number}/24", "dev", end)
+            assert told("-n", machine, "link", "set", end, "up")
+            assert told("-n", machine, "link", "set", "lo", "up")
+        yield "10.0.0.1", *([ip, "netns", "exec", machine] for machine in machines)
+    finally:
+        for machine in machines:
+            told("netns", "del", machine)
+
+
+ONE = "127.0.0.1", [], []
+
+
 def on_two_machines(
-    ws, here: tuple[str, ...], there: tuple[str, ...]
+    ws, here: tuple[str, ...], there: tuple[str, ...], apart=ONE
 ) -> list[tuple[int, str, str]]:
-    """A stage of two machines, both of which are this one; exit code, stdout, stderr of each."""
+    """A stage of two machines, both of which may be this one; exit code, stdout, stderr of each."""
+    address, *before = apart
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    (ws.root / "mine.yaml").write_text(MACHINES.format(port=port))
-    command = [*LAUNCH, "--config_file", "mine.yaml", "--machine_rank", "1"]
-    other = subprocess.Popen(
-        [*command, "-m", "neft_core.cli", "stage", *there],
-        cwd=ws.root,
-        env=ENV,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    (ws.root / "mine.yaml").write_text(MACHINES.format(address=address, port=port))
+    launcher = [*LAUNCH, "--config_file", "mine.yaml", "--machine_rank", "1"]
+    commands = (
+        [*before[0], sys.executable, "-m", "neft_core.cli", "stage", *here],
+        [*before[1], *launcher, "-m", "neft_core.cli", "stage", *there],
     )
-    first = stage(ws, *here)
+    both = [
+        subprocess.Popen(command, cwd=ws.root, env=ENV, text=True, stdout=PIPE, stderr=PIPE)
+        for command in commands
+    ]
     try:
-        said = [process.communicate(timeout=900) for process in (first, other)]
+        said = [process.communicate(timeout=900) for process in both]
     finally:
-        for process in (first, other):
+        for process in both:
             process.terminate()
-    return [(first.returncode, *said[0]), (other.returncode, *said[1])]
+    return [(process.returncode, *told) for process, told in zip(both, said, strict=True)]
 
 
-def test_two_machines_equal_one(finished, copied):
+def test_two_machines_equal_one(finished, copied, apart):
     edit(copied, ("threads: 1", "threads: 1, accelerate_config: mine.yaml"))
-    (code, out, err), (other, told, warned) = on_two_machines(copied, *[("train", "neft")] * 2)
+    both = on_two_machines(copied, *[("train", "neft")] * 2, apart)
+    (code, out, err), (other, told, warned) = both
     assert (code, err, other, told) == (0, "", 0, ""), err + warned
     assert len(out.splitlines()) == 7
     assert out.startswith(
@@ -381,7 +415,7 @@ def long(copied):
     return copied
 
 
-def test_a_killed_process_is_named_and_ctrl_c_leaves_none(long):
+def test_a_killed_process_is_named_and_a_stage_that_ends_leaves_none(long):
     process = stage(long, "train", "full")
     victim = [pid for pid in workers(long, process) if environment(pid).get("RANK") == "1"][-1]
     os.kill(victim, signal.SIGKILL)
@@ -399,6 +433,20 @@ def test_a_killed_process_is_named_and_ctrl_c_leaves_none(long):
     process.communicate()
     assert process.returncode == 130
     assert all(gone(pid) for pid in below)
+    process = stage(long, "train", "full")
+    assert "goes on after step" in process.stdout.readline()
+    first, other = (
+        next(pid for pid in workers(long, process) if environment(pid).get("RANK") == rank)
+        for rank in "01"
+    )
+    os.kill(first, signal.SIGSTOP)  # the other waits for it, and hears of no signal meanwhile
+    process.terminate()
+    process.communicate()
+    os.kill(first, signal.SIGKILL)
+    end = time.monotonic() + 30
+    while not gone(other):
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def environment(pid: int) -> dict[str, str]:
