@@ -39,7 +39,7 @@ OWNERS = {
     "sklearn": {"probing"},
     "rouge_score": {"metrics"},
     "mlflow": {"mlflow_store", "registry", "served", "serving"},
-    "psutil": {"machine", "servers"},
+    "psutil": {"machine", "ranks", "servers"},
     "dvc": {"graph", "links", "workspace"},
     "prefect": set(FLOWS),
 }
