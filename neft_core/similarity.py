@@ -23,7 +23,7 @@ from neft_core.weights import Model, Weights, weights
 # Weights per piece: what torch makes of them on a CPU stays small; the compiled sums make nothing
 # and want few calls; another device wants to be filled.
 _PIECE, _PIECE_COMPILED, _PIECE_ELSEWHERE = 1 << 22, 1 << 24, 1 << 26
-# Fewer weights are scored in the time that the compiler takes.
+# Fewer weights are scored in the time that the compiler takes, if nothing is kept of before.
 _WORTH_COMPILING = 1 << 26
 # d.d - (d.w)^2 / w.w loses this much precision at most before the part is summed by itself.
 _LOSS = 16
@@ -110,7 +110,7 @@ def score_neurons(
     on_cpu = torch.device(device).type == "cpu"
     workers = (threads or torch.get_num_threads()) if on_cpu else 1
     large = sum(group.count * group.length for group in groups) >= _WORTH_COMPILING
-    kernel = compiled() if on_cpu and large else None
+    kernel = compiled(large) if on_cpu else None
     usual = _PIECE if on_cpu else _PIECE_ELSEWHERE
     if kernel is not None:
         usual = max(usual, _PIECE_COMPILED // workers)

@@ -4,15 +4,18 @@ Weight i of a neuron belongs to lane i mod 16. A lane adds its products in the o
 l + 8 is added to lane l, of the eight left l + 4 to l, and so on. Nothing but D decides the order:
 not how neurons are cut into pieces, how they lie in storage, threads, or the processor.
 
-`sums.c` does the same in one pass over memory. It is compiled where a C compiler is at hand, in a
-temporary folder, and used only when it gives the bits of the code here on a sample.
+`sums.c` does the same in one pass over memory. It is compiled where a C compiler is at hand, kept
+in the user's cache, and used only when it gives the bits of the code here on a sample.
 
 Shapes: N neurons, D weights in each.
 """
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import os
+import platform
 import shlex
 import subprocess
 import tempfile
@@ -125,23 +128,61 @@ class Kernel:
 
 
 @functools.cache
-def compiled() -> Kernel | None:
-    """The compiled sums; None without a C compiler (`CC`, or `cc`), or where its bits differ."""
+def compiled(anew: bool = True) -> Kernel | None:
+    """The compiled sums, kept in the user's cache for the next process.
+
+    Args:
+        anew: compile them where none are kept, which takes about a second.
+
+    Returns:
+        None without a C compiler (`CC`, or `cc`), and where their bits differ.
+    """
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    for options in _OPTIONS:
-        with tempfile.TemporaryDirectory(prefix="neft-") as folder:
-            library = Path(folder) / "sums.so"
+    with tempfile.TemporaryDirectory(prefix="neft-") as temporary:
+        for options in _OPTIONS:
             command = [*compiler, "-O3", "-ffp-contract=off", "-shared", "-fPIC", *options]
-            try:
-                subprocess.run(
-                    [*command, str(_SOURCE), "-o", str(library)],
-                    check=True, capture_output=True, timeout=60,
-                )  # fmt: skip
-                kernel = Kernel(ctypes.CDLL(str(library)))
-            except (OSError, subprocess.SubprocessError):
-                continue
-        return kernel if _agrees(kernel) else None
+            made_of = f"{command} {_processor()}".encode() + _SOURCE.read_bytes()
+            name = f"sums-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+            for folder in filter(None, (_cache(), Path(temporary))):
+                library = folder / name
+                try:
+                    if not library.exists():
+                        if not anew:
+                            continue
+                        part = library.with_suffix(f".{os.getpid()}")
+                        subprocess.run(
+                            [*command, str(_SOURCE), "-o", str(part)],
+                            check=True, capture_output=True, timeout=60,
+                        )  # fmt: skip
+                        part.replace(library)
+                    kernel = Kernel(ctypes.CDLL(str(library)))
+                    if _agrees(kernel):
+                        return kernel
+                except (OSError, subprocess.SubprocessError):  # damaged, may not be executed
+                    pass
+                with contextlib.suppress(OSError):
+                    library.unlink()
     return None
+
+
+def _cache() -> Path | None:
+    """The package's folder in the user's cache; None where others could write to it."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "neft"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError):
+        return None
+    return folder if found.st_uid == os.geteuid() and not found.st_mode & 0o022 else None
+
+
+def _processor() -> str:
+    """What decides which machine code runs; machines may share a home."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return str(sorted({line for line in lines if line.startswith(("model name", "flags", "Feat"))}))
 
 
 def _agrees(kernel: Kernel) -> bool:

@@ -417,6 +417,7 @@ def test_files_that_may_not_grow(copied, neft, monkeypatch, stage, limit):
 NAMESPACES = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mounted", ["tmpfs"] if NAMESPACES.returncode == 0 else [])
 def test_a_small_disk(finished, tmp_path, mounted):
     """A tmpfs in a namespace of its own holds the workspace, with little room beside it."""

@@ -327,6 +327,7 @@ def tables(text: str) -> list[list[dict[str, str]]]:
     return found
 
 
+@pytest.mark.slow
 def test_scoring_beside_reading_end_to_end(tmp_path):
     out = tmp_path / "score"
     command = "--shape micro --dtype bf16/fp32 --rivals read,score --repeats 1 --threads 1 --out"
@@ -349,6 +350,7 @@ def test_scoring_beside_reading_end_to_end(tmp_path):
     assert second["speed of read, wall / CPU"] == " / ".join(f"{share:.2f}" for share in shares)
 
 
+@pytest.mark.slow
 def test_utilisation_beside_a_sum_end_to_end(tmp_path):
     out = tmp_path / "utilisation"
     command = "--hidden 16 --intermediate 24 --dtype float32 --repeats 1 --threads 1 --out"
@@ -363,6 +365,7 @@ def test_utilisation_beside_a_sum_end_to_end(tmp_path):
         assert row[f"{rival} wall, s"] == f"{found[rival]['wall']['median']:.1f}"
 
 
+@pytest.mark.slow
 def test_forecasts_beside_steps_end_to_end(tmp_path, monkeypatch, capsys):
     out = tmp_path / "plan"
     command = "--shape micro --method neft --dtype float32 --batch 2x8 --checkpointing 0 --out"
@@ -386,6 +389,7 @@ def test_forecasts_beside_steps_end_to_end(tmp_path, monkeypatch, capsys):
     assert forecast > 0 < measured
 
 
+@pytest.mark.slow
 def test_cost_of_warm_ups_end_to_end(tmp_path, monkeypatch, capsys):
     command = "cost --tokens 16 --turns 1 --hidden 192 --layers 1 --variants exact 8bit --out"
     monkeypatch.setattr(sys, "argv", ["warmup", *command.split(), str(tmp_path)])
@@ -403,6 +407,7 @@ def test_cost_of_warm_ups_end_to_end(tmp_path, monkeypatch, capsys):
     assert small["states"] < 0.3 * exact["states"]
 
 
+@pytest.mark.slow
 def test_overlaps_of_warm_ups_end_to_end(finished, tmp_path, monkeypatch, capsys):
     command = "--steps 2 --seeds 1 --variants exact 8bit --out"
     argv = ["warmup", "overlap", str(finished.root), *command.split(), str(tmp_path)]

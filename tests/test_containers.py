@@ -156,6 +156,7 @@ def stack(tmp_path_factory):
     assert found.processes() == []
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_load_with_a_killed_worker_and_a_killed_mlflow(stack: Stack):
     ws = load.workspace(stack)

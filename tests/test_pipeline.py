@@ -131,6 +131,7 @@ def killed_in_training(ws: Workspace, env: dict[str, str]) -> bool:
     return not ws.path("train", "neft").exists()
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_ends_in_the_same_bits(undisturbed, env, tmp_path):
     # The training is short: on a busy machine the kill may come too late.
     tries = (tiny_workspace(tmp_path / str(n) / "ws") for n in range(4))
@@ -158,6 +159,7 @@ def test_base_and_run_side_by_side(undisturbed, env):
     assert words == ["source", "base", "neft"]
 
 
+@pytest.mark.slow
 def test_an_experiment_of_dvc_beside_what_git_has(undisturbed, env):
     """In a git workspace `dvc exp run -S` is one more way to try a param, and DVC compares."""
     ws = undisturbed

@@ -1,5 +1,7 @@
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,13 @@ from neft_core import sums as module
 from neft_core.sums import LANES, compiled, sums
 
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """A cache of the user's that is empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "neft"
 
 
 # Compiled anew, whatever this process has asked for before.
@@ -92,7 +101,7 @@ def test_without_a_compiler_there_is_no_kernel(monkeypatch):
 
 
 @needs_compiler
-def test_a_kernel_with_other_bits_is_not_used(monkeypatch, tmp_path):
+def test_a_kernel_with_other_bits_is_not_used(monkeypatch, tmp_path, cache):
     # A compiler that gets the order of additions wrong.
     script = tmp_path / "cc"
     script.write_text(
@@ -105,11 +114,41 @@ def test_a_kernel_with_other_bits_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(script))
     assert anew() is None
     assert (tmp_path / "wrong.c").exists()
+    assert list(cache.iterdir()) == []
 
 
 @needs_compiler
-def test_compiling_leaves_nothing_behind(monkeypatch, tmp_path):
-    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+def test_what_was_compiled_is_kept_for_the_next_process(monkeypatch, tmp_path, cache):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path / "tmp"))
+    assert anew(False) is None, "nothing is kept yet"
     assert anew() is not None
-    assert os.listdir(tmp_path) == []
+    (kept,) = cache.iterdir()
+    assert kept.suffix == ".so"
+    assert cache.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(module.subprocess, "run", None)
+    for wanted in (False, True):
+        assert torch.equal(anew(wanted)(*pair(3, 40)), sums(*pair(3, 40)))
+    monkeypatch.setattr(module, "_processor", lambda: "another")
+    assert anew(False) is None, "that of another processor's"
+    assert os.listdir(tmp_path / "tmp") == []
     assert [path.suffix for path in Path(module.__file__).parent.glob("sums.*")].count(".so") == 0
+
+
+@needs_compiler
+def test_what_is_kept_is_not_trusted(monkeypatch, cache):
+    assert anew() is not None
+    (kept,) = cache.iterdir()
+    kept.unlink()
+    kept.write_bytes(b"")  # damaged; this process would go on with what it has open
+    ask = "from neft_core.sums import compiled; print(compiled(False))"
+    told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert told.stdout == "None\n"
+    assert not kept.exists()
+    assert anew() is not None
+    cache.chmod(0o777)
+    assert anew(False) is None, "others could have written it"
+    assert anew() is not None, "in a temporary folder"
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    assert anew(False) is None
+    assert anew() is not None
