@@ -43,25 +43,29 @@ def join(cpu: bool) -> None:
     if world() > 1:
         from accelerate import PartialState
 
-        # Gloo would tell other machines the address of the host's name, which many systems give the
-        # loopback interface.
-        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(os.environ["MASTER_ADDR"]))
+        apart = os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]
+        if apart and (name := _interface(os.environ.get("MASTER_ADDR", ""))):
+            # Gloo would tell other machines the address of the host's name, which many systems give
+            # the loopback interface.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         PartialState(cpu=cpu)
 
 
-def _interface(host: str) -> str:
+def _interface(host: str) -> str | None:
     """The name of the network interface by which this machine reaches another, or itself."""
     import psutil
 
-    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:  # sends nothing
-        probe.connect(address)
-        mine = probe.getsockname()[0]
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing
+            mine = probe.getsockname()[0]
+    except OSError:
+        return None
     for name, held in psutil.net_if_addrs().items():
         if mine in (one.address.partition("%")[0] for one in held):
             return str(name)
-    raise LookupError(f"no interface of this machine has its address {mine}")
+    return None
 
 
 def gather(value: Any) -> list[Any]:

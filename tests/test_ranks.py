@@ -1,5 +1,6 @@
 """What a process of several may do; a model's bare copy filled again."""
 
+import psutil
 import pytest
 import torch
 from conftest import tiny_llama
@@ -37,3 +38,9 @@ def test_a_skeleton_takes_no_memory_and_is_the_model_again_when_filled(tied):
     assert torch.equal(filled(input_ids=ids).logits, expected)
     assert (filled.lm_head.weight is filled.model.embed_tokens.weight) == tied
     assert not filled.model.norm.weight.requires_grad
+
+
+def test_the_network_between_machines_has_a_name():
+    held = {one.address for one in psutil.net_if_addrs()[ranks._interface("127.0.0.1")]}
+    assert "127.0.0.1" in held
+    assert ranks._interface("nowhere.invalid") is ranks._interface("") is None
