@@ -7,7 +7,7 @@ import logging
 import sqlite3
 import threading
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,9 @@ class Delivery:
     updated: int = 0
 
 
-def sync(workspace: Workspace, graph: Graph, *, trust: bool = False) -> Delivery:
+def sync(
+    workspace: Workspace, graph: Graph, *, trust: bool = False, but: Collection[str] = ()
+) -> Delivery:
     """Bring MLflow up to date with the run directories; a second call changes nothing.
 
     Only what is whole is delivered: outputs that are those of dvc.lock.
@@ -46,12 +48,13 @@ def sync(workspace: Workspace, graph: Graph, *, trust: bool = False) -> Delivery
         workspace: the workspace; nobody else may be running it.
         graph: its graph.
         trust: take a server's word of last time that it has everything, without asking it.
+        but: runs to leave for later, since somebody else delivers them now.
 
     Raises:
         NeftError: the tracking store can't be reached or used.
     """
     with graph.reading():
-        wanted = _wanted(graph)
+        wanted = _wanted(graph, but)
     uri = tracking_uri(workspace)
     if trust and _delivered(workspace, uri, wanted):
         return Delivery(public(uri))
@@ -93,13 +96,14 @@ class Tracker:
         self._away = False
         self._told = False
         self._changed = 0
+        self._followed: set[str] = set()
 
     def sync(self, graph: Graph) -> None:
-        """Deliver what is whole (see `sync`)."""
+        """Deliver what is whole (see `sync`) and not followed: two at once would say it twice."""
         if self._away:
             return
         try:
-            done = sync(self.workspace, graph, trust=True)
+            done = sync(self.workspace, graph, trust=True, but=frozenset(self._followed))
         except NeftError as fault:
             self._give_up(fault)
             return
@@ -138,6 +142,7 @@ class Tracker:
         thread = threading.Thread(
             target=context.run, args=(work,), name=f"mlflow-{run}", daemon=True
         )
+        self._followed.add(run)
         thread.start()
         try:
             yield
@@ -152,6 +157,7 @@ class Tracker:
             thread.join(timeout=5 if killed else patience)
             if thread.is_alive() and not self._away and not killed:
                 self._give_up(NeftError(f"MLflow at {public(tracking_uri(self.workspace))}: slow"))
+            self._followed.discard(run)
 
     def _give_up(self, fault: NeftError) -> None:
         self._away = True
@@ -161,14 +167,14 @@ class Tracker:
         self._log.warning("%s; the work goes on, 'neft track' delivers later", fault)
 
 
-def _wanted(graph: Graph) -> Wanted:
+def _wanted(graph: Graph, but: Collection[str]) -> Wanted:
     entries = locked(graph.workspace)
     trainings = {}
     scored = _scored(graph, entries)
     based = _based(graph, entries)
     for stage in graph.stages:
         run = stage.item
-        if stage.family != "train" or run is None or stage.name not in entries:
+        if stage.family != "train" or run is None or stage.name not in entries or run in but:
             continue
         if not graph.intact(stage.name):
             continue

@@ -264,6 +264,10 @@ def test_a_training_is_shown_live_and_resumed_without_repetition(
         wait_for(lambda: shown("RUNNING", 2))
         (live / "train.csv").write_text("".join(rows[:4]))
         wait_for(lambda: shown("RUNNING", 3))
+        # Another stage ends after this one's result was there: what is followed would come twice.
+        tracker.sync(graph)
+        assert shown("RUNNING", 3)
+        assert runs(ws)["neft seed 1"].info.status == "FINISHED"
     tracker.sync(graph)
     run = runs(ws)["full seed 1"]
     assert run.info.status == "FINISHED"
