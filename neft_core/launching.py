@@ -239,8 +239,8 @@ def _failure(stage: str, folder: Path, log: Path, status: int) -> Exception:
         faults.sort(key=lambda fault: bool(LOST.search(fault["text"])))
         if "connectFullMesh" in faults[0]["text"]:
             return LaunchFailed(
-                f"stage {stage}: process {faults[0]['rank']} reaches no other machine; name the "
-                "network interface between them in GLOO_SOCKET_IFNAME, on each machine"
+                f"stage {stage}: process {faults[0]['rank']} did not reach another one; see what "
+                "that tells, or name the network between machines in GLOO_SOCKET_IFNAME"
             )
         if LOST.search(faults[0]["text"]):
             return LaunchFailed(

@@ -10,7 +10,6 @@ in the user's cache, and used only when it gives the bits of the code here on a 
 Shapes: N neurons, D weights in each.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -139,41 +138,42 @@ def compiled(anew: bool = True) -> Kernel | None:
     """
     compiler = shlex.split(os.environ.get("CC") or "cc")
     with tempfile.TemporaryDirectory(prefix="neft-") as temporary:
+        folder = _cache() or Path(temporary)
         for options in _OPTIONS:
             command = [*compiler, "-O3", "-ffp-contract=off", "-shared", "-fPIC", *options]
             made_of = f"{command} {_processor()}".encode() + _SOURCE.read_bytes()
-            name = f"sums-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
-            for folder in filter(None, (_cache(), Path(temporary))):
-                library = folder / name
-                try:
-                    if not library.exists():
-                        if not anew:
-                            continue
-                        part = library.with_suffix(f".{os.getpid()}")
-                        subprocess.run(
-                            [*command, str(_SOURCE), "-o", str(part)],
-                            check=True, capture_output=True, timeout=60,
-                        )  # fmt: skip
-                        part.replace(library)
-                    kernel = Kernel(ctypes.CDLL(str(library)))
-                    if _agrees(kernel):
-                        return kernel
-                except (OSError, subprocess.SubprocessError):  # damaged, may not be executed
-                    pass
-                with contextlib.suppress(OSError):
-                    library.unlink()
+            library = folder / f"sums-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+            try:
+                if not library.exists():
+                    if not anew:
+                        continue
+                    part = library.with_suffix(f".{os.getpid()}")
+                    subprocess.run(
+                        [*command, str(_SOURCE), "-o", str(part)],
+                        check=True, capture_output=True, timeout=60,
+                    )  # fmt: skip
+                    part.replace(library)
+                kernel = Kernel(ctypes.CDLL(str(library)))
+            except (OSError, subprocess.SubprocessError):
+                library.unlink(missing_ok=True)  # damaged, as after a power cut
+                continue
+            if _agrees(kernel):
+                return kernel
+            library.unlink(missing_ok=True)
+            break
     return None
 
 
 def _cache() -> Path | None:
-    """The package's folder in the user's cache; None where others could write to it."""
+    """The package's folder in the user's cache; None where we can't write to it, or others can."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "neft"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
     except (OSError, RuntimeError):
         return None
-    return folder if found.st_uid == os.geteuid() and not found.st_mode & 0o022 else None
+    mine = found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    return folder if mine and os.access(folder, os.W_OK) else None
 
 
 def _processor() -> str:

@@ -96,14 +96,15 @@ class Tracker:
         self._away = False
         self._told = False
         self._changed = 0
-        self._followed: set[str] = set()
+        self._following: dict[str, threading.Thread] = {}
 
     def sync(self, graph: Graph) -> None:
         """Deliver what is whole (see `sync`) and not followed: two at once would say it twice."""
         if self._away:
             return
+        followed = [run for run, thread in list(self._following.items()) if thread.is_alive()]
         try:
-            done = sync(self.workspace, graph, trust=True, but=frozenset(self._followed))
+            done = sync(self.workspace, graph, trust=True, but=followed)
         except NeftError as fault:
             self._give_up(fault)
             return
@@ -142,7 +143,7 @@ class Tracker:
         thread = threading.Thread(
             target=context.run, args=(work,), name=f"mlflow-{run}", daemon=True
         )
-        self._followed.add(run)
+        self._following[run] = thread
         thread.start()
         try:
             yield
@@ -157,7 +158,6 @@ class Tracker:
             thread.join(timeout=5 if killed else patience)
             if thread.is_alive() and not self._away and not killed:
                 self._give_up(NeftError(f"MLflow at {public(tracking_uri(self.workspace))}: slow"))
-            self._followed.discard(run)
 
     def _give_up(self, fault: NeftError) -> None:
         self._away = True

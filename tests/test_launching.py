@@ -141,8 +141,8 @@ def test_the_configuration_is_the_users_own_where_there_is_one(tmp_path, monkeyp
             [LEFT | {"text": APART}],
             "",
             LaunchFailed,
-            "stage train full: process 0 reaches no other machine; name the network interface "
-            "between them in GLOO_SOCKET_IFNAME, on each machine",
+            "stage train full: process 0 did not reach another one; see what that tells, or name "
+            "the network between machines in GLOO_SOCKET_IFNAME",
         ),
         ([LEFT, EARLIER], "", LaunchFailed, f"stage train full: process 2:\n{EARLIER['text']}"),
         (

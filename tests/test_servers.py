@@ -1,5 +1,6 @@
 """Servers that stay, on this machine: started, used by deployments, stopped."""
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -235,18 +236,16 @@ def quick_run(api: str) -> str:
         return start_run(api, "neft-pipeline/on-demand")
     found = ask(api, "/deployments/name/neft-pipeline/on-demand")["id"]
     asked = {"deployments": {"id": {"any_": [found]}}, "sort": "EXPECTED_START_TIME_DESC"}
-    before = {run["id"] for run in ask(api, "/flow_runs/filter", asked)}
+    all_runs = "/flow_runs/filter", asked
+    before = {run["id"] for run in ask(api, *all_runs)}
     page = f"{api.removesuffix('/api')}/deployments/deployment/{found}"
     with browser.browser(command) as window:
         for _ in range(5):  # the page asks once, and shows no more where the server is too busy
             window.go(page, "Work Queue")
             window.click("Run")
             window.click("Quick run")
-            end = time.monotonic() + 30
-            while time.monotonic() < end:
-                if new := {run["id"] for run in ask(api, "/flow_runs/filter", asked)} - before:
-                    return new.pop()
-                time.sleep(0.2)
+            with contextlib.suppress(AssertionError):
+                return until(lambda: {r["id"] for r in ask(api, *all_runs)} - before, 30).pop()
     raise AssertionError("the page started no run")
 
 
