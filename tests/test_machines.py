@@ -10,7 +10,29 @@ from subprocess import PIPE
 import numpy as np
 import pytest
 from conftest import edit
-from test_several_processes import ENV, LAUNCH, table:
+from test_several_processes import ENV, LAUNCH, table
+
+pytestmark = pytest.mark.integration
+
+MACHINES = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_machines: 2
+num_processes: 2
+machine_rank: 0
+main_process_ip: {address}
+main_process_port: {port}
+same_network: true
+mixed_precision: "no"
+"""
+
+
+ONE = "127.0.0.1", [], []
+"""As `apart` has it where both machines are this one."""
+
+
+@pytest.fixture
+def apart():
     """The address of the first of two machines joined by a cable, and what a command of each begins
     with: network namespaces, where this machine lets us have any, or both are this machine."""
     mark = f"neft{os.getpid()}"
