@@ -97,7 +97,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 def ended(api: str, run: str, seconds: float = 600) -> dict[str, Any]:
     """The state in which a run ended."""
     return until(
-        lambda: (s := ask(api, f"/flow_runs/{run}")["state"])["type"] in ENDED and s, seconds
+        lambda: (s := ask(api, f"/flow_runs/{run}")["state"]) and s["type"] in ENDED and s, seconds
     )
 
 
@@ -111,9 +111,10 @@ def until(found: Callable[[], Any], seconds: float = 180) -> Any:
 
 
 def tasks(api: str, run: str) -> dict[str, dict[str, Any]]:
-    """States of a run's tasks by name."""
+    """States of a run's tasks by name; a task that has just been made has none yet."""
     asked = {"flow_runs": {"id": {"any_": [run]}}}
-    return {task["name"]: task["state"] for task in ask(api, "/task_runs/filter", asked)}
+    found = ask(api, "/task_runs/filter", asked)
+    return {task["name"]: task["state"] for task in found if task["state"]}
 
 
 def belonging(folder: Path) -> Iterator[str]:
