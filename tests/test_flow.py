@@ -240,6 +240,7 @@ def test_scores_that_were_made_before_a_failure_reach_the_runs_after_it(
     assert f"{STAGES} stages, {STAGES} up to date" in run(ws, env)
 
 
+@pytest.mark.slow
 def test_a_study_shows_what_is_left_and_tells_the_time_left(
     ws: Workspace, env: dict[str, str], prefect_home: Path
 ) -> None:

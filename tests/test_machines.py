@@ -106,6 +106,7 @@ def test_two_machines_equal_one(finished, copied, apart):
     assert not list(copied.state("checkpoints").glob("*"))
 
 
+@pytest.mark.slow
 def test_machines_that_were_told_different_things_say_so(copied):
     edit(copied, ("threads: 1", "threads: 1, accelerate_config: mine.yaml"))
     both = on_two_machines(copied, ("train", "neft"), ("train", "full"))
