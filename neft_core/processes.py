@@ -14,7 +14,7 @@ from typing import IO
 OWNER = "NEFT_OWNER_PID"
 """Variable that tells a stage which process it works for."""
 
-GRACE = 5.0
+GRACE = 15.0
 """Seconds between one signal and the next, harder one."""
 
 # A pipe tells of our death even where it was SIGKILL: its other end reads end of file then. The

@@ -339,6 +339,7 @@ def _stop(record: Mapping[str, Any], only: set[str] | None = None) -> int:
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        psutil.wait_procs(left, timeout=GRACE)  # their ports are free then
         return len(found)
 
     return end(spared | servers) + end(spared)

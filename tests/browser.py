@@ -75,21 +75,35 @@ class Browser:
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self._read()
 
-    def go(self, url: str, text: str, seconds: float = 180) -> str:
-        """Load a page of a server; what it shows once it shows a text."""
+    def go(self, url: str, *texts: str, seconds: float = 180) -> str:
+        """Load a page of a server; what it shows once it shows all the texts."""
         self.call("Emulation.setDeviceMetricsOverride", width=1500, height=1000,
                   deviceScaleFactor=1, mobile=False)  # fmt: skip
         del self.events[:]
         self.call("Page.navigate", url=url)
-        return self.shows(text, seconds)
+        return self.shows(*texts, seconds=seconds)
 
-    def shows(self, text: str, seconds: float = 180) -> str:
-        """What the page shows, once a text is there."""
+    def shows(self, *texts: str, seconds: float = 180) -> str:
+        """What the page shows, once all the texts are there."""
         end = time.monotonic() + seconds
-        while text not in (shown := self.value("document.body ? document.body.innerText : ''")):
-            assert time.monotonic() < end, f"no '{text}' in: {shown[:2000]}"
+        while True:
+            shown = str(self.value("document.body ? document.body.innerText : ''"))
+            missing = [text for text in texts if text not in shown]
+            if not missing:
+                return shown
+            assert time.monotonic() < end, f"no {missing} in: {shown[:2000]}"
             time.sleep(0.2)
-        return str(shown)
+
+    def press(self, text: str, *after: str, seconds: float = 300) -> str:
+        """Click until the page shows what comes after: a page that moves can miss a click."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                self.click(text, 60)
+                return self.shows(*after, seconds=15)
+            except AssertionError:
+                if time.monotonic() > end:
+                    raise
 
     def click(self, text: str, seconds: float = 180) -> None:
         """Press with the mouse what is visible and has exactly this text: the innermost of it.

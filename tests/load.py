@@ -77,9 +77,12 @@ def load(stack: Stack, ws: Workspace, runs: int, patience: float) -> dict[str, A
     began = time.monotonic()
     first = schedule(stack, ws, list(range(1, runs + 1)))
     ids = list(first.values())
-    until(lambda: ended(stack, ids, runs // 10) and at_work(ws), patience)
-    busy = set(at_work(ws))
-    victim = next(name for name in stack.worker_ports if busy & set(stack.processes(name)))
+
+    def at_a_training() -> str | None:
+        busy = set(at_work(ws))
+        return next((n for n in stack.worker_ports if busy & set(stack.processes(n))), None)
+
+    victim = until(lambda: ended(stack, ids, runs // 10) and at_a_training(), patience)
     stack.kill(victim)
     stack.kill("mlflow")
     time.sleep(2)

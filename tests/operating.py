@@ -1,6 +1,8 @@
 """What tests of running servers share: processes, ports, and asking Prefect's API."""
 
 import base64
+import contextlib
+import itertools
 import json
 import os
 import signal
@@ -38,10 +40,17 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     }
 
 
+# Where no system gives ports away by itself, and each process of the tests has its own.
+_PORTS = itertools.count(20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody else takes before the test does."""
+    for port in _PORTS:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
 
 
 def neft(
@@ -101,7 +110,7 @@ def ended(api: str, run: str, seconds: float = 600) -> dict[str, Any]:
     )
 
 
-def until(found: Callable[[], Any], seconds: float = 180) -> Any:
+def until(found: Callable[[], Any], seconds: float = 600) -> Any:
     """What a question gives as soon as it gives something; patient, for a busy machine."""
     end = time.monotonic() + seconds
     while not (answer := found()):
@@ -130,8 +139,9 @@ def belonging(folder: Path) -> Iterator[str]:
 
 
 def kill_left(folder: Path) -> list[str]:
-    """End what a failed test left; what it was."""
+    """End what runs still; what it was."""
     left = list(belonging(folder))
     for line in left:
-        os.kill(int(line.split()[0]), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # ended meanwhile
+            os.kill(int(line.split()[0]), signal.SIGKILL)
     return left

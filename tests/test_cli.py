@@ -104,7 +104,7 @@ def test_a_stage_ends_with_the_process_that_wants_it(finished, tmp_path):
     owner.communicate(b"\n")
     began = time.monotonic()
     assert worker.wait(timeout=180) == 1
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 50
     worker.stdout.close()
 
 

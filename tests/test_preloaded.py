@@ -99,13 +99,13 @@ def test_ctrl_c_lets_it_clear_up(long):
 def test_it_ends_with_who_asked(long):
     ws, child, _ = long
     child.kill()
-    until(lambda: not working(ws.root), 10)
+    until(lambda: not working(ws.root), 60)
 
 
 def test_one_that_is_killed_ends_who_asked_alike(long):
     _, child, fork = long
     os.kill(fork, signal.SIGKILL)
-    assert child.wait(30) == -signal.SIGKILL
+    assert child.wait(180) == -signal.SIGKILL
 
 
 def test_a_signal_that_comes_too_late_starts_nothing_anew(long):
@@ -118,7 +118,7 @@ def test_a_signal_that_comes_too_late_starts_nothing_anew(long):
     os.kill(fork, signal.SIGKILL)
     until(lambda: not Path(f"/proc/{fork}").exists())
     child.send_signal(signal.SIGCONT)
-    assert child.wait(30) == -signal.SIGKILL
+    assert child.wait(180) == -signal.SIGKILL
 
 
 def stop(pid: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from neft_core import processes
 from neft_core.processes import group, lines
 
 
@@ -16,7 +17,7 @@ def run(script: str, tmp_path: Path) -> list[str]:
         return list(lines(child))
 
 
-def gone(pid: int, within: float = 3.0) -> bool:
+def gone(pid: int, within: float = 20) -> bool:
     end = time.monotonic() + within
     while time.monotonic() < end:
         try:
@@ -47,16 +48,19 @@ def test_lines_come_while_the_child_works(tmp_path: Path) -> None:
     with group(["sh", "-c", "echo first; sleep 30"], cwd=tmp_path, env=os.environ) as child:
         began = time.monotonic()
         assert next(lines(child)) == "first"
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 25
 
 
 def test_a_grandchild_that_holds_the_pipe_open_does_not_block(tmp_path: Path) -> None:
     began = time.monotonic()
     assert run("sleep 30 & echo $!", tmp_path)[0].isdigit()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 25
 
 
-def test_leaving_the_block_ends_the_whole_group(tmp_path: Path) -> None:
+def test_leaving_the_block_ends_the_whole_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "GRACE", 2.0)
     script = "(trap '' TERM; sleep 60) & echo $!; sleep 60"
     with group(["sh", "-c", script], cwd=tmp_path, env=os.environ) as child:
         pid = int(next(lines(child)))

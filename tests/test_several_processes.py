@@ -301,7 +301,7 @@ def children(pid: int) -> list[int]:
 
 def workers(ws, process: subprocess.Popen) -> list[int]:
     """All processes below a training that has begun."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     # Not at any depth: files that are being written vanish while one looks for them.
     while not list(ws.state("checkpoints").glob("*/*/checkpoint-*")):
         assert process.poll() is None, process.communicate()

@@ -207,7 +207,7 @@ def test_only_what_is_whole_is_delivered(ws: Workspace) -> None:
     assert runs(ws)["full seed 1"].data.metrics["test/bleu"] == 21.5
 
 
-def wait_for(found: Any, seconds: float = 20) -> None:
+def wait_for(found: Any, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not found():
         assert time.monotonic() < end
@@ -256,7 +256,7 @@ def test_a_training_is_shown_live_and_resumed_without_repetition(
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert shown("KILLED", 2)
+    wait_for(lambda: shown("KILLED", 2))
 
     # Resumed from a checkpoint before the kill: the file is cut and grows again.
     with tracker.follow(graph, "full"):
@@ -359,7 +359,7 @@ def test_a_server_that_is_away_costs_one_line(
         (live / "train.csv").write_text(whole["train"])
         time.sleep(0.3)
     tracker.sync(graph)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
     ours = [r.getMessage() for r in caplog.records if r.name == "test"]
     assert len(ours) == 1
     assert ours[0].startswith(f"MLflow at http://127.0.0.1:{port}: ")
@@ -426,7 +426,7 @@ def test_a_kill_while_the_database_is_made_leaves_none(ws: Workspace) -> None:
         f"open_store(Workspace(__import__('pathlib').Path({str(ws.root)!r}))).__enter__()"
     )
     with subprocess.Popen([sys.executable, "-c", code]) as making:
-        wait_for(lambda: next(ws.root.glob("*mlflow.db*"), None), 60)
+        wait_for(lambda: next(ws.root.glob("*mlflow.db*"), None))
         making.kill()
     assert not (ws.root / "mlflow.db").exists()
     with open_store(ws):
