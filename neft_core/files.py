@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import re
@@ -27,7 +28,8 @@ def replacing(path: Path) -> Iterator[Path]:
     processes only the main one writes: another's temporary is thrown away.
 
     Raises:
-        NeftError: the system refuses, for instance because the disk is full.
+        NeftError: the system refuses, for instance because the disk is full; a file would take
+            the place of a folder.
     """
     if not ranks.main():
         with tempfile.TemporaryDirectory() as scratch:
@@ -37,14 +39,17 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with _told(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob(f".{path.name}.[0-9]*"):
+            for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*"):
                 # A killed process left it; the stage's lock rules out a living one.
-                _remove(left)
+                if left.suffix[1:].isdigit():
+                    _remove(left)
         with _told(path, only=_DISK, temporary=temporary):
             yield temporary
         with _told(path):
-            if path.is_dir() or temporary.is_dir():
+            if temporary.is_dir():
                 _remove(path)
+            elif path.is_dir():
+                raise NeftError(f"{path}: a directory, which no file replaces; give another name")
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
@@ -88,7 +93,7 @@ def _system_error(fault: Exception) -> int | None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

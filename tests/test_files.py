@@ -47,15 +47,21 @@ def test_a_block_that_fails_changes_nothing(tmp_path, kind):
     assert (names(target) if kind == "folder" else [target.read_text()]) == ["new"]
 
 
-def test_a_folder_takes_the_place_of_a_file_and_the_other_way(tmp_path):
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_folder_takes_the_place_of_a_file_and_never_the_other_way(tmp_path, linked):
     target = tmp_path / "a"
     target.write_text("file")
     with replacing(target) as temporary:
         temporary.mkdir()
+        (temporary / "work").touch()
     assert target.is_dir()
-    with replacing(target) as temporary:
-        temporary.write_text("file")
-    assert target.read_text() == "file"
+    if linked:
+        target = tmp_path / "link"
+        target.symlink_to("a")
+    with pytest.raises(NeftError, match=r"/(a|link): a directory, which no file replaces; give an"):
+        write_json(target, 1)
+    assert names(target) == ["work"]
+    assert names(tmp_path) == (["a", "link"] if linked else ["a"])
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
@@ -63,8 +69,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / ".a.123" / "x").touch()
     (tmp_path / ".a.124").touch()
     (tmp_path / ".a.b.125").touch()
+    (tmp_path / ".a.2024-backup").touch()
     write_json(tmp_path / "a", 1)
-    assert names(tmp_path) == [".a.b.125", "a"]
+    assert names(tmp_path) == [".a.2024-backup", ".a.b.125", "a"]
 
 
 def test_json_is_the_same_bytes_whatever_the_order(tmp_path):
