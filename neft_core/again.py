@@ -35,22 +35,30 @@ Recipe = int | Product | Copy
 
 
 class Trust:
-    """Which recipes give the very tensor; each is tried when it is first met.
+    """Which recipes give the very tensor; each is tried at its first, second, fourth, eighth use.
 
     Autograd sees neither what changes in place by `.data` nor, of a product inside another, what
-    changes by `detach()` or under `no_grad`. Such a recipe isn't used.
+    changes by `detach()` or under `no_grad`. Such a recipe isn't used any more. It may be idle at
+    first, as one that cuts off what is too large: so trying goes on, ever more rarely.
     """
 
     def __init__(self) -> None:
-        self._tried: dict[Recipe, bool] = {}
+        self._uses: dict[Recipe, int] = {}
+        self._broken: set[Recipe] = set()
 
     def deserves(self, recipe: Recipe, kept: Sequence[Tensor], x: Tensor) -> bool:
         """Whether `x` is formed of `kept` in this way; what has no content is believed."""
-        if recipe not in self._tried:
-            if not has_content(x):
-                return True
-            self._tried[recipe] = torch.equal(formed(kept, recipe), x)
-        return self._tried[recipe]
+        if recipe in self._broken:
+            return False
+        if not has_content(x) or not x.numel():
+            return True
+        uses = self._uses[recipe] = self._uses.get(recipe, 0) + 1
+        if uses & (uses - 1):
+            return True
+        same = torch.equal(formed(kept, recipe), x)
+        if not same and bool(torch.isfinite(x).all()):  # NaN is never the same
+            self._broken.add(recipe)
+        return same
 
 
 def as_it_is(tensor: Tensor) -> Tensor:

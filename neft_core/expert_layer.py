@@ -8,6 +8,7 @@ with merged ones, the module computes itself.
 Shapes: T tokens, c experts for each, E experts. Weights are logical [E, out, in].
 """
 
+from collections.abc import Collection, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,6 +113,12 @@ class NeftExperts(nn.Module):
 
         return experts_forward(experts, hidden, chosen, shares, linear)
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As of every module. The base's parameters come before their adapters, who settle late."""
+        if not torch.compiler.is_compiling():
+            _settle(self)
+        yield from super().named_modules(*args, **kwargs)
+
     def _apply(self, fn: Any, recurse: bool = True) -> "NeftExperts":
         """Move or cast with the base's own bits in the weights."""
         for part in self.weights.values():
@@ -121,7 +128,7 @@ class NeftExperts(nn.Module):
 
 
 def _settle(module: NeftExperts, *_args: Any) -> None:
-    """Before a state dict is read or loaded: the base's parameters come before their adapters."""
+    """Give the parameters their own bits, as before a state dict is read or loaded."""
     for part in module.weights.values():
         part.settle()
 
@@ -131,7 +138,7 @@ def add_to_experts(
     config: "NeftConfig",
     adapter: str,
     key: str,
-    shared: set[int],
+    shared: Collection[Hashable],
     active: bool,
 ) -> None:
     """Trained neurons for the parameters of an experts module that have none so far.
@@ -141,7 +148,7 @@ def add_to_experts(
         config: which neurons.
         adapter: name of the first adapter.
         key: name of the module in its model.
-        shared: identities of parameters that several modules have.
+        shared: memory of parameters that several modules have.
         active: the adapter trains.
     """
     for own, name in config.stacked(key).items():
@@ -155,7 +162,7 @@ def add_to_experts(
             entry["count"],
             config.indices(name),
             form=config.form,
-            shared=id(getattr(base, own)) in shared,
+            shared=frozen.memory(getattr(base, own)) in shared,
             inference_mode=config.inference_mode,
         )
         if not active:

@@ -3,6 +3,8 @@
 Shapes: k neurons with D weights each; weights are logical [out, in].
 """
 
+from collections import Counter
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -83,6 +85,28 @@ def is_plain(layer: Any) -> bool:
 def is_parameter(weight: Any) -> bool:
     """Whether a weight is a parameter of an ordinary tensor, or stands for one in a forecast."""
     return isinstance(weight, nn.Parameter) and type(weight) in (nn.Parameter, FakeTensor)
+
+
+def memory(parameter: Any) -> Hashable:
+    """Equal for parameters in the same memory, as far as one can see."""
+    address = parameter.data_ptr() if type(parameter) is nn.Parameter else 0
+    return (parameter.device, address) if address else id(parameter)
+
+
+def in_several_places(model: nn.Module) -> set[Hashable]:
+    """Memory of weights that several places of a model have; a layer may stand in two places."""
+    places = [
+        child
+        for parent in model.modules()
+        for child in parent._modules.values()
+        if child is not None
+    ]
+    counts = Counter(
+        memory(parameter)
+        for module in (model, *places)
+        for parameter in module.parameters(recurse=False)
+    )
+    return {place for place, count in counts.items() if count > 1}
 
 
 def is_watched(layer: Any) -> bool:

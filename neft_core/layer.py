@@ -105,9 +105,9 @@ class NeftLinear(nn.Module, NeftLayer):
         self._disable_adapters = False
         self._active_adapter: Any = adapter_name
         self._written: tuple[Any, ...] = ()
-        self._known: dict[str, tuple[int, ...]] = {}
+        self._known: dict[str, tuple[object, ...]] = {}
         self._awaited: set[str] = set()
-        self._probed: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+        self._probed: dict[str, tuple[tuple[object, ...], Tensor]] = {}
         # In a list, or it would be a parameter of this module too.
         self._tied: list[nn.Parameter] = []
         self._own: weakref.ref[Tensor] | None = None
@@ -347,9 +347,13 @@ class NeftLinear(nn.Module, NeftLayer):
     def _owns(self) -> bool:
         """Whether the weight is still the one that may be written.
 
-        A sharded weight is another tensor in each forward pass, and changes to it are lost.
+        A sharded weight is another tensor in each forward pass, and changes to it are lost; one in
+        memory that other processes have too would change for them.
         """
-        return self._own is not None and self._own() is self.base_layer.weight
+        weight = None if self._own is None else self._own()
+        if weight is None or weight is not self.base_layer.weight:
+            return False
+        return self.overlay.present or weight.is_cuda or not weight.is_shared()
 
     def _adopt(self) -> None:
         """Remember the weight, where neurons may be written into it."""
@@ -379,7 +383,10 @@ class NeftLinear(nn.Module, NeftLayer):
         self.overlay.forget()
         self._probed.clear()
         self._own = None  # what is watched can't be swapped for another tensor
+        before = {name: values.data for name, values in self.neft_values.items()}
         super()._apply(fn, recurse)
+        for name, values in before.items():
+            _keep_precise(self.neft_values[name], values)
         self._adopt()
         self.settle()
         return self
@@ -392,9 +399,10 @@ class NeftLinear(nn.Module, NeftLayer):
         yield from super().named_modules(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.overlay.pack is not None:
-            self.lift()
-        return {name: value for name, value in self.__dict__.items() if name != "_own"}
+        """A copy has the base's own bits, unless it is merged: it may be of the same memory."""
+        self.settle()
+        anew: dict[str, Any] = {"_own": None, "_written": (), "_known": {}, "_probed": {}}
+        return self.__dict__ | anew
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -402,6 +410,14 @@ class NeftLinear(nn.Module, NeftLayer):
 
     def __repr__(self) -> str:
         return "neft." + super().__repr__()
+
+
+def _keep_precise(parameter: nn.Parameter, before: Tensor) -> None:
+    """Undo the cast of values that train to less than fp32, in which small steps are lost."""
+    if parameter.requires_grad and parameter.dtype.itemsize < 4 <= before.dtype.itemsize:
+        gradient, parameter.grad = parameter.grad, None
+        parameter.data = before.to(parameter.device, torch.float32)
+        parameter.grad = None if gradient is None else gradient.float()
 
 
 def _settle(layer: NeftLinear, *_args: Any) -> None:

@@ -11,10 +11,11 @@ Shapes: n neurons along the axis of a weight, k of them trained, D weights each;
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from neft_core.again import Trust
 from neft_core.aside import put_aside
@@ -39,12 +40,20 @@ class Pack(NamedTuple):
     place: Tensor
 
 
-def stamp(*tensors: Tensor) -> tuple[int, ...]:
-    """Differs after every in-place change or move of one of the tensors that torch knows of."""
+def stamp(*tensors: Tensor) -> tuple[object, ...]:
+    """Differs after every in-place change or move of one of the tensors that torch knows of.
+
+    Memory is known by a weak reference: an address alone may be another tensor's soon. It means
+    nothing in another process, and is never copied.
+    """
     return tuple(
-        number
+        part
         for tensor in tensors
-        for number in (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        for part in (
+            StorageWeakRef(tensor.untyped_storage()),
+            tensor.data_ptr(),
+            0 if tensor.is_inference() else tensor._version,
+        )
     )
 
 
@@ -76,7 +85,7 @@ class Overlay:
         originals: what the weight has in their place, [k, D].
         aside: those are put aside.
         edition: counts the changes of the weight.
-        stale: a gradient was formed, so an optimiser may have changed the values unseen by torch.
+        stale: a gradient was formed, so an optimiser may change the values unseen by torch.
         trust: how the layer's input may be formed again for backward.
     """
 
@@ -91,7 +100,7 @@ class Overlay:
         # No one asked for the weight's own bits since the last update.
         self._calm = True
         self._owner: Tensor | None = None
-        self._known: tuple[int, ...] = ()
+        self._known: tuple[object, ...] = ()
 
     @_lasting
     def write(self, weight: Tensor, values: Tensor, indices: Tensor, trains: bool = False) -> None:
@@ -127,7 +136,8 @@ class Overlay:
         elif values.data_ptr() != self.pack.neurons.data_ptr():
             # Somebody gave the parameter other memory.
             self._take_in(values)
-        self.stale = False
+        # The optimiser's step for a gradient that is still there comes after this.
+        self.stale = values.is_leaf and values.grad is not None
 
     @_lasting
     def lift(self, weight: Tensor) -> None:
@@ -158,6 +168,9 @@ class Overlay:
         self._known, self.aside = (), False
         if hasattr(self, "originals"):
             del self.originals
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_known": ()}
 
     def _packs(self, weight: Tensor, values: Tensor) -> bool:
         """Whether the weight's memory can be that of the values, and it is worth while."""

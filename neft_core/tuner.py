@@ -150,11 +150,7 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
         """Check every module first, so that a refused mask leaves the model whole."""
         for name, size in check_model(peft_config, model).items():
             peft_config.modules[name]["size"] = size
-        counts: dict[int, int] = {}
-        for module in model.modules():
-            for parameter in module.parameters(recurse=False):
-                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-        self._shared = {identity for identity, count in counts.items() if count > 1}
+        self._shared = frozen.in_several_places(model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: NeftConfig, key: str) -> bool:
@@ -189,7 +185,7 @@ class NeftModel(BaseTuner):  # type: ignore[misc]
             entry["count"],
             indices,
             form=peft_config.form,
-            shared=id(getattr(target, "weight", None)) in self._shared,
+            shared=frozen.memory(getattr(target, "weight", None)) in self._shared,
             inference_mode=peft_config.inference_mode,
         )
         layer.train(target.training)

@@ -85,6 +85,23 @@ def test_what_is_no_product_is_kept_itself(kind):
     assert kept[0] is x
 
 
+def test_a_change_that_is_idle_at_first_is_found_later():
+    """As one that cuts off what is too large; what isn't finite tells nothing of others."""
+
+    def product(size: float) -> torch.Tensor:
+        x = (leaf(3, 8).detach() * size).requires_grad_() * leaf(3, 8, seed=1)
+        x.data.clamp_(-50, 50)
+        return x
+
+    trust = Trust()
+    assert factors(product(1), trust)[1] is not None
+    assert factors(product(100), trust)[1] is None
+    assert factors(product(1), trust)[1] is None
+    broken = Trust()
+    assert factors(product(float("nan")), broken)[1] is None
+    assert [factors(product(1), broken)[1] is None for _ in range(3)] == [False] * 3
+
+
 def test_behind_hooks_nothing_is_looked_at():
     # A hook may keep anything, even a tensor of the same shape.
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 0, lambda t: t):
