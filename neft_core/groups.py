@@ -33,6 +33,9 @@ class Group:
         experts: matrices of a 3-D parameter; 0 for a plain weight.
         width: rows or columns that each expert's matrix has; 0 for a plain weight.
         step: distance between neighbouring candidates.
+
+    Raises:
+        NeftError: another axis, or numbers that no weight's neurons have.
     """
 
     module: str
@@ -44,6 +47,21 @@ class Group:
     experts: int = 0
     width: int = 0
     step: int = 1
+
+    def __post_init__(self) -> None:
+        numbers = (self.start, self.count, self.length, self.experts, self.width, self.step)
+        sound = (
+            isinstance(self.module, str)
+            and all(type(number) is int and number >= 0 for number in (self.axis, *numbers))
+            and self.axis in (ROWS, COLUMNS)
+            and self.step > 0
+            and (not self.experts or (self.width > 0 and self.count % self.experts == 0))
+        )
+        if not sound:
+            raise NeftError(
+                f"{self}: no neurons of a weight; axis is 0 (rows) or 1 (columns), the others are "
+                "counts that fit each other"
+            )
 
     @property
     def parameter(self) -> str:

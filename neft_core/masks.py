@@ -11,11 +11,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from neft_core.contents import REMEDY, check_mask, check_scores
 from neft_core.errors import NeftError
 from neft_core.files import load_tensors, save_tensors
 from neft_core.groups import Group
@@ -23,7 +24,6 @@ from neft_core.neurons import candidates, in_memory
 
 _OWN_KEYS = ("kind", "groups", "total_parameters")
 _MAGNITUDE = "|magnitude"
-_REMEDY = {"scores": "neft stage score", "mask": "neft stage select"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +39,9 @@ class NeuronScores:
             `criterion` where it is another than similarity, steps, data, seed, version.
         magnitude: size of the displacement, per module [N], float64; empty where nothing was tuned.
         source: the file that they were read from, for messages.
+
+    Raises:
+        NeftError: one of these has another form, or a module other scores than candidates.
     """
 
     sensitivity: dict[str, Tensor]
@@ -47,6 +50,10 @@ class NeuronScores:
     provenance: dict[str, str] = field(default_factory=dict)
     magnitude: dict[str, Tensor] = field(default_factory=dict)
     source: str = "scores"
+
+    def __post_init__(self) -> None:
+        check_scores(self)
+        object.__setattr__(self, "provenance", _text(self.provenance))
 
     @property
     def criterion(self) -> str:
@@ -72,7 +79,7 @@ class NeuronScores:
         """
         tensors, groups, total, provenance = _read(Path(path), "scores")
         return cls(
-            {module: tensors[module] for module in groups},
+            {m: tensors[m] for m in tensors if not m.endswith(_MAGNITUDE)},
             groups,
             total,
             provenance,
@@ -99,6 +106,9 @@ class NeuronMask:
         total_parameters: number of parameters of the whole model.
         provenance: what made the mask: that of its scores, with policy, budget and seed.
         source: the file that it was read from, for messages.
+
+    Raises:
+        NeftError: one of these has another form, or neurons are not among the candidates.
     """
 
     indices: dict[str, Tensor]
@@ -106,6 +116,10 @@ class NeuronMask:
     total_parameters: int
     provenance: dict[str, str] = field(default_factory=dict)
     source: str = "mask"
+
+    def __post_init__(self) -> None:
+        check_mask(self)
+        object.__setattr__(self, "provenance", _text(self.provenance))
 
     @property
     def axis(self) -> dict[str, int]:
@@ -177,7 +191,7 @@ class NeuronMask:
         if base_hash is not None and made_for is not None and base_hash != made_for:
             raise NeftError(
                 f"{self.source}: made for base {_short(made_for)}, this model is "
-                f"{_short(base_hash)}; run '{_REMEDY['mask']}'"
+                f"{_short(base_hash)}; {REMEDY['mask']}"
             )
         if shapes is not None:
             self._check_shapes(shapes)
@@ -191,7 +205,7 @@ class NeuronMask:
                 found = "has no such module" if shape is None else f"has shape {shape} there"
                 raise NeftError(
                     f"{self.source}: made for {group.count} neurons of {group.length} weights in "
-                    f"{module}, this model {found}; run '{_REMEDY['mask']}'"
+                    f"{module}, this model {found}; {REMEDY['mask']}"
                 )
         if "model_type" in self.provenance and "layout" in self.provenance:
             here = candidates(shapes, self.provenance["model_type"], self.provenance["layout"])
@@ -199,7 +213,7 @@ class NeuronMask:
                 raise NeftError(
                     f"{self.source}: made for {sum(g.count for g in self.groups.values())} "
                     f"candidates in {len(self.groups)} modules, this model has "
-                    f"{sum(g.count for g in here)} in {len(here)}; run '{_REMEDY['mask']}'"
+                    f"{sum(g.count for g in here)} in {len(here)}; {REMEDY['mask']}"
                 )
 
     def save(self, path: str | Path) -> None:
@@ -214,13 +228,15 @@ class NeuronMask:
             NeftError: the file is absent, damaged or of another kind.
         """
         tensors, groups, total, provenance = _read(Path(path), "mask")
-        in_order = {module: tensors[module] for module in groups if module in tensors}
-        return cls(in_order, groups, total, provenance, source=str(path))
+        return cls(tensors, groups, total, provenance, source=str(path))
 
     def _combine(
-        self, other: "NeuronMask", sign: str, join: Callable[[Tensor, Tensor], Tensor]
+        self, other: object, sign: str, join: Callable[[Tensor, Tensor], Tensor]
     ) -> "NeuronMask":
         """A set operation module by module; provenance that differs is written with the sign."""
+        if not isinstance(other, NeuronMask):
+            found = type(other).__name__
+            raise NeftError(f"{self.source}: '{sign}' got {found}; another NeuronMask is needed")
         for key in ("base", "model_type", "layout"):
             mine, theirs = self.provenance.get(key), other.provenance.get(key)
             if mine != theirs:
@@ -252,6 +268,11 @@ class NeuronMask:
         )
 
 
+def _text(provenance: Mapping[Any, Any]) -> dict[str, str]:
+    """Provenance as files keep it, so that it is the same before and after."""
+    return {str(key): str(value) for key, value in provenance.items()}
+
+
 def _short(text: str) -> str:
     """A hash as messages show it; other words are shorter anyway."""
     return text if len(text) <= 16 else f"{text[:12]}..."
@@ -274,17 +295,23 @@ def _write(
 
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Group], int, dict[str, str]]:
-    """Tensors, groups, total parameters and provenance of a file of one kind."""
-    remedy = f"run '{_REMEDY[kind]}'"
+    """Tensors in the order of groups, groups, total parameters and provenance of a file."""
+    remedy = REMEDY[kind]
     tensors, metadata = load_tensors(path, remedy)
     found = metadata.pop("kind", "other tensors")
     if found != kind:
         raise NeftError(f"{path}: holds {found}, {kind} expected; {remedy}")
     try:
-        groups = [Group(**group) for group in json.loads(metadata.pop("groups"))]
+        entries = json.loads(metadata.pop("groups"))
+        groups = {entry["module"]: Group(**entry) for entry in entries}
         total = int(metadata.pop("total_parameters"))
+        if len(groups) < len(entries):
+            raise ValueError("a module twice")
+    except NeftError as fault:
+        raise NeftError(f"{path}: {fault}; {remedy}") from None
     except (KeyError, TypeError, ValueError):
         raise NeftError(
             f"{path}: its metadata is damaged, or of another version; {remedy}"
         ) from None
-    return tensors, {group.module: group for group in groups}, total, metadata
+    names = dict.fromkeys((*groups, *tensors))
+    return {name: tensors[name] for name in names if name in tensors}, groups, total, metadata

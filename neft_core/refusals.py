@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -75,7 +74,6 @@ def check_model(config: "NeftConfig", model: nn.Module) -> dict[str, int]:
             sizes[name] = check_experts(config, name, model.get_submodule(owner), own)
         else:
             sizes[name] = check_linear(config, name, model.get_submodule(matches[0]))
-        check_selection(config, name)
     return sizes
 
 
@@ -127,26 +125,3 @@ def check_linear(config: "NeftConfig", name: str, module: Any) -> int:
             "use the mask's own model"
         )
     return size
-
-
-def check_selection(config: "NeftConfig", name: str) -> None:
-    """Refuse neurons of a mask that are not candidates.
-
-    Raises:
-        NeftError: they are refused.
-    """
-    indices, group = config.indices(name), config.group(name)
-    if indices is None or group is None:
-        return
-    if indices.dim() != 1 or indices.dtype != torch.int64:
-        raise NeftError(
-            f"{config.source}: {name} has indices of shape {tuple(indices.shape)} and "
-            f"{indices.dtype}; numbers of neurons are needed, [k], torch.int64"
-        )
-    if not group.holds(indices) or bool((indices.diff() <= 0).any()):
-        last = group.start + group.count
-        among = "its candidates" if group.experts else f"[{group.start}, {last})"
-        raise NeftError(
-            f"{config.source}: {name} has indices that are not increasing in {among}; "
-            "run 'neft stage select'"
-        )

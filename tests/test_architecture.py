@@ -16,11 +16,11 @@ MODULES = {
 }
 FLOWS = {f"flows.{path.stem}": path for path in sorted((ROOT / "flows").glob("*.py"))}
 
-CORE = {"groups", "experts_apart", "patterns", "neurons", "masks", "checkpoints", "sums", "weights",
-        "similarity", "selection", "frozen", "sparse", "sparse_experts", "layer", "expert_layer",
-        "tuner", "registration", "refusals", "rounding", "optimizers", "simulation",
-        "tracker", "again", "aside", "overlay", "steps", "gradients",
-        "activations", "probing", "utilisation", "overlaps"}  # fmt: skip
+CORE = {"groups", "experts_apart", "patterns", "neurons", "contents", "masks",
+        "checkpoints", "sums", "weights", "similarity", "selection", "frozen", "sparse",
+        "sparse_experts", "layer", "expert_layer", "tuner", "registration", "refusals",
+        "rounding", "optimizers", "simulation", "tracker", "again", "aside", "overlay", "steps",
+        "gradients", "activations", "probing", "utilisation", "overlaps"}  # fmt: skip
 """The numerical core, which takes plain arguments."""
 
 DATA = {"rows", "data", "splits", "tasks", "encoding", "metrics"} | {

@@ -4,11 +4,13 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from neft_core.errors import NeftError
+from neft_core.files import load_tensors
 from neft_core.groups import Group
 from neft_core.masks import Count, NeuronMask, NeuronScores
 
@@ -222,6 +224,146 @@ def test_masks_of_experts_are_checked():
     for shape in ((3, 3, 4), (2, 4, 3), (2, 3, 6), (3, 4)):
         with pytest.raises(NeftError, match=re.escape(f"{EXPERTS}, this model has shape {shape}")):
             chosen.check(shapes={EXPERTS: shape, down: (2, 2, 3)})
+
+
+UNFIT = [
+    ([3, 3], f"{UP} has indices that are not increasing in [0, 6); run 'neft stage select'"),
+    ([4, 2], "not increasing in [0, 6)"),
+    ([6], "not increasing in [0, 6)"),
+    ([-1], "not increasing in [0, 6)"),
+    (torch.tensor([1], dtype=torch.int32), f"{UP} has indices of shape (1,) and torch.int32; num"),
+    (torch.tensor([1.0]), "indices of shape (1,) and torch.float32"),
+    (torch.tensor([[1]]), "indices of shape (1, 1) and torch.int64"),
+    (torch.tensor(1), "indices of shape () and torch.int64"),
+]
+
+
+@pytest.mark.parametrize(("indices", "text"), UNFIT)
+def test_indices_that_are_not_those_of_candidates_are_refused(indices, text, tmp_path):
+    wrong = {UP: torch.as_tensor(indices)}
+    with pytest.raises(NeftError, match=re.escape(text)):
+        replace(mask([0]), indices=wrong)
+    path = tmp_path / "m"
+    mask([0]).save(path)
+    tampered(path, tensors=wrong)
+    refuses_to_load(path, text)
+
+
+def tampered(path, tensors=None, group=None, **metadata) -> None:
+    """Change a file's tensors, the entry of its first group, or its metadata."""
+    held, told = load_tensors(path, "")
+    groups = json.loads(told["groups"])
+    groups[0] |= group or {}
+    told |= {"groups": json.dumps(groups), **metadata}
+    save_file(held if tensors is None else tensors, path, told)
+
+
+def refuses_to_load(path, text: str, kind=NeuronMask) -> None:
+    with pytest.raises(NeftError, match=re.escape(text)) as caught:
+        kind.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("group", "text"),
+    [
+        ({"axis": "0"}, f"Group(module='{UP}', axis='0', start=0"),
+        ({"axis": 7}, "axis=7, start=0, count=6, length=4"),
+        ({"axis": True}, "axis is 0 (rows) or 1 (columns)"),
+        ({"count": 6.0}, "count=6.0"),
+        ({"start": -1}, "start=-1"),
+        ({"step": 0}, "step=0"),
+        ({"experts": 4, "width": 6}, "the others are counts that fit each other; run 'neft stage"),
+        ({"experts": 2}, "width=0"),
+        ({"module": 3}, "module=3"),
+        ({"module": [3]}, "module=[3]"),
+        ({"module": DOWN}, "its metadata is damaged"),
+    ],
+)
+def test_groups_that_no_weight_has_are_refused(group, text, tmp_path):
+    mask([0]).save(tmp_path / "m")
+    tampered(tmp_path / "m", group=group)
+    refuses_to_load(tmp_path / "m", text)
+
+
+@pytest.mark.parametrize("total", [-5, 0])
+def test_a_total_that_no_model_has_is_refused(total, tmp_path):
+    text = f"total_parameters: got {total}, not a model's number of parameters; run 'neft stage"
+    with pytest.raises(NeftError, match=f"mask: {text}"):
+        replace(mask([0]), total_parameters=total)
+    mask([0]).save(tmp_path / "m")
+    tampered(tmp_path / "m", total_parameters=str(total))
+    refuses_to_load(tmp_path / "m", text)
+
+
+def test_neurons_without_candidates_are_refused_not_dropped(tmp_path):
+    path = tmp_path / "m"
+    mask([0], [1]).save(path)
+    only = json.dumps([vars(GROUPS[DOWN])])
+    save_file(load_tensors(path, "")[0], path, load_tensors(path, "")[1] | {"groups": only})
+    refuses_to_load(path, f"{UP} has indices, but no candidates in groups; run 'neft stage select'")
+
+
+def test_scores_without_candidates_or_of_another_number_are_refused(tmp_path):
+    path = tmp_path / "s"
+    values = {UP: torch.zeros(6), DOWN: torch.zeros(6)}
+    for tensors, text in (
+        ({UP: torch.zeros(6)}, f"{DOWN} has no scores; run 'neft stage score'"),
+        ({**values, UP: torch.zeros(5)}, f"{UP} has scores of shape (5,), but 6 candidates; run"),
+        ({**values, UP + "|magnitude": torch.zeros(6, 1)}, f"{UP} has scores of shape (6, 1), but"),
+        ({**values, "a": torch.zeros(6)}, "a has sensitivity, but no candidates in groups; run"),
+    ):
+        NeuronScores(values, GROUPS, 100).save(path)
+        tampered(path, tensors=tensors)
+        refuses_to_load(path, text, NeuronScores)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"indices": {UP: [0]}}, f"mask: indices: {UP}: got list; a tensor is needed"),
+        ({"indices": {UP: np.array([0])}}, f"mask: indices: {UP}: got ndarray; a tensor is"),
+        ({"indices": {"a": torch.tensor([0])}}, "mask: a has indices, but no candidates in"),
+        ({"indices": [torch.tensor([0])]}, "mask: indices: got list; a dict is needed"),
+        ({"groups": list(GROUPS.values())}, "mask: groups: got list; a dict is needed"),
+        ({"groups": {UP: 3}}, f"mask: groups: {UP}: got int; its own Group is needed"),
+        ({"groups": {UP: GROUPS[DOWN]}}, f"mask: groups: {UP}: got that of {DOWN}; its own"),
+        ({"provenance": "lowest"}, "mask: provenance: got str; a dict is needed"),
+        ({"total_parameters": "9"}, "mask: total_parameters: got '9', not a model's number of"),
+    ],
+)
+def test_a_mask_of_wrong_types_is_refused_when_it_is_made(changes, text):
+    with pytest.raises(NeftError, match=re.escape(text)) as caught:
+        replace(mask([0]), **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_neurons_are_rows_or_columns():
+    for axis in ("0", 7, None):
+        with pytest.raises(NeftError, match=r"axis is 0 \(rows\) or 1 \(columns\)"):
+            Group(UP, axis, 0, 6, 4)
+
+
+def test_provenance_is_text_at_once(tmp_path):
+    values = {UP: torch.zeros(6), DOWN: torch.zeros(6)}
+    for made in (mask([0], steps=5), NeuronScores(values, GROUPS, 100, {**MADE, "steps": 5})):
+        assert made.provenance["steps"] == "5"
+        made.save(tmp_path / "m")
+        assert type(made).load(tmp_path / "m").provenance == made.provenance
+
+
+@pytest.mark.parametrize("other", [3, None, {UP: [0]}, NeuronScores({}, {}, 0)])
+def test_a_mask_is_combined_with_masks_alone(other):
+    for combine, sign in (
+        (NeuronMask.__or__, "|"),
+        (NeuronMask.__and__, "&"),
+        (NeuronMask.__sub__, "-"),
+        (NeuronMask.overlap, "&"),
+    ):
+        text = f"mask: '{sign}' got {type(other).__name__}; another NeuronMask is needed"
+        with pytest.raises(NeftError, match=re.escape(text)):
+            combine(mask([1]), other)
 
 
 def test_a_file_from_before_experts_is_read(tmp_path):

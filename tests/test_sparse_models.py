@@ -356,12 +356,10 @@ def test_a_mask_that_does_not_fit_leaves_the_model_whole():
     mask = some_mask(model)
     up = "model.layers.0.mlp.up_proj"
 
-    def with_(indices=None, module=up, **group) -> NeuronMask:
+    def with_(module=up, **group) -> NeuronMask:
         changed = replace(mask.groups[up], module=module, **group)
-        rows = torch.tensor(indices or [0])
-        return NeuronMask(
-            {**mask.indices, module: rows}, {**mask.groups, module: changed}, 1, source="m.st"
-        )
+        rows = {**mask.indices, module: torch.tensor([0])}
+        return NeuronMask(rows, {**mask.groups, module: changed}, 1, source="m.st")
 
     short = {"mlp.up_proj": replace(mask.groups[up], module="mlp.up_proj")}
     two = NeuronMask({"mlp.up_proj": torch.tensor([0])}, short, 1, source="m.st")
@@ -371,9 +369,6 @@ def test_a_mask_that_does_not_fit_leaves_the_model_whole():
         (with_(module="model.norm"), "model.norm is a LlamaRMSNorm in this model; a linear"),
         (with_(length=17), f"{up} is a Linear of shape (24, 16) in this model; use the mask's own"),
         (with_(transposed=True), f"{up} is a Linear of shape (24, 16)"),
-        (with_([3, 3]), f"{up} has indices that are not increasing in [0, 24)"),
-        (with_([24]), "not increasing in [0, 24); run 'neft stage select'"),
-        (with_([-1]), "not increasing in [0, 24)"),
     ):
         with pytest.raises(NeftError, match=re.escape(text)):
             attach(model, wrong)
@@ -388,12 +383,11 @@ def test_fused_weights_train_from_the_group_s_start():
     module = nn.ModuleDict({"gate_up_proj": nn.Linear(4, 12, bias=False)})
     group = Group("gate_up_proj", ROWS, 6, 6, 4)
     mask = NeuronMask({"gate_up_proj": torch.tensor([6, 11])}, {"gate_up_proj": group}, 48)
-    model = attach(module, mask)
+    attach(module, mask)
     layer = module["gate_up_proj"]
     assert torch.equal(layer.neft_values["default"], layer.base_layer.weight[[6, 11]])
-    outside = replace(mask, indices={"gate_up_proj": torch.tensor([5])})
     with pytest.raises(NeftError, match=re.escape("not increasing in [6, 12)")):
-        attach(model.unload(), outside)
+        replace(mask, indices={"gate_up_proj": torch.tensor([5])})
 
 
 def test_a_copied_model_trains_its_own_weights():

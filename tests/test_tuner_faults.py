@@ -2,7 +2,6 @@
 
 import copy
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from conftest import tiny_llama
 from families import shapes_of, tiny_model
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_methods import mask_for
 from test_overlay import KINDS, dense, inputs, layer_of, plain
 from test_tuner import Packed, pair, tied
 from test_tuner_peft import IDS, config, out, perturbed
@@ -183,15 +181,6 @@ def test_a_configuration_that_no_version_wrote_is_told(adapter):
     file.write_text(json.dumps({**content, "unknown": 1}))
     with pytest.warns(UserWarning, match="Unexpected keyword arguments .*unknown"):
         PeftModel.from_pretrained(tiny_llama(), adapter)
-
-
-@pytest.mark.parametrize("wrong", [lambda i: i.int(), lambda i: i.double(), lambda i: i[None]])
-def test_indices_of_another_form_are_told(wrong):
-    mask = mask_for(tiny_llama(), "llama", 0.3)
-    name = next(iter(mask.indices))
-    odd = replace(mask, indices={**mask.indices, name: wrong(mask.indices[name])})
-    with pytest.raises(NeftError, match=f"{name} has indices of shape .* and torch.*int64"):
-        get_peft_model(tiny_llama(), NeftConfig(mask=odd))
 
 
 @pytest.mark.parametrize(
