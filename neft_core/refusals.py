@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from neft_core import frozen
 from neft_core.errors import NeftError
@@ -102,6 +103,11 @@ def check_linear(config: "NeftConfig", name: str, module: Any) -> int:
     elif isinstance(module, BaseTunerLayer):
         raise NeftError(
             f"{config.source}: {name} has an adapter of another method; unload that one first"
+        )
+    elif isinstance(module, NonDynamicallyQuantizableLinear):
+        raise NeftError(
+            f"{config.source}: {name} is in a MultiheadAttention, which takes its weight and never "
+            "calls it; use a layout without it"
         )
     conv1d = frozen.is_conv1d(module)
     if not (conv1d or hasattr(module, "in_features")):

@@ -378,6 +378,15 @@ def test_a_mask_that_does_not_fit_leaves_the_model_whole():
         attach(tiny("gpt2"), mask)
 
 
+def test_a_projection_that_multi_head_attention_never_calls_is_refused():
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    name = "0.self_attn.out_proj"
+    mask = NeuronMask({name: torch.tensor([1])}, {name: Group(name, ROWS, 0, 8, 8)}, 500)
+    text = f"{name} is in a MultiheadAttention, which takes its weight and never calls it; use a"
+    with pytest.raises(NeftError, match=re.escape(text)):
+        attach(model, mask)
+
+
 def test_fused_weights_train_from_the_group_s_start():
     # Phi-3: the rows of up come after those of the gate
     module = nn.ModuleDict({"gate_up_proj": nn.Linear(4, 12, bias=False)})
