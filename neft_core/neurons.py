@@ -4,7 +4,7 @@ Shapes: H hidden size, I intermediate size, E experts.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -217,13 +217,23 @@ def role_of(module: str) -> str:
     return module.removeprefix(layer_of(module) + ".")
 
 
-def count_parameters(shapes: Shapes, tied: bool = False) -> int:
-    """Number of parameters of a checkpoint, without buffers and with a tied head counted once."""
-    return sum(
-        prod(shape)
+def count_parameters(
+    shapes: Shapes, tied: bool = False, memory: Mapping[str, Hashable] | None = None
+) -> int:
+    """Number of parameters of a checkpoint, without buffers and with a tied head counted once.
+
+    Args:
+        shapes: name and stored shape of every weight.
+        tied: the head shares the input embedding.
+        memory: where weights lie, by name; of several in one place one counts.
+    """
+    places = memory or {}
+    counted = {
+        places.get(name, name): prod(shape)
         for name, shape in shapes.items()
         if not _BUFFER.search(name) and not (tied and name.endswith(_HEADS))
-    )
+    }
+    return sum(counted.values())
 
 
 def _layers(shapes: Shapes, known: Family, model_type: str, where: str) -> list[str]:

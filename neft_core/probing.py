@@ -132,7 +132,7 @@ def probe_scores(
     return NeuronScores(
         found,
         {group.module: group for group in groups},
-        count_parameters(here.shapes, is_tied(here.config)),
+        count_parameters(here.shapes, is_tied(here.config), here.memory),
         {**(provenance or {}), "model_type": kind, "layout": str(layout), "criterion": "probe"},
     )
 

@@ -127,7 +127,7 @@ def score_neurons(
     return NeuronScores(
         sensitivities,
         {group.module: group for group in groups},
-        count_parameters(here.shapes, is_tied(known)),
+        count_parameters(here.shapes, is_tied(known), here.memory),
         {**(provenance or {}), "model_type": kind, "layout": str(layout)},
         magnitudes,
     )

@@ -1,6 +1,6 @@
 """The weights of a model by name, whether they are in memory or in a directory."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +40,13 @@ class InMemory:
         """The stored shape of each weight."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
+    @cached_property
+    def memory(self) -> dict[str, Hashable]:
+        """Where weights lie, the same for tied ones, as far as their type tells."""
+        plain = {n: t for n, t in self.tensors.items() if type(t) in (Tensor, nn.Parameter)}
+        places = {n: (t.device, t.data_ptr(), t.shape) for n, t in plain.items() if not t.is_meta}
+        return {name: place for name, place in places.items() if place[1]}
+
     def place(self, name: str) -> str:  # noqa: ARG002
         """Where a weight is, for messages."""
         return self.where
@@ -78,6 +85,11 @@ class OnDisk:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The stored shape of each weight."""
         return checkpoints.shapes(self.directory)
+
+    @cached_property
+    def memory(self) -> dict[str, Hashable]:
+        """Nothing: files don't tell which weights are tied."""
+        return {}
 
     @cached_property
     def _files(self) -> dict[str, Path]:

@@ -368,6 +368,22 @@ def test_models_that_cannot_be_compared_are_refused_by_name():
     refuses(f"tuned: {name} has a value that is not finite in row 3; make the model", broken)
 
 
+@pytest.mark.parametrize("options", [{"config": 1}, {"model_type": "llama"}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_are_one_memory_count_once(tied, options):
+    base, tuned = (tiny_model("llama", seed, tie_word_embeddings=tied) for seed in (0, 1))
+    options = {"config": base.config} if "config" in options else options
+    whole = sum(parameter.numel() for parameter in base.parameters())
+    state = base.state_dict()
+    for given in (state, dict(reversed(state.items()))):
+        assert score_neurons(given, tuned.state_dict(), **options).total_parameters == whole
+    # Of copies nothing is known but what the config says.
+    copied = {name: weight.clone() for name, weight in state.items()}
+    found = score_neurons(copied, tuned.state_dict(), **options).total_parameters
+    known = "config" in options or not tied
+    assert found == whole + (0 if known else base.lm_head.weight.numel())
+
+
 def test_the_package_offers_them_without_loading_anything():
     code = (
         "import sys, neft_core\n"
