@@ -21,7 +21,7 @@ def config(directory: str | Path) -> dict[str, Any]:
     """The model's `config.json`.
 
     Raises:
-        NeftError: it is absent or not a JSON object.
+        NeftError: it is absent, can't be read, or is not a JSON object.
     """
     return _json(Path(directory) / "config.json")
 
@@ -92,6 +92,11 @@ def _json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NeftError(f"{path}: no such file; give a model in the Hub's layout") from None
+    except OSError as error:
+        raise NeftError(
+            f"{path}: can't be read ({error.strerror}); give the directory of a model in the Hub's "
+            "layout"
+        ) from None
     except ValueError as error:
         raise NeftError(f"{path}: not JSON ({error}); fetch the model again") from error
     if not isinstance(content, dict):

@@ -6,6 +6,8 @@ Shapes: N candidates of all modules together, in the order of the scores' module
 import functools
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +33,10 @@ def _reversed(scores: NeuronScores, seed: int) -> Tensor:  # noqa: ARG001
 
 def _random(scores: NeuronScores, seed: int) -> Tensor:
     """Any order, from the seed: the control."""
-    generator = torch.Generator().manual_seed(seed)
+    try:
+        generator = torch.Generator().manual_seed(seed)
+    except (TypeError, ValueError, RuntimeError):  # no whole number, or of more than 64 bits
+        raise NeftError(f"seed: got {seed!r}; a whole number of 64 bits is needed") from None
     return torch.randperm(len(_all(scores)), generator=generator)
 
 
@@ -92,24 +97,26 @@ def select_neurons(
 
     Source: Xu et al. 2024, section 4.2 and Table 2 for what percent means.
     """
-    if policy not in POLICIES:
+    _check_scores(scores)
+    if policy not in list(POLICIES):  # as a list it has no hash
         raise NeftError(f"policy: got {policy!r}; known: {', '.join(POLICIES)}")
     rank, criterion = POLICIES[policy]
     if criterion not in (None, scores.criterion):
         raise NeftError(
             f"policy: got {policy!r} with scores by {scores.criterion}; give scores by {criterion}"
         )
-    _check_scores(scores)
     given = {"percent": percent, "neurons": neurons, "share": share}
-    budgets = {name: value for name, value in given.items() if value is not None}
+    budgets: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if len(budgets) != 1:
         found = " and ".join(budgets) or "none"
         raise NeftError(f"budget: got {found}; give one of percent, neurons, share")
     ((name, value),) = budgets.items()
+    if not isinstance(value, Real):
+        raise NeftError(f"{name}: got {value!r}; a number is needed")
     ranking = rank(scores, seed)
     if per_module:
         ranking = _in_turn(scores, ranking)
-    chosen = ranking[: _count(scores, ranking, name, value)]
+    chosen = ranking[: _count(scores, ranking, name, float(value))]
     made = {"policy": policy, name: f"{value:g}" if name != "neurons" else str(value)}
     if policy == "random":
         made["selection_seed"] = str(seed)
@@ -137,11 +144,11 @@ def select_below(
         NeftError: scores of another criterion, a threshold that selects nothing or everything, or
             similarities that are all equal and can't be scaled.
     """
+    _check_scores(scores)
     if scores.criterion != "similarity":
         raise NeftError(
             f"policy: got 'threshold' with scores by {scores.criterion}; give scores by similarity"
         )
-    _check_scores(scores)
     values = _all(scores)
     least, most = (float(edge) for edge in values.aminmax())
     key = "below_scaled" if scaled else "below"
@@ -168,10 +175,12 @@ def union(masks: Sequence[NeuronMask]) -> NeuronMask:
     """The neurons of any of the masks, a common one once.
 
     Raises:
-        NeftError: they are of different models or layouts; names both files.
+        NeftError: there is none, or they are of different models or layouts; names both files.
 
     Source: Xu et al. 2024, section 5.2.
     """
+    if not masks:
+        raise NeftError("union: got no mask; give one at least")
     return functools.reduce(NeuronMask.__or__, masks)
 
 
@@ -250,8 +259,13 @@ def _all(scores: NeuronScores) -> Tensor:
     return torch.cat([scores.sensitivity[module] for module in scores.groups])
 
 
-def _check_scores(scores: NeuronScores) -> None:
+def _check_scores(scores: Any) -> None:
     """A score that is not a number has no rank, and nothing can be selected of no scores."""
+    if not isinstance(scores, NeuronScores):
+        found = type(scores).__name__
+        raise NeftError(
+            f"scores: got {found}; NeuronScores are needed (NeuronScores.load of a file)"
+        )
     if not scores.groups:
         raise NeftError(f"{scores.source}: holds no neurons; give scores of a task that trains")
     for module, group in scores.groups.items():

@@ -94,16 +94,23 @@ def score_neurons(
         progress: called after each module with the number done and that of all.
 
     Raises:
-        NeftError: the models are of different form, damaged, quantised, or hold values that are
-            not finite; names the file and the weight.
+        NeftError: the models are of different form, damaged, quantised, have an adapter, or hold
+            values that are not finite; names the file and the weight. A device that isn't here, or
+            no number of threads.
 
     Source: Xu et al. 2024, Algorithm 1.
     """
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise NeftError(f"threads: got {threads!r}; a whole number from 1 on is needed")
+    _check_device(device)
     given = {"model_type": model_type} if model_type and config is None else config
     here, there = weights(base, "base", given), weights(tuned, "tuned", given)
     known = here.config or there.config
     if "model_type" not in known:
         raise NeftError(f"{here.where}: has no model_type; give model_type or config")
+    for model in (there, here):
+        if any(".base_layer." in name for name in model.shapes):
+            raise NeftError(f"{model.where}: still has an adapter; call merge_and_unload() first")
     kind = str(known["model_type"])
     groups = candidates(here.shapes, kind, layout, where=here.where)
     pairs = _pair(groups, here, there, kind, layout)
@@ -131,6 +138,17 @@ def score_neurons(
         {**(provenance or {}), "model_type": kind, "layout": str(layout)},
         magnitudes,
     )
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that can't compute here, before anything is read."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device).item()
+    except (AssertionError, RuntimeError, TypeError) as fault:
+        reason = str(fault).splitlines()[0]
+        raise NeftError(
+            f"device: got {device!r} ({reason}); give one that is here, as cpu"
+        ) from None
 
 
 def _compared(base: Tensor, tuned: Tensor, kernel: Kernel | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +165,12 @@ def test_provenance_says_how():
         ({}, "budget: got none; give one of percent, neurons, share"),
         ({"share": 0.1, "percent": 3}, "budget: got percent and share; give one of"),
         ({"neurons": 1, "policy": "best"}, "policy: got 'best'; known: lowest, reversed, random"),
+        ({"neurons": 1, "policy": ["lowest"]}, "policy: got ['lowest']; known: lowest, reversed"),
+        ({"percent": "9"}, "percent: got '9'; a number is needed"),
+        ({"neurons": [9]}, "neurons: got [9]; a number is needed"),
+        ({"percent": 9, "policy": "random", "seed": 1.5}, "seed: got 1.5; a whole number of 64"),
+        ({"percent": 9, "policy": "random", "seed": "a"}, "seed: got 'a'; a whole number"),
+        ({"percent": 9, "policy": "random", "seed": 2**64}, "seed: got 18446744073709551616; a"),
     ],
 )
 def test_budgets_out_of_range_are_named(budget, text):
@@ -193,6 +200,15 @@ def test_of_no_scores_nothing_is_selected():
     for select in (lambda s: select_neurons(s, percent=1), lambda s: select_below(s, 0.5)):
         with pytest.raises(NeftError, match="scores: holds no neurons; give scores of a task that"):
             select(NeuronScores({}, {}, 0))
+
+
+@pytest.mark.parametrize("what", ["scores.safetensors", Path("s"), None, {}, "mask"])
+def test_what_is_no_scores_is_told(what):
+    what = select_neurons(random_scores(), neurons=1) if what == "mask" else what
+    text = f"scores: got {type(what).__name__}; NeuronScores are needed (NeuronScores.load of a"
+    for select in (lambda s: select_neurons(s, percent=1), lambda s: select_below(s, 0.5)):
+        with pytest.raises(NeftError, match=re.escape(text)):
+            select(what)
 
 
 def ranked_by_loops(scores: NeuronScores, better) -> list[tuple[str, int]]:
@@ -338,6 +354,11 @@ def test_a_union_has_common_neurons_once():
     assert joined.percent == 100 * 10 * joined.neurons / 4000
     assert content(union([masks[0]])) == content(masks[0])
     assert content(union([*masks, masks[0]])) == content(joined)
+
+
+def test_a_union_of_nothing_is_refused():
+    with pytest.raises(NeftError, match="union: got no mask; give one at least"):
+        union([])
 
 
 def test_a_union_of_other_models_or_layouts_is_refused():

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from neft_core import similarity
 from neft_core.errors import NeftError
+from neft_core.masks import NeuronScores
 from neft_core.neurons import FAMILIES
 from neft_core.similarity import score_neurons, sensitivity
 
@@ -382,6 +383,54 @@ def test_weights_that_are_one_memory_count_once(tied, options):
     found = score_neurons(copied, tuned.state_dict(), **options).total_parameters
     known = "config" in options or not tied
     assert found == whole + (0 if known else base.lm_head.weight.numel())
+
+
+def test_a_model_that_has_an_adapter_is_told_to_be_merged():
+    from peft import LoraConfig, get_peft_model
+
+    base, tuned = tiny_model("llama"), tiny_model("llama", 1)
+    model = get_peft_model(tuned, LoraConfig(r=2, target_modules=["q_proj"]))
+    text = "tuned: still has an adapter; call merge_and_unload() first"
+    for adapted in (model, tuned, model.state_dict()):
+        with pytest.raises(NeftError, match=re.escape(text)):
+            score_neurons(base, adapted)
+    score_neurons(base, model.merge_and_unload())
+
+
+def test_what_cannot_compute_here_is_told_before_anything_is_read(tmp_path):
+    wrong = {
+        "foo": "device: got 'foo' (",
+        "meta": "device: got 'meta' (",
+        "cuda:99": "device: got 'cuda:99' (",
+        3.5: "device: got 3.5 (",
+    }
+    for device, text in wrong.items():
+        with pytest.raises(NeftError, match=re.escape(text)) as caught:
+            score_neurons(tmp_path, tmp_path, device=device)
+        assert str(caught.value).endswith("); give one that is here, as cpu")
+        assert "\n" not in str(caught.value)
+    for threads in (-1, 0, 1.5, "2"):
+        text = f"threads: got {threads!r}; a whole number from 1 on is needed"
+        with pytest.raises(NeftError, match=re.escape(text)):
+            score_neurons({}, {}, model_type="llama", threads=threads)
+
+
+def test_a_file_in_place_of_a_directory_is_told(tmp_path):
+    base = write(tmp_path / "base", llama_weights(1))
+    file = base / "model.safetensors"
+    (tmp_path / "odd" / "config.json").mkdir(parents=True)
+    for wrong, reason in ((file, "Not a directory"), (tmp_path / "odd", "Is a directory")):
+        text = f"{wrong}/config.json: can't be read ({reason}); give the directory of a model in"
+        with pytest.raises(NeftError, match=re.escape(text)):
+            score_neurons(wrong, base)
+
+
+def test_provenance_is_kept_as_text(tmp_path):
+    weights = llama_weights(1)
+    scores = score_neurons(weights, weights, model_type="llama", provenance={"steps": 5})
+    scores.save(tmp_path / "s")
+    assert NeuronScores.load(tmp_path / "s").provenance == scores.provenance
+    assert scores.provenance["steps"] == "5"
 
 
 def test_the_package_offers_them_without_loading_anything():
