@@ -133,7 +133,7 @@ def _json_rows(path: Path, _headerless: bool) -> Records:
     return json_records(path)
 
 
-def _table_rows(headerless: bool, lines: Iterator[tuple[str, list[str]]]) -> Records:
+def _table_rows(headerless: bool, lines: Iterator[tuple[str, list[str]]], advice: str) -> Records:
     header: list[str] | None = None
     for where, fields in lines:
         if headerless:
@@ -142,6 +142,10 @@ def _table_rows(headerless: bool, lines: Iterator[tuple[str, list[str]]]) -> Rec
             header = fields
             if twice := {name for name in header if header.count(name) > 1}:
                 raise NeftError(f"{where}: column {min(twice)!r} stands twice; name each once")
+        elif len(fields) > len(header):
+            raise NeftError(
+                f"{where}: {len(fields)} fields, the header has {len(header)}; {advice}"
+            )
         else:
             yield where, dict.fromkeys(header) | dict(zip(header, fields, strict=False))
 
@@ -152,11 +156,12 @@ def _tsv_rows(path: Path, headerless: bool) -> Records:
         for number, line in text_lines(path)
         if line.strip()
     )
-    return _table_rows(headerless, lines)
+    return _table_rows(headerless, lines, "take tabs out of the texts")
 
 
 def _csv_rows(path: Path, headerless: bool) -> Records:
     def lines() -> Iterator[tuple[str, list[str]]]:
+        csv.field_size_limit(2**31 - 1)  # what a C long holds everywhere
         reader = csv.reader((line for _, line in text_lines(path)), strict=True)
         try:
             for fields in reader:
@@ -167,7 +172,7 @@ def _csv_rows(path: Path, headerless: bool) -> Records:
                 f"{path}:{reader.line_num}: invalid CSV ({error}); check its quotes"
             ) from error
 
-    return _table_rows(headerless, lines())
+    return _table_rows(headerless, lines(), "quote what holds a comma")
 
 
 def _parquet_rows(path: Path, _headerless: bool) -> Records:

@@ -14,7 +14,7 @@ from typing import Any
 from neft_core import __version__, config, loading, runs
 from neft_core.errors import NeftError
 from neft_core.files import save_tensors, write_json
-from neft_core.rows import Row, json_records, text_lines
+from neft_core.rows import Row, check_pairs, json_records, text_lines
 from neft_core.workspace import Workspace
 
 
@@ -233,6 +233,7 @@ def _text(where: str, record: Row) -> str:
     text = record.get("text")
     if not isinstance(text, str):
         raise NeftError(f"{where}: 'text' is missing or no string; each line needs one")
+    check_pairs(text, "text", where)
     return text.strip()
 
 

@@ -149,6 +149,10 @@ def json_records(path: Path, whole: bool = False) -> Iterator[tuple[str, Row]]:
                 f"{where}: invalid JSON ({error.msg} at column {error.colno}); one object in each "
                 "line is expected"
             ) from error
+        except ValueError as error:  # Python reads 4,300 digits
+            raise NeftError(
+                f"{where}: invalid JSON (a number of too many digits); write it as text"
+            ) from error
         except RecursionError as error:
             raise NeftError(f"{where}: JSON nested too deeply; plain objects are read") from error
         if not isinstance(record, dict):
@@ -192,11 +196,16 @@ def _text(value: Any, name: str, where: str) -> str:
         raise NeftError(f"{where}: '{name}' is {found}; text is needed")
     if not value.strip():
         raise NeftError(f"{where}: '{name}' is empty; text is needed")
+    check_pairs(value, name, where)
+    return value
+
+
+def check_pairs(text: str, name: str, where: str) -> None:
+    """Refuse half a surrogate pair, as JSON can say it: no tokenizer takes it."""
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise NeftError(f"{where}: '{name}' holds half a surrogate pair; mend the text") from error
-    return value
 
 
 def _messages(value: Any, where: str) -> list[dict[str, str]]:

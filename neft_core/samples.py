@@ -50,6 +50,10 @@ def show(ws: Workspace, run: str, seed: int | None, prompt: str | None, count: i
 
 def _asked(prompt: str, kind: str) -> Row:
     """A prompt as a row; where a question has two texts, each has its line."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise NeftError("--prompt: not UTF-8; give text in that encoding") from error
     columns = answering.COLUMNS[kind]
     texts = [prompt] if len(columns) == 1 else prompt.splitlines()
     texts = [text for text in texts if text.strip()]

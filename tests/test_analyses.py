@@ -233,6 +233,10 @@ def test_unseen_text_is_what_pre_training_never_read(finished, tmp_path):
             ["forgetting", "neft", "--text", "pairs.jsonl"],
             "pairs.jsonl:1: 'text' is missing or no string; each line needs one",
         ),
+        (
+            ["forgetting", "neft", "--text", "half.jsonl"],
+            "half.jsonl:1: 'text' holds half a surrogate pair; mend the text",
+        ),
         (["utilisation", "base", "--rows", "2"], "utilisation: got one model; give two at least"),
         (
             ["utilisation", "base", "nef", "--rows", "2"],
@@ -253,6 +257,7 @@ def test_unseen_text_is_what_pre_training_never_read(finished, tmp_path):
 )
 def test_questions_without_an_answer(copied, neft, arguments, line):
     (copied.root / "empty.txt").write_text("\n \n")
+    (copied.root / "half.jsonl").write_text('{"text": "a \\ud800 b"}\n')
     (copied.root / "pairs.jsonl").write_text('{"source": "one", "target": "un"}\n')
     code, lines = neft(copied, "analyse", *arguments)
     assert code == 2

@@ -80,6 +80,12 @@ def test_quotes_are_text_in_tsv_and_quoting_in_csv(tmp_path):
         read_local(path, NUMBERS)
 
 
+def test_a_long_document_is_read_from_csv(tmp_path):
+    text = "word " * 30_000 + "end"
+    path = write(tmp_path / "x.csv", f"source,target\n{text},b\n")
+    assert read_local(path) == [{"source": text, "target": "b"}]
+
+
 def test_line_separators_inside_a_text_end_no_line(tmp_path):
     text = "a\u2028b\x85c"
     path = write(tmp_path / "x.tsv", f"{text}\td\n")
@@ -197,6 +203,18 @@ GOOD = b'{"source": "a", "target": "b"}\n'
         ),
         ("x.csv", b"source,target\na,b\nc\n", None, r"x\.csv:3: 'target' is missing"),
         ("x.csv", b"source,target\na,b\nc,\n", None, r"x\.csv:3: 'target' is empty"),
+        (
+            "x.csv",
+            b"source,target\na,b, c\n",
+            None,
+            r":2: 3 fields, the header has 2; quote what holds",
+        ),
+        (
+            "x.tsv",
+            b"source\ttarget\na\tb\tc\n",
+            None,
+            r"x\.tsv:2: 3 fields, the header has 2; take tabs",
+        ),
         ("x.csv", b"source,source\na,b\n", None, r"x\.csv:1: column 'source' stands twice"),
         (
             "x.jsonl",
@@ -213,6 +231,13 @@ GOOD = b'{"source": "a", "target": "b"}\n'
             r":2: invalid JSON \(Expecting ':'",
         ),
         ("x.jsonl", GOOD + b"17\n", None, ":2: a JSON int"),
+        pytest.param(
+            "x.jsonl",
+            b'{"n": ' + b"1" * 5000 + b"}",
+            None,
+            ":1: .* of too many digits",
+            id="digits",
+        ),
         ("x.json", b'[{"source": "a", "target": "b"}]', None, ":1: a JSON array; JSON lines"),
         ("x.jsonl", b"[" * 9 + b"\n", None, ":1: a JSON array"),
         ("x.jsonl", b'{"a":' * 100000 + b"\n", None, ":1: JSON nested too deeply"),

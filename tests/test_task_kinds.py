@@ -100,6 +100,7 @@ def test_a_prompt_of_nli_is_answered_by_a_label(ws, capsys):
          "got 1 line; nli asks for premise and hypothesis, each in a line of its own"),
         ("nli-full", "p\nh\nx",
          "got 3 lines; nli asks for premise and hypothesis, each in a line of its own"),
+        ("sum-full", "\udcff caf", "not UTF-8; give text in that encoding"),
         ("sum-full", " ", "got 0 lines; summarisation asks for source"),
     ],
 )  # fmt: skip
