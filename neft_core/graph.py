@@ -313,6 +313,14 @@ def _mend(root: Path) -> list[str]:
         except ValueError:
             busy.unlink()
             notes.append(f"{busy}: damaged; deleted")
+    # DVC takes params from it, and would blame params.yaml.
+    assigned = root / "work" / "assigned.json"
+    try:
+        if assigned.exists() and not isinstance(json.loads(assigned.read_bytes()), dict):
+            raise ValueError
+    except ValueError:
+        assigned.unlink()
+        notes.append(f"{assigned}: damaged; deleted")
     return notes
 
 

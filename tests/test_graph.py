@@ -225,6 +225,16 @@ def test_a_half_written_lock_file_loses_nothing(made: Workspace, end: int) -> No
     assert (made.root / "log-a").read_text() == "once\n"
 
 
+@pytest.mark.parametrize("content", ['{"neft": {"sco', "[]", ""])
+def test_damaged_params_that_a_stage_made_are_made_again(made: Workspace, content: str) -> None:
+    file = made.root / "work/assigned.json"
+    file.write_text("{}")
+    assert Graph(made).notes == []
+    file.write_text(content)
+    assert Graph(made).notes == [f"{file}: damaged; deleted"]
+    assert not file.exists()
+
+
 @pytest.mark.parametrize(
     ("script", "kind", "text"),
     [
