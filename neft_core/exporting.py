@@ -43,14 +43,15 @@ def export(
         adapter: write the adapter in PEFT's form instead of merging it.
 
     Raises:
-        NeftError: run or seed is unknown or not trained, the target exists, a value doesn't fit
-            the precision.
+        NeftError: run or seed is unknown or not trained, was changed since,
+            the target exists, a value doesn't fit the precision.
     """
     seed = runs.chosen_seed(ws.params(), run, seed)
     if target.exists():
         raise NeftError(f"{target}: exists already; give a new directory with --to")
     if adapter and dtype:
         raise NeftError("--dtype: an adapter keeps the precision it was trained in; leave it out")
+    runs.check_current(ws, run)
     if trains_nothing(ws.path("train", run, f"seed-{seed}")):
         raise NeftError(f"run {run}: its mask holds no neuron; export another, or use the base")
     label = f"export {run}, seed {seed}"

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,19 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         }
         for name, entry in read_yaml(path).get("stages", {}).items()
     }
+
+
+def changed_params(entry: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
+    """Keys of a stage's params that a params file has otherwise than at its last success."""
+    return [key for key, value in entry["params"].items() if _value(data, key) != value]
+
+
+def _value(data: Mapping[str, Any], key: str) -> Any:
+    """The value under a dotted key; None where there is none."""
+    found: Any = data
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 def entry_key(entry: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from neft_core import config
 from neft_core.config import MEASURES, Params
 from neft_core.graph import Graph
-from neft_core.lockfile import locked
+from neft_core.lockfile import changed_params, locked
 from neft_core.overrides import Preview
 from neft_core.workspace import PIPELINE
 
@@ -72,22 +72,12 @@ def outdated(graph: Graph, data: Mapping[str, Any] | None = None) -> dict[str, s
         if data is not None and stage.name in known:
             reasons = [line for line in reasons if not line.startswith(f"{Params.FILE}: ")]
             reasons += [
-                f"{Params.FILE}: {key}: modified"
-                for key, value in known[stage.name]["params"].items()
-                if _value(data, key) != value
+                f"{Params.FILE}: {key}: modified" for key in changed_params(known[stage.name], data)
             ]
         reasons += [f"{name} runs" for name in stage.upstream if name in stale]
         if reasons:
             stale[stage.name] = reasons[0]
     return stale
-
-
-def _value(data: Mapping[str, Any], key: str) -> Any:
-    """The value under a dotted key; None where there is none."""
-    found: Any = data
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    return found
 
 
 def _model(model: config.BuiltModel | config.LocalModel | config.HubModel) -> str:

@@ -67,7 +67,7 @@ def promote(
     with hold(ws.state("lock"), str(ws.root)):
         graph = Graph(ws)
         for stage in (f"train@{run}", f"evaluate@{run}", f"baseline@{params.runs[run].task}"):
-            if not graph.intact(stage):
+            if graph.changes(stage):
                 raise NeftError(f"{stage}: not up to date; run 'neft run' first")
         sync(ws, graph)
         with _opened(ws) as store:

@@ -17,6 +17,7 @@ from neft_core.loading import (
     optimisation,
     placement,
 )
+from neft_core.lockfile import changed_params, locked
 from neft_core.untrained import COST, keep_base, trains_nothing
 from neft_core.workspace import Workspace
 
@@ -298,6 +299,20 @@ def chosen_seed(params: config.Params, run: str, seed: int | None) -> int:
     if seed is not None and seed not in seeds:
         raise NeftError(f"run {run}: has no seed {seed}; it has {seeds}")
     return seeds[0] if seed is None else seed
+
+
+def check_current(ws: Workspace, run: str) -> None:
+    """Refuse a run whose weights are of other params; on what device is all the same.
+
+    Raises:
+        NeftError: naming the section that was changed.
+    """
+    entry = locked(ws).get(f"train@{run}")
+    changed = changed_params(entry, config.read_yaml(ws.params_file)) if entry else []
+    if changed := [key for key in changed if key != "compute"]:
+        raise NeftError(
+            f"run {run}: {changed[0]} was changed since it was trained; run 'neft run' first"
+        )
 
 
 def load_trained(ws: Workspace, run: str, seed: int, exact: bool = False) -> tuple[Any, Any]:

@@ -10,11 +10,12 @@ def show(ws: Workspace, run: str, seed: int | None, prompt: str | None, count: i
     """Print source, base and fine-tuned text, for a prompt or for test sentences.
 
     Raises:
-        NeftError: the run or seed is unknown or not trained yet, or the prompt is no question of
-            its task.
+        NeftError: the run or seed is unknown or not trained yet, the run was changed since, or the
+            prompt is no question of its task.
     """
     params = ws.params()
     chosen = runs.chosen_seed(params, run, seed)
+    runs.check_current(ws, run)
     if count < 1:
         raise NeftError(f"--count {count}: at least 1 sentence")
     task = params.runs[run].task

@@ -142,6 +142,28 @@ def test_what_was_not_made_is_not_registered(ws):
         registry.promote(ws, "full", None, name=None, gate=FREELY, merged=False)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "stage"),
+    [("lr: 1e-3, batch_size: 8, epochs", "lr: 2e-3, batch_size: 8, epochs", "train@neft"),
+     ("percent: 9", "percent: 3", "train@neft"),
+     ("max_new_tokens: 6", "max_new_tokens: 5", "evaluate@neft")],
+)  # fmt: skip
+def test_what_was_changed_since_is_not_delivered(ws, neft, old, new, stage):
+    edit(ws, (old, new))
+    with pytest.raises(NeftError, match=f"^{stage}: not up to date; run 'neft run' first$"):
+        registry.promote(ws, "neft", None, name=None, gate=FREELY, merged=False)
+    key = {"p": "runs.neft", "l": "training"}.get(old[0])
+    line = f"neft: run neft: {key} was changed since it was trained; run 'neft run' first"
+    asked = ("generate", "--run", "neft", "--prompt", "the cat"), ("export", "neft", "--to", "new")
+    for argv in asked:
+        assert neft(ws, *argv) == ((2, [line]) if key else (0, []))
+
+
+def test_another_device_makes_no_other_weights(ws, neft):
+    edit(ws, ("threads: 1", "threads: 2"))
+    assert neft(ws, "export", "neft", "--to", "new") == (0, [])
+
+
 @pytest.mark.integration
 def test_champions_follow_each_other_and_come_back(ws, neft, monkeypatch):
     name = "tiny2-en-fr"
