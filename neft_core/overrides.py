@@ -66,10 +66,12 @@ def apply(file: Path | None, settings: Sequence[str]) -> Workspace:
         NeftError: the outcome isn't valid; the file is then left as it was.
     """
     ws = _owner(file)
+    folder = None
     if ws is None:
         assert file is not None
         ws = _private_workspace(file)
-    text, changes = _changed(ws.params_file, settings)
+        folder = ws.host.root
+    text, changes = _changed(ws.params_file, settings, folder)
     checked(text, Params.FILE)
     if changes:
         with replacing(ws.params_file) as temporary:
@@ -189,8 +191,10 @@ def absolute(node: Any, folder: Path) -> None:
             absolute(value, folder)
 
 
-def _changed(path: Path, settings: Sequence[str]) -> tuple[str, list[str]]:
-    """A params file's text with settings applied, and what they changed.
+def _changed(
+    path: Path, settings: Sequence[str], folder: Path | None = None
+) -> tuple[str, list[str]]:
+    """A params file's text with settings applied (see `assign`), and what they changed.
 
     Raises:
         NeftError: the text would be read as something else.
@@ -200,9 +204,9 @@ def _changed(path: Path, settings: Sequence[str]) -> tuple[str, list[str]]:
     if not settings:
         return text, []
     document = _round_trip().load(text)
-    changes = [assign(document, setting) for setting in settings]
+    changes = [assign(document, setting, folder) for setting in settings]
     for setting in settings:
-        assign(wanted, setting)
+        assign(wanted, setting, folder)
     text = _dumped(document)
     try:
         same = YAML(typ="safe").load(text) == wanted
@@ -216,8 +220,13 @@ def _changed(path: Path, settings: Sequence[str]) -> tuple[str, list[str]]:
     return text, [change for change in changes if change]
 
 
-def assign(document: Any, setting: str) -> str:
+def assign(document: Any, setting: str, folder: Path | None = None) -> str:
     """Set a key of nested mappings, `KEY.PATH=VALUE`; what that changed, in words.
+
+    Args:
+        document: the outermost mapping.
+        setting: what is set.
+        folder: where its paths begin; None: they stay as they are.
 
     Raises:
         NeftError: no value, no YAML, or keys that are not there.
@@ -230,6 +239,10 @@ def assign(document: Any, setting: str) -> str:
     except (YAMLError, ValueError):  # ValueError: a date or a number that is none
         raise NeftError(f"--set {setting}: the value is no YAML; quote it") from None
     *parents, last = key.split(".")
+    if folder:
+        holder = {last: wanted}
+        absolute(holder, folder)
+        wanted = holder[last]
     node = document
     for parent in parents:
         if not isinstance(node, dict) or parent not in node:

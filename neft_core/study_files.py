@@ -127,7 +127,8 @@ def expand(file: Path, root: Path, settings: Sequence[str] = ()) -> Expansion:
         file: the study file. What it extends is another, by path or by name. Paths in it are
             relative to it; in one that comes with the package, to the workspace.
         root: the workspace.
-        settings: `KEY=VALUE` each, of the file with what it extends, else of the params.
+        settings: `KEY=VALUE` each, of the file with what it extends, else of the params. Paths in
+            them are relative to the workspace.
 
     Raises:
         NeftError: a fault in the file, in one that it extends, or in a setting.
@@ -138,8 +139,10 @@ def expand(file: Path, root: Path, settings: Sequence[str] = ()) -> Expansion:
     later, changes = [], []
     for setting in settings:
         try:
-            changes.append(assign(data, setting))
+            changes.append(assign(data, setting, root))
         except NeftError:
+            if setting.partition("=")[0].partition(".")[0] in StudyFile.model_fields:
+                raise
             later.append(setting)
     said = {key: data.pop(key) for key in StudyFile.model_fields if key in data}
     head = check_section(StudyFile, said, file.name)
@@ -153,7 +156,7 @@ def expand(file: Path, root: Path, settings: Sequence[str] = ()) -> Expansion:
     offered = _mapping(data, "tasks")
     _leave_out_unused(data, own)
     unused = [name for name in offered if name not in data["tasks"]]
-    changes += [assign(data, setting) for setting in later]
+    changes += [assign(data, setting, root) for setting in later]
     return Expansion(data, [line for line in changes if line], unused)
 
 

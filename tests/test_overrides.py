@@ -211,6 +211,8 @@ def test_another_file_runs_in_a_workspace_of_its_own(ws, tmp_path):
     assert f"dir = {ws.root}" in (own.root / ".dvc" / "config.local").read_text()
     assert ws.params_file.read_text() == TEXT
     assert file.read_text() == TEXT.replace("experiment: tiny", "experiment: mine")
+    moved = overrides.apply(file, ["tasks.en-fr.source.path=data/more"]).params()
+    assert moved.tasks["en-fr"].source.path == str(ws.root / "data" / "more")
     # Again with another text: the file is what counts, not what was set last time.
     assert overrides.apply(file, []).params().warmup.steps == 6
 
@@ -242,6 +244,11 @@ def test_directories_in_the_hubs_layout_keep_their_meaning(ws, tmp_path):
         assert params.tasks["en-fr"].source.id == wanted
         assert params.tasks["en-fr"].source.path == str(tmp_path / "ds")
         assert params.model.path == str(tmp_path / "base")
+
+
+def test_a_path_that_is_set_in_params_yaml_stays_as_it_is_written(ws):
+    found = overrides.apply(None, ["tasks.en-fr.source.path=data/more"]).params()
+    assert found.tasks["en-fr"].source.path == "data/more"
 
 
 def test_a_home_that_there_is_not_stays_in_the_path(ws):

@@ -219,6 +219,30 @@ def test_a_method_with_several_rates_can_be_named_in_every_part(folder):
         params(put(folder, STUDY.replace("[full, neft-9]}", rates) + curve.replace("ful", "fu")))
 
 
+def test_paths_of_settings_are_relative_to_the_workspace(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("workspace")
+    settings = ["tasks.en-fr.source.path=data/more", "runs.full-en-fr.lr=0.5"]
+    found, changes, _ = expand(folder / "a.yaml", root, settings)
+    assert found["tasks"]["en-fr"]["source"]["path"] == str(root / "data/more")
+    assert changes[0].endswith(f'/data/pairs" is now "{root}/data/more"')
+    source = "{kind: local, path: data/more, splits: {train: a.csv}, dev: 6, test: 8}"
+    found = expand(folder / "a.yaml", root, [f"tasks.en-fr.source={source}"]).data
+    assert found["tasks"]["en-fr"]["source"]["path"] == str(root / "data/more")
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("methods.ful.lr=1e-3", "no 'ful' there; known: full, neft-9, early, both"),
+        ("methods.full.lr.x=1", "methods.full.lr holds no keys"),
+    ],
+)
+def test_a_setting_of_the_study_file_is_refused_by_its_own_fault(folder, setting, told):
+    with pytest.raises(NeftError) as caught:
+        params(folder / "a.yaml", setting)
+    assert str(caught.value) == f"--set {setting}: {told}"
+
+
 def test_settings_go_into_the_file_or_into_what_came_of_it(folder):
     path = folder / "a.yaml"
     settings = [
