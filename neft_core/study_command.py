@@ -170,9 +170,14 @@ def _show(ws: "Workspace") -> None:
 
 def _shortcut(ws: "Workspace") -> Path:
     """The reports of a private workspace under a name of their own among its host's."""
-    from neft_core.workspace import REPORTS
+    from neft_core.config import read_yaml
+    from neft_core.study_tables import RUNS_PAGE
+    from neft_core.workspace import PIPELINE, REPORTS
 
     real, link = ws.root / REPORTS, ws.host.root / REPORTS / ws.root.name
+    own = {*(Path(out).name for out in read_yaml(PIPELINE)["stages"]["report"]["outs"]), RUNS_PAGE}
+    if link.name in own:  # what the host's report has there, or will have
+        return real
     with contextlib.suppress(OSError):  # a file in its way, a disk that is full
         if not link.exists():
             link.parent.mkdir(exist_ok=True)

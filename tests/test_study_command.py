@@ -6,7 +6,7 @@ import pytest
 from conftest import TINY_PARAMS
 from test_study_files import COMMON, STUDY
 
-from neft_core import report
+from neft_core import report, study_command
 from neft_core.config import parse_params, read_yaml
 from neft_core.errors import NeftError
 from neft_core.workspace import REPORTS, Workspace, hold
@@ -141,3 +141,13 @@ def test_tables_are_whole_or_the_ones_of_before(copied):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["figures", "study", "report.html", "a"])
+def test_a_study_takes_no_place_of_the_hosts_own_report(tmp_path, name):
+    host = Workspace(tmp_path)
+    ws = Workspace(host.state("workspaces", name))
+    (ws.root / REPORTS).mkdir(parents=True)
+    shown = study_command._shortcut(ws)
+    assert shown.resolve() == ws.root / REPORTS
+    assert (host.root / REPORTS / name).is_symlink() == (shown.parent != ws.root) == (name == "a")
