@@ -172,7 +172,7 @@ def forgetting(ws: Workspace, names: Sequence[str], *, text: Path | None, count:
 
     Args:
         ws: the workspace.
-        names: runs.
+        names: runs; one that is named twice counts once.
         text: a file, one text a line; None: pre-training rows of the generated corpus that the
             built base has not seen.
         count: texts at most.
@@ -182,6 +182,7 @@ def forgetting(ws: Workspace, names: Sequence[str], *, text: Path | None, count:
     """
     import statistics
 
+    names = list(dict.fromkeys(names))
     texts = measures.held_out(ws, text, count, "--text")
     params = ws.params()
     for name in names:
@@ -224,6 +225,9 @@ def _scores(ws: Workspace, name: str) -> Any:
 def _mask(ws: Workspace, name: str) -> Any:
     from neft_core.masks import NeuronMask
 
+    run = ws.params().runs.get(name)
+    if run and not isinstance(run.method, config.Neft):
+        raise NeftError(f"run {name}: has no mask, as method {run.method.name} selects no neurons")
     path = ws.path("masks", f"{name}.safetensors")
     return NeuronMask.load(path if path.is_file() else _file(name, "mask", path.parent))
 
