@@ -15,7 +15,7 @@ from neft_core.errors import NeftError
 from neft_core.files import read_json, replacing, write_json
 from neft_core.progress import Progress
 from neft_core.untrained import trains_nothing
-from neft_core.workspace import Workspace
+from neft_core.workspace import REPORTS, Workspace
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -38,7 +38,7 @@ def export(
         ws: the workspace.
         run: a run that is trained.
         seed: which of its seeds; None: the first.
-        target: the directory to make.
+        target: the directory to make; not among what the pipeline makes.
         dtype: a key of DTYPES; None: the precision of the base's files.
         adapter: write the adapter in PEFT's form instead of merging it.
 
@@ -49,6 +49,11 @@ def export(
     seed = runs.chosen_seed(ws.params(), run, seed)
     if target.exists():
         raise NeftError(f"{target}: exists already; give a new directory with --to")
+    for made in ("work", REPORTS):
+        if target.resolve().is_relative_to((ws.root / made).resolve()):
+            raise NeftError(
+                f"{target}: {made}/ is the pipeline's; give another directory with --to"
+            )
     if adapter and dtype:
         raise NeftError("--dtype: an adapter keeps the precision it was trained in; leave it out")
     runs.check_current(ws, run)

@@ -230,6 +230,8 @@ def test_what_is_refused(trained, neft, monkeypatch):
     taken.mkdir()
     cases = {
         ("neft", "--to", "taken"): "taken: exists already; give a new directory with --to",
+        ("neft", "--to", "work/train/neft/m"): "work/train/neft/m: work/ is the pipeline's; give",
+        ("neft", "--to", "reports/m"): "reports/m: reports/ is the pipeline's; give another",
         ("none", "--to", "new"): "run 'none': unknown; params.yaml has full, in_out, embed",
         ("neft", "--to", "new", "--seed", "9"): "run neft: has no seed 9; it has [1]",
         ("full", "--to", "new", "--adapter"): "--adapter: run full has method full, which trains",
