@@ -39,7 +39,7 @@ def report(planner: Planner, rates: Rates | None) -> dict[str, Any]:
             "type": subject.model_type,
             "parameters": subject.parameters,
             "frozen": str(subject.dtype).removeprefix("torch."),
-            "autocast": str(subject.autocast).removeprefix("torch."),
+            "autocast": subject.autocast and str(subject.autocast).removeprefix("torch."),
             "device": "cuda" if planner.gpu else "cpu",
         },
         "rows": {task: asdict(planner.rows(task)) for task in params.tasks},
@@ -233,7 +233,7 @@ def text(found: dict[str, Any]) -> str:
     """The report as one reads it in a terminal."""
     model, here, disk = found["model"], found["available"], found["disk"]
     longest = any(rows["typical"] is None for rows in found["rows"].values())
-    autocast = "" if model["autocast"] == "None" else f", mixed precision {model['autocast']}"
+    autocast = f", mixed precision {model['autocast']}" if model["autocast"] else ""
     lines = [
         f"model: {model['type']}, {model['parameters']:,} parameters; frozen weights "
         f"{model['frozen']}{autocast}, on {'a GPU' if model['device'] == 'cuda' else 'the CPU'}",

@@ -48,6 +48,7 @@ def test_the_plan_of_the_demo_names_every_method_and_stage(tmp_path, neft, monke
     assert cli.main(["plan", "--json", "--set", "runs.neft.method.percent=5"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert "percent: 9" in ws.params_file.read_text()
+    assert found["model"]["autocast"] is None
     methods = {entry["method"]: entry for entry in found["methods"]}
     assert {name: entry["runs"] for name, entry in methods.items()} == {
         "full": ["full"], "lora": ["lora"], "neft": ["neft"], "in_out": [], "embed": [],
