@@ -172,7 +172,7 @@ def _read(
     base = data.pop("extends", None)
     if base is None:
         return data, data
-    if not isinstance(base, str):
+    if not isinstance(base, str) or "\0" in base:
         raise NeftError(f"{file.name}: extends: got {base!r}; the path of one file is needed")
     named = not base.endswith(FILES)
     path = _named_file(base, file, root) if named else file.parent / os.path.expanduser(base)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from neft_core.config.shown import BEFORE
-from neft_core.config.study import RatesSection, TableSection
+from neft_core.config.study import HEADS, RatesSection, TableSection
 from neft_core.findings import Findings, Row, mean, number
 from neft_core.metrics import OF_TASK, TITLES
 from neft_core.page import Gallery, Html
@@ -21,7 +21,7 @@ def table(found: Findings, part: TableSection, _gallery: Gallery) -> list[Table 
     titles = [TITLES[m] for m in dict.fromkeys(m for names in metrics.values() for m in names)]
     name = found.named(part)
     title = part.title or "Results"
-    heads = ["method", "trained parameters", "% of model"]
+    heads = [*HEADS]
     for task, heading in part.headings.items():
         several = len(titles) > 1
         heads += [f"{heading} {TITLES[m]}" if several else heading for m in metrics[task]]

@@ -47,7 +47,7 @@ def refused(tmp_path: Path, *changes: tuple[str, str], text: str = TINY_PARAMS) 
         ("task: en-fr", "task: en-ff", "runs.full.task: got 'en-ff'; did you mean 'en-fr'?"),
         ("task: en-fr", "task: zzz", "runs.full.task: got 'zzz'; known: en-fr"),
         ("  full:", "  full.1:", "runs: got the name 'full.1'; names are lower-case letters, "
-         "digits, '_', '-'"),
+         "digits, '_', '-', at most 100"),
         ("  full:", "  1:", "runs.1: got a name that is no text; put it in quotes"),
         # wrong types: YAML's own count, nothing is guessed
         ("rank: 2", "rank: '2'", "runs.lora.method.rank: got '2'; a whole number is needed"),
@@ -57,6 +57,10 @@ def refused(tmp_path: Path, *changes: tuple[str, str], text: str = TINY_PARAMS) 
         ("lr: 1e-3", "lr: true", "warmup.lr: got true; a number is needed"),
         ("lr: 1e-3", "lr: .inf", "warmup.lr: got inf; a finite number is needed"),
         ("epochs: 2", "epochs: .nan", "training.epochs: got nan; a finite number is needed"),
+        ("path: data/pairs", "path: s3://x/y",
+         "tasks.en-fr.source.path: got 's3://x/y'; a path on this machine, where a copy lies"),
+        ("  full:", f"  {101 * 'f'}:", f"runs: got the name '{101 * 'f'}'; "
+         "names are lower-case letters, digits, '_', '-', at most 100"),
         ("path: data/pairs", "path: 7", "tasks.en-fr.source.path: got 7; text is needed"),
         ("seeds: [1, 2]", "seeds: 1", "runs.neft.seeds: got 1; a list is needed"),
         ("seeds: [1, 2]", "seeds: [1, a]", "runs.neft.seeds.1: got 'a'; a whole number is needed"),
@@ -280,7 +284,8 @@ TUNED = "study:\n  title: a\n  parts:\n    - {show: table, tasks: [en-fr], rows:
         ([(MORE, "transfers: {a: {run: neft, task: en-fr}}\n" + MORE)],
          "transfers.a.task: got 'en-fr', on which run neft is tested anyway; another"),
         ([(MORE, "transfers: {a.b: {run: neft, task: en-fr}}\n" + MORE)],
-         "transfers: got the name 'a.b'; names are lower-case letters, digits, '_', '-'"),
+         "transfers: got the name 'a.b'; names are lower-case letters, digits, '_', '-', "
+         "at most 100"),
     ],
 )  # fmt: skip
 def test_one_fault_of_a_task_is_one_line(tmp_path, changes, line):

@@ -57,6 +57,8 @@ TABLE = "- {show: table, tasks: {en-fr: En→Fr}, rows: {Base: base, FT-full: fu
          "a.yaml: study.parts.0.rows.FT-full: got 'base'; known: full, neft-9"),
         ("{en-fr: En→Fr}", "{en-fr: 3}",
          "a.yaml: study.parts.0.tasks.en-fr: got 3; text is needed"),
+        ("{en-fr: En→Fr}", "{en-fr: method}",
+         "a.yaml: study.parts.0.tasks: got the heading 'method', of a column that is there;"),
         ("rows:", "metrics: [bleu, bleu], rows:",
          "a.yaml: study.parts.0.metrics: got bleu, bleu; each column once"),
         (TABLE, TABLE.replace("rows:", "name: x, rows:") + "\n    "

@@ -292,6 +292,8 @@ def test_settings_go_into_the_file_or_into_what_came_of_it(folder):
          "a.yaml: extends: got 'comon.yaml', which is not there; name a file"),
         ("common.yaml", "~nobody-here/a.yaml",
          "a.yaml: extends: got '~nobody-here/a.yaml', which is not there; name a file"),
+        ("common.yaml", '"a\\0.yaml"',
+         "a.yaml: extends: got 'a\\x00.yaml'; the path of one file is needed"),
         ("common.yaml", "[common.yaml]",
          "a.yaml: extends: got ['common.yaml']; the path of one file is needed"),
         ("common.yaml", "a.yaml",

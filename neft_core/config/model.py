@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from neft_core.config.section import NO_FILE, Section, Seed, refuse
+from neft_core.config.section import NO_FILE, Place, Section, Seed, refuse
 
 
 class Pretraining(Section):
@@ -56,7 +56,7 @@ class LocalModel(Section):
 
     kind: Literal["local"]
     """Where the base model comes from."""
-    path: str = Field(min_length=1)
+    path: Place
     """The directory, relative to the workspace or absolute."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""

@@ -87,7 +87,7 @@ class Params(Section):
                 if not NAME.fullmatch(name):
                     raise refuse(
                         f"{section}: got the name '{name}'; "
-                        "names are lower-case letters, digits, '_', '-'"
+                        "names are lower-case letters, digits, '_', '-', at most 100"
                     )
         for name in BEFORE:
             if name in self.runs:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Annotated, Any, Final, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -18,8 +19,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 NO_FILE: Final = "data/none"
 """An empty file in every workspace: DVC needs a path to watch, and some sources have none."""
 
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-"""Names of tasks and runs: a dot would be a level of keys to DVC."""
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
+"""Names of tasks and runs: a dot would be a level of keys to DVC; files are called by them."""
 
 
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -29,6 +30,16 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 def refuse(message: str) -> PydanticCustomError:
     """An error whose text is shown as it is (braces in pydantic's templates need doubling)."""
     return PydanticCustomError("neft", message.replace("{", "{{").replace("}", "}}"))
+
+
+def _on_disk(path: str) -> str:
+    if "://" in path:
+        raise refuse(f"got '{path}'; a path on this machine, where a copy lies")
+    return path
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(_on_disk)]
+"""A file or directory, relative to the workspace or absolute."""
 
 
 class Section(BaseModel):

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from neft_core.config.params import Params
 
 
+HEADS = ("method", "trained parameters", "% of model")
+"""What stands over a table's first columns."""
+
+
 class TableSection(Shown):
     """A table in the form of the paper's: a method in each row, a task in each column."""
 
@@ -50,6 +54,10 @@ class TableSection(Shown):
         for key, names in (("metrics", self.metrics or []), ("tasks", self.headings.values())):
             if len(set(names)) < len(names):
                 raise refuse(f"{key}: got {', '.join(names)}; each column once")
+        if taken := set(self.headings.values()) & set(HEADS):
+            raise refuse(
+                f"tasks: got the heading '{min(taken)}', of a column that is there; another"
+            )
         for label, values in self.paper.items():
             if label not in self.rows:
                 raise refuse(f"paper: got the label '{label}'; one of rows")

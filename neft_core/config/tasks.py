@@ -4,7 +4,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
-from neft_core.config.section import NO_FILE, Section, Seed, refuse
+from neft_core.config.section import NO_FILE, Place, Section, Seed, refuse
 from neft_core.rows import FIELDS, LABELS
 from neft_core.tasks import labels_in
 
@@ -111,7 +111,7 @@ class LocalSource(Rows):
 
     kind: Literal["local"]
     """Where the rows come from."""
-    path: str = Field(min_length=1)
+    path: Place
     """The folder that holds the files, relative to the workspace or absolute."""
 
 
@@ -120,7 +120,7 @@ class HubSource(Rows):
 
     kind: Literal["hub"]
     """Where the rows come from."""
-    path: str = NO_FILE
+    path: Place = NO_FILE
     """`data/none`, or a local directory in the Hub's layout that DVC watches (`id` repeats it)."""
     id: str = Field(min_length=1)
     """Repository id, or a local directory in the Hub's layout."""
