@@ -342,9 +342,10 @@ def test_state_continues_training_bit_by_bit():
 def test_names_may_lack_the_model_s_prefix():
     model = tiny("gpt2")
     mask = some_mask(model)
+    names = {name: name.removeprefix("transformer.") for name in mask.groups}
     short = NeuronMask(
-        {name.removeprefix("transformer."): rows for name, rows in mask.indices.items()},
-        {n.removeprefix("transformer."): group for n, group in mask.groups.items()},
+        {names[name]: rows for name, rows in mask.indices.items()},
+        {names[n]: replace(group, module=names[n]) for n, group in mask.groups.items()},
         1,
     )
     first = next(iter(adapter_state(attach(model, short))))
