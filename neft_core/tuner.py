@@ -65,6 +65,9 @@ class NeftConfig(PeftConfig):  # type: ignore[misc]
             raise NeftError(f"NeftConfig: form: got {self.form!r}; one of {', '.join(FORMS)}")
         if isinstance(mask, str | Path):
             mask = NeuronMask.load(mask)
+        if not isinstance(mask, NeuronMask | None):
+            found = type(mask).__name__
+            raise NeftError(f"NeftConfig: mask: got {found}; a NeuronMask or its file is needed")
         self._mask = mask
         if mask is None:
             self._check_modules()

@@ -168,6 +168,12 @@ def test_an_adapter_without_some_tensors_is_told(adapter, part, told, low_cpu_me
         out(model)
 
 
+@pytest.mark.parametrize("wrong", [3, {}, [torch.tensor([1])]])
+def test_what_is_no_mask_is_told(wrong):
+    with pytest.raises(NeftError, match=r"^NeftConfig: mask: got (int|dict|list); a NeuronMask or"):
+        NeftConfig(mask=wrong)
+
+
 def test_a_configuration_that_no_version_wrote_is_told(adapter):
     file = adapter / "adapter_config.json"
     content = json.loads(file.read_text())
