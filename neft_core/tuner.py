@@ -58,7 +58,7 @@ class NeftConfig(PeftConfig):  # type: ignore[misc]
     form: str = "auto"
     modules_to_save: list[str] | None = None
 
-    def __post_init__(self, mask: NeuronMask | str | Path | None) -> None:
+    def __post_init__(self, mask: Any) -> None:
         super().__post_init__()
         self.peft_type = PeftType.NEFT
         if self.form not in FORMS:
