@@ -298,8 +298,9 @@ GROUPS = {group.module: group for group in (UP, DOWN)}
 
 
 def mask(first: list[int], second: list[int], **provenance: str) -> NeuronMask:
-    chosen = {UP.module: torch.tensor(first), DOWN.module: torch.tensor(second)}
-    return NeuronMask(chosen, GROUPS, 100, {"base": "b", **provenance})
+    chosen = zip((UP.module, DOWN.module), (first, second), strict=True)
+    indices = {module: torch.tensor(which, dtype=torch.int64) for module, which in chosen}
+    return NeuronMask(indices, GROUPS, 100, {"base": "b", **provenance})
 
 
 def test_shares_of_layers_and_parts():
