@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -334,7 +335,7 @@ def test_the_cut_is_the_lowest_that_a_mask_holds():
     early = NeuronScores(values, GROUPS, 100, {"steps": "5"})
     assert findings.lowest_selected(mask([0], [12]), early) is None, "a cut in other scores"
     assert findings.lowest_selected(mask([0], [12], steps="5"), early) == 0.1
-    other = NeuronScores(scores.sensitivity, {UP.module: UP, DOWN.module: UP}, 100)
+    other = NeuronScores(scores.sensitivity, GROUPS | {DOWN.module: replace(DOWN, start=11)}, 100)
     assert findings.lowest_selected(mask([0], [12]), other) is None
 
 
