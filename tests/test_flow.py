@@ -206,6 +206,7 @@ def test_stages_at_once_end_in_the_same_files(ws: Workspace, env: dict[str, str]
     assert trainings(ws) == trainings(other)
 
 
+@pytest.mark.slow
 def test_a_failure_stops_only_what_needs_it(
     ws: Workspace, env: dict[str, str], prefect_home: Path
 ) -> None:
