@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*"):
                 # A killed process left it; the stage's lock rules out a living one.
-                if left.suffix[1:].isdigit():
+                if re.fullmatch(_TEMPORARY, left.suffix):
                     _remove(left)
         with _told(path, only=_DISK, temporary=temporary):
             yield temporary
@@ -55,6 +55,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             _remove(temporary)
 
+
+_TEMPORARY = r"\.\d+(-journal|-wal|-shm)?"
+"""Suffix of a temporary name: a process, and what SQLite writes beside it."""
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 

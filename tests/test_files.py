@@ -68,6 +68,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / ".a.123").mkdir()
     (tmp_path / ".a.123" / "x").touch()
     (tmp_path / ".a.124").touch()
+    (tmp_path / ".a.124-journal").touch()
     (tmp_path / ".a.b.125").touch()
     (tmp_path / ".a.2024-backup").touch()
     write_json(tmp_path / "a", 1)
